@@ -1,0 +1,1 @@
+"""What finds an anomaly: networks, losses, scoring and calibration."""

@@ -1,0 +1,1 @@
+"""How an anomaly is made: arrays in, arrays out."""

@@ -1,0 +1,140 @@
+"""What a generator is: a ``draw`` that holds all randomness and a pure ``apply``.
+
+The split makes replay, tests, provenance and batching simple: the same source and the same draw give the
+same edit, whatever else is in the batch. A generator that runs a model declares ``load`` (called once a
+worker) and a ``batch_size``; everything else about it is the same.
+
+Conventions: a picture is ``H×W×C`` with C = 1 (grey) or 3 (RGB). Stored pixels are uint8 or uint16;
+arithmetic is float32 in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from manifests.schema import Recipe
+
+Box = tuple[int, int, int, int]  # y0, y1, x0, x1, half open
+
+
+class Params(BaseModel):
+    """Base of a generator's own settings. Unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a generator may look at: one normal picture and where it may change it.
+
+    Attributes:
+        pixels: uint8 or uint16, H×W×C.
+        allowed: bool, H×W; the location of the recipe (everywhere, the foreground, a region of interest)
+            without the ignored places. Never empty.
+        donors: pictures named by the recipe, in its order; same dtype and channel count, any size.
+    """
+
+    pixels: np.ndarray
+    allowed: np.ndarray
+    donors: tuple[np.ndarray, ...] = ()
+
+    @property
+    def levels(self) -> int:
+        """The largest value of a stored pixel: 255 or 65535."""
+        return int(np.iinfo(self.pixels.dtype).max)
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """float32 in [0, 1], H×W×C."""
+        return self.pixels.astype(np.float32) / np.float32(self.levels)
+
+    def crop(self, box: Box) -> np.ndarray:
+        """float32 in [0, 1] of one box, without converting the rest."""
+        y0, y1, x0, x1 = box
+        return self.pixels[y0:y1, x0:x1].astype(np.float32) / np.float32(self.levels)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A changed box of the picture.
+
+    Attributes:
+        box: where ``patch`` belongs.
+        patch: float32 in [0, 1], h×w×C; the new content, already blended with the source.
+        region: bool, h×w; the only places that may end up in the mask.
+    """
+
+    box: Box
+    patch: np.ndarray
+    region: np.ndarray
+
+
+@dataclass(frozen=True)
+class FeatureEdit:
+    """Perturbed backbone features instead of pixels.
+
+    Attributes:
+        feature: float16, C×h×w.
+        mask: bool, h×w.
+        clean: float16, C×h×w; the unperturbed features, for the gates.
+        layers: names of the backbone's layers that were concatenated.
+        backbone: fingerprint of the backbone; a reader refuses features of another one.
+    """
+
+    feature: np.ndarray
+    mask: np.ndarray
+    clean: np.ndarray
+    layers: tuple[str, ...]
+    backbone: str
+
+
+class Undrawable(ValueError):
+    """This draw cannot give an anomaly (e.g. an empty mask after the location): the attempt is rejected
+    with ``reason`` and drawn again."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+DrawFunction = Callable[[Recipe, Source, np.random.Generator], Any]
+ApplyFunction = Callable[[Sequence[Source], Sequence[Any], Any], list[Edit] | list[FeatureEdit]]
+LoadFunction = Callable[[Mapping[str, Any], str], Any]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """One way to make anomalies.
+
+    Attributes:
+        name, family: as in recipes and tables.
+        summary: one line, what it imitates.
+        draw: ``draw(recipe, source, rng) -> draw``; all randomness; may raise :class:`Undrawable`.
+        apply: ``apply(sources, draws, model) -> edits``; pure; one edit a source.
+        params: the generator's own settings with their defaults.
+        donors: what the recipe must name for it: nothing, a texture, or another normal picture.
+        defect: the word for what it draws when the configuration names none.
+        load: ``load(params, device) -> model``; called once a worker; None if no model is needed.
+        identify: ``identify(params) -> dict``; id, revision and licence of the model for provenance.
+        batch_size: samples given to ``apply`` at once, planned with the recipes.
+        gpu: whether it wants an accelerator (a resource annotation of its tasks).
+    """
+
+    name: str
+    family: Literal["classic", "frequency", "feature", "cut"]
+    summary: str
+    draw: DrawFunction
+    apply: ApplyFunction
+    params: type[Params] = Params
+    donors: Literal["none", "texture", "normal"] = "none"
+    defect: str = "defect"
+    load: LoadFunction | None = None
+    identify: Callable[[Mapping[str, Any]], dict[str, str]] = field(default=lambda _params: {})
+    batch_size: int = 1
+    gpu: bool = False

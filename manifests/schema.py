@@ -1,0 +1,251 @@
+"""Column names and types of every table, and the records that pass between stages.
+
+The names are a contract (docs/formats.md): other tools read these tables with nothing but Parquet.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+Split = Literal["train", "calibration", "feedback", "test"]
+GOOD = "good"  # the defect name of a normal picture, as in the MVTec AD layout
+
+IMAGES = pa.schema(
+    [
+        ("image_id", pa.string()),  # sha256 of the decoded pixels, their shape and type
+        ("path", pa.string()),  # file or fsspec URL, e.g. tar://member::/shards/x.tar
+        ("sha256", pa.string()),  # of the file's bytes
+        ("category", pa.string()),
+        ("defect", pa.string()),  # "good" or the name of the defect type
+        ("mask_path", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("mode", pa.string()),  # L or RGB
+        ("bits", pa.int8()),  # 8 or 16
+        ("group", pa.string()),
+        ("split", pa.string()),
+        ("licence", pa.string()),
+        ("mm_per_pixel", pa.float64()),
+        ("roi_path", pa.string()),
+        ("ignore_path", pa.string()),
+        ("window_low", pa.int32()),  # 16-bit pictures: the source's one window of grey levels
+        ("window_high", pa.int32()),
+    ]
+)
+
+RECIPES = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("round", pa.int32()),
+        ("image_id", pa.string()),
+        ("category", pa.string()),
+        ("generator", pa.string()),
+        ("defect", pa.string()),
+        ("prompt", pa.string()),
+        ("detail", pa.string()),
+        ("area", pa.float64()),
+        ("severity", pa.float64()),
+        ("count", pa.int32()),
+        ("location", pa.string()),
+        ("donors", pa.list_(pa.string())),
+        ("params", pa.string()),
+        ("seed", pa.int64()),
+        ("batch", pa.int32()),
+        ("shard", pa.int32()),
+    ]
+)
+
+SAMPLES = pa.schema(
+    [
+        *RECIPES,
+        ("status", pa.string()),  # accepted | rejected | failed
+        ("reason", pa.string()),  # of the last attempt, empty if accepted
+        ("leak", pa.float64()),
+        ("hollow", pa.float64()),
+        ("contrast", pa.float64()),
+        ("mask_area", pa.float64()),  # share of the picture that the stored mask covers
+        ("attempts", pa.int32()),
+        ("offset", pa.int64()),  # of the sample's first tar header, in bytes; -1 if not accepted
+        ("checksum", pa.string()),  # sha256 of the sample's members, in tar order
+        ("seconds", pa.float64()),
+        ("device", pa.string()),
+        ("versions", pa.string()),
+    ]
+)
+
+SHARDS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("shard", pa.int32()),
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("bytes", pa.int64()),
+        ("accepted", pa.int32()),
+        ("rejected", pa.int32()),
+        ("failed", pa.int32()),
+        ("fingerprint", pa.string()),
+        ("seconds", pa.float64()),
+        ("host", pa.string()),
+        ("lossy", pa.bool_()),
+    ]
+)
+
+METRICS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("detector", pa.string()),
+        ("seed", pa.int64()),
+        ("category", pa.string()),  # 'mean' for the unweighted mean over categories
+        ("defect", pa.string()),  # 'all' for every type together
+        ("size", pa.string()),  # 'all', or tiny | small | large by component area
+        ("split", pa.string()),  # feedback | test | heldout_synthetic
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("detector", pa.string()),
+        ("seed", pa.int64()),
+        ("image_id", pa.string()),
+        ("category", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.int8()),  # 1 = anomalous
+        ("score", pa.float64()),
+    ]
+)
+
+TRIALS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("trial", pa.int32()),
+        ("origin", pa.string()),  # current | rule | sampler
+        ("params", pa.string()),  # json: name -> value, as given to the study
+        ("value", pa.float64()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+DECISIONS = pa.schema(
+    [
+        ("round", pa.int32()),  # the round whose figures led to the decision
+        ("setting", pa.string()),
+        ("before", pa.string()),
+        ("after", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+# The settings and the aggregate metrics of every round, one row a fact.
+HISTORY = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("kind", pa.string()),  # setting | metric | yield | seconds
+        ("name", pa.string()),
+        ("value", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One picture that was read and accepted: a row of ``images.parquet``."""
+
+    image_id: str
+    path: str
+    sha256: str
+    category: str
+    defect: str
+    mask_path: str | None
+    width: int
+    height: int
+    mode: str
+    bits: int
+    group: str
+    split: str
+    licence: str | None = None
+    mm_per_pixel: float | None = None
+    roi_path: str | None = None
+    ignore_path: str | None = None
+    window_low: int | None = None
+    window_high: int | None = None
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Grey levels mapped to 0 and 1 (16-bit pictures only)."""
+        if self.window_low is None or self.window_high is None:
+            return None
+        return self.window_low, self.window_high
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides one sample, written before the sample is made.
+
+    ``area`` is the wanted share of the picture in (0, 1]; ``severity`` is in [0, 1]; ``location`` is
+    ``anywhere``, ``foreground`` or ``roi``; ``donors`` are ``image_id``s of other pictures or textures;
+    ``params`` is the generator's own settings as canonical JSON.
+    """
+
+    sample_id: str
+    round: int
+    image_id: str
+    category: str
+    generator: str
+    defect: str
+    prompt: str
+    detail: str
+    area: float
+    severity: float
+    count: int
+    location: str
+    donors: tuple[str, ...]
+    params: str
+    seed: int
+    batch: int
+    shard: int
+
+    def rng(self, attempt: int) -> np.random.Generator:
+        """The random stream of one attempt at this sample; attempts never overlap (spawn keys)."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(attempt,)))
+
+    def settings(self) -> dict[str, Any]:
+        return json.loads(self.params)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling for one value, so that equal records have equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def to_table(records: list[Any], schema: pa.Schema) -> pa.Table:
+    """Dataclass records or dicts to a table of exactly ``schema``.
+
+    Raises:
+        pyarrow.ArrowInvalid: a value does not fit its column.
+        KeyError: a record lacks a column.
+    """
+    rows = [record if isinstance(record, dict) else asdict(record) for record in records]
+    return pa.table({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
+
+
+def images_from(table: pa.Table) -> list[Image]:
+    names = set(Image.__dataclass_fields__)
+    return [Image(**{k: v for k, v in row.items() if k in names}) for row in table.to_pylist()]
+
+
+def recipes_from(table: pa.Table) -> list[Recipe]:
+    names = set(Recipe.__dataclass_fields__)
+    return [
+        Recipe(**{k: (tuple(v or ()) if k == "donors" else v) for k, v in row.items() if k in names})
+        for row in table.to_pylist()
+    ]

@@ -1,0 +1,1 @@
+"""From shards to a trained detector and its figures."""

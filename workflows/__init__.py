@@ -1,0 +1,1 @@
+"""How stages are joined and run: configuration, Dask, feedback, report and command line."""
