@@ -62,13 +62,13 @@ RECIPES = pa.schema(
 
 SAMPLES = pa.schema(
     [
-        *RECIPES,
+        *(field.with_name("wanted_area") if field.name == "area" else field for field in RECIPES),
+        ("area", pa.float64()),  # share of the picture that the stored mask covers
         ("status", pa.string()),  # accepted | rejected | failed
         ("reason", pa.string()),  # of the last attempt, empty if accepted
         ("leak", pa.float64()),
         ("hollow", pa.float64()),
         ("contrast", pa.float64()),
-        ("mask_area", pa.float64()),  # share of the picture that the stored mask covers
         ("attempts", pa.int32()),
         ("offset", pa.int64()),  # of the sample's first tar header, in bytes; -1 if not accepted
         ("checksum", pa.string()),  # sha256 of the sample's members, in tar order
@@ -244,8 +244,8 @@ def images_from(table: pa.Table) -> list[Image]:
 
 
 def recipes_from(table: pa.Table) -> list[Recipe]:
-    names = set(Recipe.__dataclass_fields__)
-    return [
-        Recipe(**{k: (tuple(v or ()) if k == "donors" else v) for k, v in row.items() if k in names})
-        for row in table.to_pylist()
-    ]
+    """Recipes of a ``recipes`` or a ``samples`` table (there the wanted area is ``wanted_area``)."""
+    if "wanted_area" in table.column_names:
+        table = table.drop_columns(["area"]).rename_columns({"wanted_area": "area"})
+    rows: list[dict[str, Any]] = table.select(RECIPES.names).to_pylist()
+    return [Recipe(**{**row, "donors": tuple(row["donors"] or ())}) for row in rows]

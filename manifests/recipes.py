@@ -1,0 +1,198 @@
+"""Planning: settings and images to recipes, one shard at a time, without ever holding the whole plan.
+
+``plan_shard`` is a pure function of (settings, pictures, round, shard), so a plan of any length needs no
+central table: whoever makes a shard plans it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from manifests.errors import UsageError
+from manifests.schema import GOOD, Image, Recipe
+
+Donors = Literal["none", "texture", "normal"]
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"the range {list(value)} is upside down; write [{value[1]}, {value[0]}]")
+    return value
+
+
+Share = Annotated[float, Field(ge=0)]
+UnitRange = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], AfterValidator(_ordered)
+]
+AreaRange = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=0.5)], Annotated[float, Field(gt=0, le=0.5)]],
+    AfterValidator(_ordered),
+]
+CountRange = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]], AfterValidator(_ordered)
+]
+
+
+class GeneratorSettings(BaseModel):
+    """One generator's part in a round."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    share: Share = Field(1.0, description="weight in the mix; 0 leaves the generator out")
+    defect: str | None = Field(None, description="word for the defect; default: the generator's own")
+    prompt: str = Field("", description="short text of the anomaly (text-to-image generators)")
+    detail: str = Field("", description="detailed description of the anomaly (text-to-image generators)")
+    params: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
+
+
+@dataclass(frozen=True)
+class Trait:
+    """What planning must know of a generator: made from the registry by the caller.
+
+    ``params`` is the full, validated settings as canonical JSON.
+    """
+
+    donors: Donors
+    defect: str
+    batch_size: int
+    params: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pictures a plan draws from: normals of the train split by category, and textures."""
+
+    normals: dict[str, tuple[Image, ...]]
+    textures: tuple[Image, ...] = ()
+
+
+def pool_from(images: Sequence[Image], textures: Sequence[Image] = ()) -> Pool:
+    """Only good pictures of the train split take part: calibration, feedback and test stay unseen.
+
+    Raises:
+        UsageError: there is no such picture.
+    """
+    normals: dict[str, list[Image]] = {}
+    for image in images:
+        if image.split == "train" and image.defect == GOOD:
+            normals.setdefault(image.category, []).append(image)
+    if not normals:
+        raise UsageError("no good picture in the train split: add pictures of good parts to the source")
+    ordered = {name: tuple(sorted(normals[name], key=lambda i: i.image_id)) for name in sorted(normals)}
+    return Pool(ordered, tuple(sorted(textures, key=lambda i: i.image_id)))
+
+
+def shard_count(samples: int, shard_size: int) -> int:
+    return -(-samples // shard_size)
+
+
+def plan_shard(
+    *,
+    seed: int,
+    samples: int,
+    shard_size: int,
+    generators: Mapping[str, GeneratorSettings],
+    traits: Mapping[str, Trait],
+    area: tuple[float, float],
+    severity: tuple[float, float],
+    count: tuple[int, int],
+    location: str,
+    pool: Pool,
+    round_: int,
+    shard: int,
+) -> list[Recipe]:
+    """The recipes of one shard, in plan order.
+
+    Generators appear in proportion to their shares (systematic sampling, so that even a small shard keeps
+    the mix), categories equally often in expectation, area log-uniformly, severity and count uniformly in
+    their ranges. All numbers come from ``SeedSequence(seed, spawn_key=(round, shard))``; each recipe carries
+    a seed of its own, from which every attempt spawns its stream.
+
+    Raises:
+        UsageError: no generator has a share, or a generator needs donors that the pool lacks.
+    """
+    size = min(shard_size, samples - shard * shard_size)
+    if size <= 0:
+        raise IndexError(f"shard {shard} is beyond a plan of {samples} samples in shards of {shard_size}")
+    names = [name for name in sorted(generators) if generators[name].share > 0]
+    if not names:
+        raise UsageError("generation.generators: no generator has a share above 0")
+    shares = np.array([generators[name].share for name in names])
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard)))
+
+    places = (rng.random() + np.arange(size)) / size
+    chosen = np.searchsorted(np.cumsum(shares / shares.sum())[:-1], places, side="right")
+    rng.shuffle(chosen)
+    categories = list(pool.normals)
+    category_draw = rng.integers(len(categories), size=size)
+    picture_draw = rng.random(size)
+    donor_draw = rng.random(size)
+    areas = np.exp(rng.uniform(np.log(area[0]), np.log(area[1]), size))
+    severities = rng.uniform(severity[0], severity[1], size)
+    counts = rng.integers(count[0], count[1] + 1, size)
+    seeds = rng.integers(2**63 - 1, size=size)
+
+    used = dict.fromkeys(names, 0)
+    first_batch = {name: at * size for at, name in enumerate(names)}
+    recipes = []
+    for index in range(size):
+        name = names[chosen[index]]
+        trait = traits[name]
+        settings = generators[name]
+        category = categories[category_draw[index]]
+        pictures = pool.normals[category]
+        image = pictures[int(picture_draw[index] * len(pictures))]
+        recipes.append(
+            Recipe(
+                sample_id=f"{round_:03d}-{shard:05d}-{index:05d}",
+                round=round_,
+                image_id=image.image_id,
+                category=category,
+                generator=name,
+                defect=settings.defect or trait.defect,
+                prompt=settings.prompt,
+                detail=settings.detail,
+                area=float(areas[index]),
+                severity=float(severities[index]),
+                count=int(counts[index]),
+                location=location,
+                donors=_donors(trait.donors, name, image, pool, float(donor_draw[index])),
+                params=trait.params,
+                seed=int(seeds[index]),
+                batch=first_batch[name] + used[name] // trait.batch_size,
+                shard=shard,
+            )
+        )
+        used[name] += 1
+    return recipes
+
+
+def _donors(kind: Donors, generator: str, image: Image, pool: Pool, draw: float) -> tuple[str, ...]:
+    if kind == "none":
+        return ()
+    if kind == "texture":
+        if not pool.textures:
+            raise UsageError(
+                f"generator {generator!r} takes its textures from a folder: set generation.textures to a "
+                "folder of pictures, or the generator's params.texture to 'normals' or 'procedural'"
+            )
+        return (pool.textures[int(draw * len(pool.textures))].image_id,)
+    # Another good picture of the same kind; with a single one, of any kind. The draw picks among all
+    # pictures but this one by skipping its place, which needs no copy of the list.
+    same = pool.normals[image.category]
+    if len(same) > 1:
+        at = int(draw * (len(same) - 1))
+        return (same[at + (same[at].image_id >= image.image_id)].image_id,)
+    others = [other for name, images in pool.normals.items() if name != image.category for other in images]
+    if not others:
+        raise UsageError(
+            f"generator {generator!r} takes patches from another good picture, but category "
+            f"{image.category!r} has only one: add pictures, or set "
+            f"generation.generators.{generator}.share to 0"
+        )
+    return (others[int(draw * len(others))].image_id,)

@@ -1,0 +1,117 @@
+"""WebDataset shards: plain tar files, the same bytes for the same samples, read by member name only."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from manifests.errors import FlawsmithError
+
+IMAGE_FORMATS = ("webp", "png", "jpg")
+SHARD_KEY = b"flawsmith.shard"  # schema metadata of samples/part-N.parquet: the shard's row as json
+
+
+class ShardError(FlawsmithError):
+    """A shard is truncated, damaged or not what its record says."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A shard in memory: its bytes, and per sample the offset of its first header and its checksum."""
+
+    data: bytes
+    offsets: tuple[int, ...]
+    checksums: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def pack(samples: Iterable[tuple[str, dict[str, bytes]]]) -> Packed:
+    """Samples (key, {extension: bytes}) to a tar. Members keep the given order; metadata is fixed.
+
+    Raises:
+        ValueError: a key or an extension that WebDataset would split wrongly.
+    """
+    sink = io.BytesIO()
+    offsets, checksums = [], []
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            if "." in key or "/" in key:
+                raise ValueError(f"sample key {key!r} must hold neither dots nor slashes")
+            offsets.append(tar.offset)
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size, info.mode = len(data), 0o644
+                tar.addfile(info, io.BytesIO(data))
+            checksums.append(checksum(members))
+    return Packed(sink.getvalue(), tuple(offsets), tuple(checksums))
+
+
+def checksum(members: dict[str, bytes]) -> str:
+    """sha256 over extension, length and bytes of every member, in tar order."""
+    digest = hashlib.sha256()
+    for extension, data in members.items():
+        digest.update(f"{extension}:{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def unpack(data: bytes, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a shard in tar order. Members are read by name and never written anywhere.
+
+    Raises:
+        ShardError: the tar is truncated or damaged, a member is not a plain file, or a sample's members
+            are not contiguous.
+    """
+    if len(data) % tarfile.BLOCKSIZE or not data.endswith(b"\0" * (2 * tarfile.BLOCKSIZE)):
+        raise ShardError(f"{name} is truncated: it ends after {len(data)} bytes without a tar's end mark")
+    current: str | None = None
+    members: dict[str, bytes] = {}
+    seen: set[str] = set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                key, _, extension = info.name.partition(".")
+                if not info.isreg() or "/" in key or not extension:
+                    raise ShardError(f"{name} holds {info.name!r}, which is not a member of a sample")
+                if key != current:
+                    if current is not None:
+                        yield current, members
+                    if key in seen:
+                        raise ShardError(f"{name}: the members of sample {key} do not lie together")
+                    seen.add(key)
+                    current, members = key, {}
+                stream = tar.extractfile(info)
+                content = stream.read() if stream else b""
+                if len(content) != info.size:
+                    raise ShardError(f"{name} is truncated in {info.name}")
+                members[extension] = content
+            # A damaged header reads as the end of the archive: nothing but zeros may follow it.
+            if data[tar.offset :].strip(b"\0"):
+                raise ShardError(f"{name} is damaged at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise ShardError(f"{name} is damaged: {error}") from error
+    if current is not None:
+        yield current, members
+
+
+def missing_members(members: dict[str, bytes]) -> list[str]:
+    """What a sample lacks of ``image`` (or ``feature``), ``mask`` and ``json``."""
+    stems = {extension.partition(".")[0] for extension in members}
+    lacking = [stem for stem in ("mask", "json") if stem not in stems]
+    if not stems & {"image", "feature"}:
+        lacking.insert(0, "image")
+    return lacking
+
+
+def sample_json(recipe: dict[str, Any], scores: dict[str, Any], provenance: dict[str, Any]) -> bytes:
+    """The ``json`` member: what was wanted, what was measured, and where it comes from."""
+    value = {"recipe": recipe, "scores": scores, "provenance": provenance}
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode()

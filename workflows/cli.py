@@ -1,0 +1,392 @@
+"""The command ``flawsmith``. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from manifests.errors import FlawsmithError, UsageError
+
+if TYPE_CHECKING:
+    from manifests.workspace import Workspace
+    from workflows.config import Config
+
+OK, FAILED, USAGE, PARTIAL = 0, 1, 2, 3
+
+app = typer.Typer(
+    help="Makes the defects an inspection line has not seen yet, trains detectors from them, judges those on "
+    "real defects, and lets what they miss decide what is made next.\n\n"
+    "Start with `flawsmith inspect FOLDER`, then `flawsmith run config.yaml --workspace DIR`.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 done in part.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Check a configuration, or show it with every default.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `source: FOLDER` is enough")]
+WorkspaceOption = Annotated[
+    str, typer.Option("--workspace", "-w", metavar="DIR", help="folder or fsspec URL that holds the results")
+]
+WorkspaceArgument = Annotated[str, typer.Argument(metavar="WORKSPACE", help="folder of a run")]
+SchedulerOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="a running Dask scheduler, e.g. tcp://host:8786")
+]
+RoundOption = Annotated[
+    int | None, typer.Option("--round", min=0, help="which round; default: the latest", show_default=False)
+]
+
+
+@app.command(epilog="Examples: flawsmith inspect pictures/bottle | flawsmith inspect list.csv --layout list")
+def inspect(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="folder, list, shards, or a configuration (.yaml)")
+    ],
+    layout: Annotated[str, typer.Option(help="auto, mvtec, folder, list or webdataset")] = "auto",
+) -> None:
+    """Read every picture of a source and list every problem at once; exit code 2 if a run could not go on."""
+    from collections import Counter
+
+    from workflows.config import load_config, parse_config
+    from workflows.loop import read_sources
+
+    if source.endswith((".yaml", ".yml")):
+        config = load_config(source)
+    else:
+        config = parse_config(
+            {"source": {"path": source, "layout": layout}}, name="inspect", folder=Path.cwd()
+        )
+    found = read_sources(config, [])
+    counts = Counter((image.category, image.split, image.defect) for image in found.images)
+    for (category, split, defect), count in sorted(counts.items()):
+        typer.echo(f"{category:<28} {split:<12} {defect:<20} {count:>6}")
+    for problem in found.problems:
+        typer.echo(f"{problem.level}: {problem.path}: {problem.what}; {problem.remedy}")
+    errors = sum(problem.level == "error" for problem in found.problems)
+    typer.echo(
+        f"{len(found.images)} pictures usable, {errors} errors, {len(found.problems) - errors} warnings"
+        + ("; a run could not go on" if found.fatal else "")
+    )
+    raise typer.Exit(USAGE if found.fatal else OK)
+
+
+@app.command(
+    epilog="Examples: flawsmith run config.yaml -w runs/bottle | flawsmith run config.yaml -w runs/bottle "
+    "--dry-run | flawsmith run config.yaml -w runs/bottle --scheduler tcp://host:8786"
+)
+def run(
+    config: ConfigPath,
+    workspace: WorkspaceOption,
+    rounds: Annotated[int | None, typer.Option(min=1, help="overrides the configuration's rounds")] = None,
+    scheduler: SchedulerOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate only; nothing is written")] = False,
+    new_round: Annotated[
+        bool, typer.Option("--new-round", help="the settings changed: start a round with them")
+    ] = False,
+) -> None:
+    """Everything: samples, detector, figures, and the next round's settings. Goes on where it stopped."""
+    from workflows.loop import estimate
+    from workflows.loop import run as run_loop
+
+    settings = _configure(config, rounds, scheduler)
+    if dry_run:
+        typer.echo(estimate(settings))
+        return
+    run_loop(settings, _workspace(workspace), new_round=new_round)
+
+
+@app.command(epilog="Example: flawsmith plan config.yaml -w runs/bottle")
+def plan(
+    config: ConfigPath,
+    workspace: WorkspaceOption,
+    new_round: Annotated[
+        bool, typer.Option("--new-round", help="start a round with changed settings")
+    ] = False,
+) -> None:
+    """Write the recipes of the latest round; nothing is made."""
+    from workflows import loop
+
+    settings, space = _configure(config), _workspace(workspace)
+    with space.writing():
+        number = loop.begin(settings, space, new_round=new_round)
+        typer.echo(f"round {number}: {loop.plan(space, number)} recipes")
+
+
+@app.command(epilog="Example: flawsmith generate config.yaml -w runs/bottle --scheduler tcp://host:8786")
+def generate(config: ConfigPath, workspace: WorkspaceOption, scheduler: SchedulerOption = None) -> None:
+    """Make the samples of the latest round that are not there yet."""
+    from workflows import loop
+
+    settings, space = _configure(config, scheduler=scheduler), _workspace(workspace)
+    with space.writing():
+        number = loop.begin(settings, space, new_round=False)
+        loop.generate(space, number, settings.cluster)
+
+
+@app.command(epilog="Example: flawsmith train runs/bottle")
+def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
+    """Train the detector on a round's samples."""
+    from workflows import loop
+
+    space = _workspace(workspace)
+    with space.writing():
+        loop.train(space, _round(space, round_))
+
+
+@app.command(epilog="Examples: flawsmith evaluate runs/bottle | flawsmith evaluate runs/bottle --final")
+def evaluate(
+    workspace: WorkspaceArgument,
+    round_: RoundOption = None,
+    final: Annotated[
+        bool, typer.Option("--final", help="score the test split, once, for every round")
+    ] = False,
+) -> None:
+    """Judge a round's detector on the real pictures of the feedback split, or all rounds on the test split."""
+    from workflows import loop
+
+    space = _workspace(workspace)
+    with space.writing():
+        if final:
+            loop.evaluate_final(space)
+        else:
+            loop.evaluate(space, _round(space, round_))
+    typer.echo(loop.figures_table(space, "test" if final else "feedback"))
+
+
+@app.command(epilog="Examples: flawsmith feedback runs/bottle | flawsmith feedback runs/bottle --explain")
+def feedback(
+    workspace: WorkspaceArgument,
+    round_: RoundOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="print the stored decisions only")] = False,
+) -> None:
+    """Decide the next round's settings from a round's figures."""
+    from workflows import loop
+
+    space = _workspace(workspace)
+    number = _round(space, round_)
+    if not explain:
+        with space.writing():
+            loop.feedback(space, number)
+    typer.echo(loop.explain(space, number))
+
+
+@app.command(epilog="Example: flawsmith verify runs/bottle && echo whole")
+def verify(workspace: WorkspaceArgument) -> None:
+    """Read every shard and name what is truncated, damaged, missing or extra; `run` then repairs it."""
+    from workflows import loop
+
+    findings = loop.verify(_workspace(workspace))
+    for finding in findings:
+        typer.echo(f"{finding.path}: {finding.what}")
+    typer.echo(
+        f"{len(findings)} problems; `flawsmith run` with the same configuration repairs them"
+        if findings
+        else "every shard is whole"
+    )
+    raise typer.Exit(FAILED if findings else OK)
+
+
+@app.command(epilog="Example: flawsmith show runs/bottle --out contact.png")
+def show(
+    workspace: WorkspaceArgument,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("contact.png"),
+    samples: Annotated[int, typer.Option(min=1, max=500, help="how many")] = 24,
+    round_: RoundOption = None,
+) -> None:
+    """Write a contact sheet: picture with mask outline, mask, normal, caption."""
+    from workflows.contact import contact_sheet
+
+    space = _workspace(workspace)
+    shown = contact_sheet(space, out, rounds=None if round_ is None else [round_], samples=samples)
+    typer.echo(f"{out}: {len(shown)} samples")
+
+
+@app.command(
+    epilog="Examples: flawsmith review runs/bottle --reject 000-00001-00042 | flawsmith review runs/bottle "
+    "--from rejected.txt"
+)
+def review(
+    workspace: WorkspaceArgument,
+    reject: Annotated[list[str] | None, typer.Option(metavar="ID", help="a sample to reject")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="a file with one id a line")
+    ] = None,
+) -> None:
+    """Reject samples by hand: training, export and contact sheets leave them out."""
+    from workflows import loop
+
+    ids = list(reject or [])
+    if from_ is not None:
+        try:
+            ids += [line.strip() for line in from_.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except OSError as error:
+            raise UsageError(f"--from {from_}: {error.strerror}") from error
+    if not ids:
+        raise UsageError("name samples with --reject ID or --from FILE")
+    space = _workspace(workspace)
+    with space.writing():
+        typer.echo(loop.review(space, ids))
+
+
+@app.command(epilog="Example: flawsmith replay runs/bottle 000-00001-00042")
+def replay(
+    workspace: WorkspaceArgument,
+    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="as in the shards and captions")],
+) -> None:
+    """Make a sample again from its recipe and compare the bytes."""
+    from workflows.stages import replay as replay_sample
+
+    result = replay_sample(_workspace(workspace), sample_id)
+    if result["identical"]:
+        typer.echo(f"{sample_id}: the same bytes as in {result['path']}")
+        return
+    typer.echo(
+        f"{sample_id}: differs from {result['path']}: {result['pixels_differ']} pixels of the picture, "
+        f"by {result['largest']} levels at most"
+    )
+    raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: flawsmith export runs/bottle out/ --format mvtec")
+def export(
+    workspace: WorkspaceArgument,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="new or empty folder")],
+    format_: Annotated[str, typer.Option("--format", help="mvtec, coco or yolo")] = "mvtec",
+    round_: RoundOption = None,
+) -> None:
+    """Write pictures and masks as files that other tools read."""
+    from workflows.export import export as export_samples
+
+    counts = export_samples(_workspace(workspace), format_, out, rounds=None if round_ is None else [round_])
+    typer.echo(f"{out}: {counts}")
+
+
+@app.command(
+    epilog="Example: flawsmith predict runs/bottle/rounds/001/detectors/onenip new/*.png --out found"
+)
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a trained detector")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURES", help="files or folders")],
+    out: Annotated[Path, typer.Option(help="folder for scores and heat maps")] = Path("predictions"),
+) -> None:
+    """Score pictures with a trained detector; writes scores and heat maps."""
+    from workflows.predict import predict as predict_pictures
+
+    rows = predict_pictures(checkpoint, pictures, out)
+    failed = [row for row in rows if row.get("error")]
+    for row in rows:
+        typer.echo(
+            f"{row['path']}: {row['error']}"
+            if row.get("error")
+            else f"{row['path']}: {row['score']:.4f} {'ANOMALOUS' if row['anomalous'] else 'good'}"
+        )
+    raise typer.Exit(PARTIAL if failed and len(failed) < len(rows) else FAILED if failed else OK)
+
+
+@config_app.command("check", epilog="Example: flawsmith config check config.yaml")
+def config_check(config: ConfigPath) -> None:
+    """Check a configuration; every problem is listed."""
+    _configure(config)
+    typer.echo(f"{config}: fine")
+
+
+@config_app.command("show", epilog="Example: flawsmith config show config.yaml > full.yaml")
+def config_show(config: ConfigPath) -> None:
+    """Print a configuration with every default filled in."""
+    from workflows.config import to_yaml
+
+    typer.echo(to_yaml(_configure(config)), nl=False)
+
+
+@app.command()
+def doctor() -> None:
+    """What works on this machine, one line each, with the remedy."""
+    from workflows.doctor import checks
+
+    results = checks()
+    for check in results:
+        sign = {True: "ok  ", False: "FAIL", None: "--  "}[check.ok]
+        typer.echo(f"{sign} {check.name:<22} {check.found}" + (f"; {check.remedy}" if check.remedy else ""))
+    raise typer.Exit(FAILED if any(check.ok is False for check in results) else OK)
+
+
+@app.command(epilog="Example: flawsmith demo demo")
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where pictures and results go")] = Path(
+        "demo"
+    ),
+) -> None:
+    """The whole loop on real solar cells and drawn parts: two rounds, a few minutes, no network."""
+    from workflows import loop
+    from workflows.config import load_config
+    from workflows.contact import contact_sheet
+    from workflows.demo import write_demo
+    from workflows.report import write_report
+
+    config = write_demo(folder)
+    space = _workspace(str(folder / "workspace"))
+    loop.run(load_config(config), space, new_round=False)
+    with space.writing():
+        loop.evaluate_final(space)
+        report = write_report(space)
+    sheet = folder / "contact.png"
+    contact_sheet(space, sheet)
+    typer.echo(loop.rounds_table(space))
+    typer.echo("\nFinal figures on the test split (read once):")
+    typer.echo(loop.figures_table(space, "test"))
+    typer.echo(f"\nlicences: {loop.licences(space)}")
+    typer.echo(f"contact sheet: {sheet}\nreport: {space.path(report)}")
+
+
+def _configure(path: Path, rounds: int | None = None, scheduler: str | None = None) -> Config:
+    from workflows.config import load_config
+
+    config = load_config(path)
+    if rounds is not None:
+        config = config.model_copy(update={"rounds": rounds})
+    if scheduler is not None:
+        cluster = config.cluster.model_copy(update={"address": scheduler})
+        config = config.model_copy(update={"cluster": cluster})
+    return config
+
+
+def _workspace(url: str) -> Workspace:
+    from manifests.workspace import Workspace
+
+    return Workspace(url if "://" in url else str(Path(url).absolute()))
+
+
+def _round(space: Workspace, number: int | None) -> int:
+    rounds = space.rounds()
+    if not rounds:
+        raise UsageError(
+            f"{space.path('')} is no workspace yet: `flawsmith run CONFIG --workspace DIR` makes one"
+        )
+    if number is None:
+        return rounds[-1]
+    if number not in rounds:
+        raise UsageError(f"--round {number}: the workspace has the rounds {', '.join(map(str, rounds))}")
+    return number
+
+
+def main() -> NoReturn:
+    """Runs the command and turns errors meant for the user into a message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except FlawsmithError as error:
+        typer.echo(f"flawsmith: {error}", err=True)
+        if isinstance(error, UsageError):
+            sys.exit(USAGE)
+        sys.exit(PARTIAL if type(error).__name__ == "PartialResult" else FAILED)
+    except OSError as error:
+        typer.echo(f"flawsmith: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        typer.echo("flawsmith: interrupted; the same command goes on where it stopped", err=True)
+        sys.exit(FAILED)
+    sys.exit(OK)

@@ -1,0 +1,172 @@
+"""Dask: opening a cluster, sending one task a shard, and reporting how far it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+from distributed import Client, LocalCluster, WorkerPlugin, as_completed
+
+from manifests.errors import FlawsmithError
+from manifests.workspace import Workspace
+from workflows.config import Cluster
+from workflows.stages import (
+    Job,
+    load_model,
+    load_round,
+    make_shard,
+    prepare_process,
+    settings_hash,
+    shard_record,
+)
+
+RETRIES = 3  # of a task whose worker was lost or that met an I/O error
+
+
+class Prepare(WorkerPlugin):
+    """Once a worker: fixes its threads and loads the models of the round, so that no task does."""
+
+    name = "flawsmith-prepare"
+
+    def __init__(self, workspace: str, number: int, settings: str):
+        self.args = (workspace, number, settings)
+
+    def setup(self, worker: Any) -> None:
+        prepare_process()
+        round_ = load_round(*self.args)
+        for name, trait in round_.traits.items():
+            if round_.generation.generators[name].share > 0:
+                load_model(name, trait.params)
+
+
+@contextmanager
+def open_client(settings: Cluster) -> Iterator[Client]:
+    """A client of the configured scheduler, or of a local cluster: one single-threaded worker a core."""
+    if settings.address:
+        try:
+            client = Client(settings.address, timeout="15s")
+        except (OSError, TimeoutError, ValueError) as error:
+            raise FlawsmithError(
+                f"no Dask scheduler answers at {settings.address}: {error}; start one with `dask scheduler` "
+                "and `dask worker`, or leave --scheduler out to use this machine"
+            ) from error
+        with client:
+            yield client
+        return
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with (
+        dask.config.set(
+            {"distributed.nanny.environ": environment, "distributed.logging.distributed": "error"}
+        ),
+        LocalCluster(
+            n_workers=settings.workers or os.cpu_count() or 1,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=settings.memory_limit,
+            dashboard_address=None,
+            silence_logs="ERROR",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """Rows of the shards that are finished, and the errors of those that are not."""
+
+    records: list[dict[str, Any]]
+    errors: dict[int, str]
+
+
+def unfinished(
+    space: Workspace, number: int, count: int, damaged: set[int]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """(records of finished shards, numbers of those to make), by record and size; nothing is hashed."""
+    records, todo = [], []
+    for shard in range(count):
+        record = None if shard in damaged else shard_record(space, number, shard)
+        if record is not None and space.size(record["path"]) == record["bytes"]:
+            records.append(record)
+        else:
+            todo.append(shard)
+    return records, todo
+
+
+def make_round(
+    space: Workspace,
+    number: int,
+    todo: list[int],
+    settings: Cluster,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> RoundResult:
+    """Makes shards of a round on Dask workers, a bounded number at a time: any plan fits the scheduler.
+
+    Raises:
+        FlawsmithError: the disk is full, or an error that no retry mends. Finished shards stay.
+    """
+    digest = settings_hash(space, number)
+    records: list[dict[str, Any]] = []
+    errors: dict[int, str] = {}
+    with open_client(settings) as client:
+        client.register_plugin(Prepare(space.url, number, digest))
+        waiting = iter(todo)
+        running = as_completed()
+        shard_of: dict[str, int] = {}
+
+        def submit() -> None:
+            shard = next(waiting, None)
+            if shard is not None:
+                job = Job(space.url, number, shard, digest)
+                future = client.submit(
+                    make_shard,
+                    job,
+                    key=f"shard-{digest[:8]}-{number}-{shard}-{time.time_ns()}",
+                    retries=RETRIES,
+                    pure=False,
+                )
+                shard_of[future.key] = shard
+                running.add(future)
+
+        window = 2 * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        for _ in range(window):
+            submit()
+        for future in running:
+            shard = shard_of.pop(future.key)
+            if future.status == "finished":
+                record = future.result()
+                records.append(record)
+                progress(record)
+            else:
+                error = future.exception()
+                if _is_fatal(error):
+                    raise _explain(error, space) from error
+                errors[shard] = f"{type(error).__name__}: {error}"
+            future.release()
+            submit()
+    return RoundResult(records, errors)
+
+
+def _is_fatal(error: BaseException | None) -> bool:
+    return isinstance(error, FlawsmithError) or getattr(error, "errno", None) in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+    )
+
+
+def _explain(error: BaseException | None, space: Workspace) -> FlawsmithError:
+    if isinstance(error, FlawsmithError):
+        return error
+    return FlawsmithError(
+        f"cannot write to the workspace {space.path('')}: {error}. Finished shards are kept: "
+        "make room and run the same command again to go on"
+    )

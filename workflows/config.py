@@ -1,0 +1,238 @@
+"""The configuration: one YAML file, every default here, unknown names refused with the nearest known one.
+
+Three lines suffice::
+
+    source: pictures/bottle
+    samples: 300
+    rounds: 2
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from generation.gates import Gates
+from manifests.errors import UsageError
+from manifests.recipes import AreaRange, CountRange, GeneratorSettings, UnitRange
+from manifests.sources import SourceSettings
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+DEFAULT_MIX = {
+    "perlin": GeneratorSettings(params={"texture": "procedural"}),
+    "cutpaste": GeneratorSettings(),
+    "scar": GeneratorSettings(),
+    "poisson": GeneratorSettings(),
+    "frequency": GeneratorSettings(),
+}
+
+
+class Generation(Settings):
+    """What is made in a round. The feedback of a round changes ``generators.*.share``, ``area`` and
+    ``severity`` of the next."""
+
+    generators: dict[str, GeneratorSettings] = Field(
+        default_factory=lambda: dict(DEFAULT_MIX), description="the mix; see `flawsmith doctor` for names"
+    )
+    area: AreaRange = Field((0.002, 0.08), description="wanted share of the picture, drawn log-uniformly")
+    severity: UnitRange = Field((0.2, 1.0), description="how strong, 0 barely visible, 1 strongest")
+    count: CountRange = Field((1, 3), description="how many spots a sample has")
+    location: Literal["anywhere", "foreground", "roi"] = Field(
+        "foreground", description="where: anywhere, on the part, or in the source's region of interest"
+    )
+    textures: str | None = Field(None, description="folder of texture pictures for params.texture: folder")
+    attempts: int = Field(6, ge=1, le=100, description="draws of one recipe before it is rejected")
+    gates: Gates = Field(default_factory=Gates)
+
+
+class Output(Settings):
+    """How shards are written."""
+
+    shard_size: int = Field(64, ge=1, le=100_000, description="samples a shard")
+    format: Literal["webp", "png", "jpg"] = Field("webp", description="webp and png are lossless")
+    bits: Literal[8, 16] = Field(8, description="16 needs format: png")
+    max_side: int | None = Field(1024, ge=32, description="larger pictures are shrunk to this; null: never")
+    normals: bool = Field(True, description="write the untouched picture beside each sample")
+
+
+class Cluster(Settings):
+    """Where shards are made. Changing this never changes what is made, so a workspace accepts any."""
+
+    workers: int | None = Field(None, ge=1, description="worker processes; null: one a core")
+    memory_limit: str = Field("auto", description="per worker, e.g. 4GB")
+    address: str | None = Field(None, description="a running scheduler, e.g. tcp://host:8786")
+
+
+class Detector(Settings):
+    name: str = "onenip"
+    settings: dict[str, Any] = Field(default_factory=dict, description="the detector's own settings")
+
+
+class Evaluation(Settings):
+    resamples: int = Field(300, ge=0, le=10_000, description="bootstrap resamples behind each interval")
+    quantile: float = Field(0.99, gt=0, lt=1, description="of calibration normals: the alarm threshold")
+
+
+class Feedback(Settings):
+    trials: int = Field(24, ge=16, le=1000, description="trials of the cheap proxy inside a round")
+    enabled: bool = Field(True, description="false: every round keeps the settings of the first")
+
+
+class Config(Settings):
+    source: tuple[SourceSettings, ...] = Field(description="a path, or a list of sources with their settings")
+    samples: int = Field(300, ge=1, description="recipes a round")
+    rounds: int = Field(2, ge=1, le=1000)
+    seed: int = Field(0, ge=0, lt=2**63)
+    generation: Generation = Field(default_factory=Generation)
+    output: Output = Field(default_factory=Output)
+    detector: Detector = Field(default_factory=Detector)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    feedback: Feedback = Field(default_factory=Feedback)
+    cluster: Cluster = Field(default_factory=Cluster)
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not items:
+            raise ValueError("names no source: give a folder of pictures")
+        return [{"path": item} if isinstance(item, str) else item for item in items]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is made: all but how many rounds and on which machines."""
+        return self.model_dump(mode="json", exclude={"rounds", "cluster"})
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads and checks a file. Relative paths in it are relative to its folder.
+
+    Raises:
+        UsageError: the file is missing or no YAML, or a setting is unknown or wrong; every problem at once.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; write it, e.g. `source: FOLDER` on one line") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {error}") from error
+    return parse_config(raw, name=str(path), folder=path.parent.absolute())
+
+
+def parse_config(raw: Any, *, name: str, folder: Path | None = None) -> Config:
+    """A mapping to a checked configuration; see :func:`load_config`."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{name} must be a mapping such as `source: FOLDER`, found {type(raw).__name__}")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(_explain(error, raw, name)) from None
+    problems = _check(config)
+    if problems:
+        raise UsageError("\n".join(f"{name}: {problem}" for problem in problems))
+    return _resolve(config, folder) if folder is not None else config
+
+
+def _check(config: Config) -> list[str]:
+    """What types alone cannot say: known names, and settings that need each other."""
+    from generation import registry
+
+    problems = []
+    generators = {}
+    for key, settings in config.generation.generators.items():
+        try:
+            generator = registry.get(key)
+        except UsageError as error:
+            problems.append(f"generation.generators: {error}")
+            continue
+        generators[key] = generator
+        try:
+            generator.params.model_validate(settings.params)
+        except ValidationError as error:
+            problems.append(
+                _explain(error, settings.params, f"generation.generators.{key}.params", generator.params)
+            )
+    if generators and not any(s.share > 0 for s in config.generation.generators.values()):
+        problems.append("generation.generators: no generator has a share above 0")
+    if config.output.bits == 16 and config.output.format != "png":
+        problems.append(f"output.bits: 16 needs output.format: png, found {config.output.format}")
+    if config.generation.location == "roi" and not any(source.roi for source in config.source):
+        problems.append("generation.location: roi, but no source names a region of interest (source.roi)")
+    return problems
+
+
+def _resolve(config: Config, folder: Path) -> Config:
+    def absolute(value: str | None) -> str | None:
+        if value is None or "://" in value:
+            return value
+        return str((folder / Path(value).expanduser()).absolute())
+
+    sources = tuple(
+        source.model_copy(
+            update={name: absolute(getattr(source, name)) for name in ("path", "roi", "ignore")}
+        )
+        for source in config.source
+    )
+    generation = config.generation.model_copy(update={"textures": absolute(config.generation.textures)})
+    return config.model_copy(update={"source": sources, "generation": generation})
+
+
+def _explain(error: ValidationError, raw: Any, name: str, model: type[BaseModel] = Config) -> str:
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"{name}: {place}: no such setting; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{name}: {place}: is missing; add it")
+        else:
+            found = f", found {item['input']!r}" if not isinstance(item["input"], dict) else ""
+            lines.append(f"{name}: {place}: {item['msg']}{found}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings at one place of the tree; ``loc`` also steps through lists and mappings."""
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            found = _model_in(model.model_fields[part].annotation)
+            if found is None:
+                return []
+            model = found
+    return sorted(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def to_yaml(config: BaseModel) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """``place: old → new`` for every leaf in which two settings trees differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in [*old, *(k for k in new if k not in old)]
+            for line in differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+        ]
+    return [] if old == new else [f"{place}: {old!r} → {new!r}"]

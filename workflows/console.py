@@ -1,0 +1,50 @@
+"""What a person sees while something runs: lines on standard error, and a bar with rate and time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "", style="cyan")
+
+
+@contextmanager
+def progress(title: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """A bar for ``total`` pieces of work; the yielded function adds finished ones.
+
+    Where standard error is no terminal (logs), a line is written at the end only.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count=1: bar.advance(task, count)
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False)

@@ -1,0 +1,492 @@
+"""One shard from plan to commit: the fused task that workers run, and what it needs to know of its round."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from generation import registry
+from generation.masks import resolve_location
+from generation.protocol import Generator, Source
+from generation.synthesis import Outcome, synthesise
+from manifests import pictures, shards
+from manifests.recipes import Pool, Trait, plan_shard, pool_from, shard_count
+from manifests.schema import (
+    RECIPES,
+    SAMPLES,
+    Image,
+    Recipe,
+    canonical_json,
+    images_from,
+    recipes_from,
+    to_table,
+)
+from manifests.workspace import Workspace, WorkspaceError, part, round_file
+from workflows.config import Config, Generation
+
+CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
+PACKAGES = ("flawsmith", "numpy", "opencv-python-headless", "pillow", "scipy")
+MODEL_PACKAGES = ("torch", "timm", "diffusers", "transformers", "open_clip_torch")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What crosses the scheduler: a few words. ``settings`` is the sha256 of the round's settings, so that a
+    worker never serves a round from a stale cache."""
+
+    workspace: str
+    round: int
+    shard: int
+    settings: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """Everything a worker needs of one round, read once from the workspace."""
+
+    number: int
+    config: Config
+    generation: Generation
+    pool: Pool
+    images: dict[str, Image]
+    traits: dict[str, Trait]
+
+    @property
+    def shard_count(self) -> int:
+        return shard_count(self.config.samples, self.config.output.shard_size)
+
+    def plan(self, shard: int) -> list[Recipe]:
+        return plan_shard(
+            seed=self.config.seed,
+            samples=self.config.samples,
+            shard_size=self.config.output.shard_size,
+            generators=self.generation.generators,
+            traits=self.traits,
+            area=self.generation.area,
+            severity=self.generation.severity,
+            count=self.generation.count,
+            location=self.generation.location,
+            pool=self.pool,
+            round_=self.number,
+            shard=shard,
+        )
+
+    def fingerprint(self) -> str:
+        """What the bytes of a shard depend on besides the pictures, as canonical JSON."""
+        names = [name for name, s in self.generation.generators.items() if s.share > 0]
+        models = {
+            name: registry.get(name).identify(self.generation.generators[name].params)
+            for name in names
+            if registry.get(name).load is not None
+        }
+        packages = PACKAGES + (MODEL_PACKAGES if models else ())
+        return canonical_json(
+            {
+                "seed": self.config.seed,
+                "samples": self.config.samples,
+                "output": self.config.output.model_dump(mode="json"),
+                "generation": self.generation.model_dump(mode="json"),
+                "models": models,
+                "device": _device() if models else "cpu",
+                "threads": 1,
+                "packages": {name: _version(name) for name in packages},
+            }
+        )
+
+
+def traits_of(generation: Generation) -> dict[str, Trait]:
+    """What planning must know of each generator in the mix."""
+    traits = {}
+    for name, settings in generation.generators.items():
+        generator = registry.get(name)
+        params = generator.params.model_validate(settings.params)
+        traits[name] = Trait(
+            donors=generator.donors(params) if callable(generator.donors) else generator.donors,
+            defect=generator.defect,
+            batch_size=generator.batch_size,
+            params=canonical_json(params.model_dump(mode="json")),
+        )
+    return traits
+
+
+def round_from(
+    number: int,
+    config: Config,
+    generation: Generation,
+    images: Sequence[Image],
+    textures: Sequence[Image],
+) -> Round:
+    by_id = {image.image_id: image for image in [*textures, *images]}
+    return Round(number, config, generation, pool_from(images, textures), by_id, traits_of(generation))
+
+
+@lru_cache(maxsize=2)
+def load_round(workspace: str, number: int, settings: str) -> Round:
+    """Reads a round's settings and pictures; cached a process.
+
+    Raises:
+        WorkspaceError: the settings changed since the job was made.
+    """
+    space = Workspace(workspace)
+    raw = space.read_bytes(round_file(number, "settings.yaml"))
+    if hashlib.sha256(raw).hexdigest() != settings:
+        raise WorkspaceError(f"round {number}: settings.yaml changed while the run was under way; run again")
+    stored = space.read_yaml(round_file(number, "settings.yaml"))
+    config = Config.model_validate(stored["config"])
+    images = images_from(space.read_table("images.parquet"))
+    textures = images_from(space.read_table("textures.parquet")) if space.exists("textures.parquet") else []
+    return round_from(number, config, Generation.model_validate(stored["generation"]), images, textures)
+
+
+def settings_hash(space: Workspace, number: int) -> str:
+    return hashlib.sha256(space.read_bytes(round_file(number, "settings.yaml"))).hexdigest()
+
+
+# -- one shard ------------------------------------------------------------------------------------------
+
+
+def make_shard(job: Job) -> dict[str, Any]:
+    """Plans, makes, writes and records one shard; returns its row of ``shards.parquet``.
+
+    The samples table is written last and is the mark that the shard is whole. Deterministic errors become
+    failed recipes; I/O errors, lack of memory and interrupts leave nothing behind and propagate.
+    """
+    started = time.perf_counter()
+    space = Workspace(job.workspace)
+    round_ = load_round(job.workspace, job.round, job.settings)
+    recipes = round_.plan(job.shard)
+    space.write_table(part("recipes", job.round, job.shard, "parquet"), to_table(recipes, RECIPES))
+    planned = time.perf_counter()
+
+    made = list(make_samples(round_, recipes))
+    done = time.perf_counter()
+
+    accepted = [sample for sample in made if sample.members]
+    packed = shards.pack((sample.outcome.recipe.sample_id, sample.members) for sample in accepted)
+    path = part("shards", job.round, job.shard, "tar")
+    space.write_bytes(path, packed.data)
+    status = [sample.outcome.status for sample in made]
+    record = {
+        "round": job.round,
+        "shard": job.shard,
+        "path": path,
+        "sha256": packed.sha256,
+        "bytes": len(packed.data),
+        "accepted": status.count("accepted"),
+        "rejected": status.count("rejected"),
+        "failed": status.count("failed"),
+        "fingerprint": round_.fingerprint(),
+        "host": socket.gethostname(),
+        "lossy": round_.config.output.format == "jpg",
+        "plan_seconds": planned - started,
+        "synthesis_seconds": sum(sample.outcome.seconds for sample in made),
+        "encode_seconds": sum(sample.encode_seconds for sample in made),
+        "seconds": 0.0,
+    }
+    where = {
+        sample.outcome.recipe.sample_id: (offset, checksum)
+        for sample, offset, checksum in zip(accepted, packed.offsets, packed.checksums, strict=True)
+    }
+    rows = [_row(sample.outcome, *where.get(sample.outcome.recipe.sample_id, (-1, ""))) for sample in made]
+    table = to_table(rows, SAMPLES)
+    record["write_seconds"] = time.perf_counter() - done
+    record["seconds"] = time.perf_counter() - started
+    table = table.replace_schema_metadata({shards.SHARD_KEY: canonical_json(record)})
+    space.write_table(part("samples", job.round, job.shard, "parquet"), table)
+    return record
+
+
+@dataclass(frozen=True)
+class Made:
+    """An outcome and, if it was accepted, the members of its sample."""
+
+    outcome: Outcome
+    members: dict[str, bytes]
+    encode_seconds: float
+
+
+def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
+    """Synthesises recipes, generator by generator, and encodes what was accepted; in plan order.
+
+    Pictures are encoded as soon as their generator is done, so that a shard's pixels are never all in memory.
+    """
+    cache = PictureCache(round_)
+    signatures: list[np.ndarray] = []
+    made: dict[str, Made] = {}
+    for name in sorted({recipe.generator for recipe in recipes}):
+        generator = registry.get(name)
+        mine = [recipe for recipe in recipes if recipe.generator == name]
+        outcomes = synthesise(
+            mine,
+            cache.source,
+            generator,
+            load_model(name, mine[0].params),
+            round_.generation.gates,
+            round_.generation.attempts,
+            signatures,
+        )
+        for outcome in outcomes:
+            started = time.perf_counter()
+            members = _members(outcome, round_, cache) if outcome.status == "accepted" else {}
+            light = Outcome(**{**vars(outcome), "pixels": None, "mask": None, "feature": None})
+            made[outcome.recipe.sample_id] = Made(light, members, time.perf_counter() - started)
+    return [made[recipe.sample_id] for recipe in recipes]
+
+
+@cache
+def load_model(generator: str, params: str) -> Any:
+    """The generator's model, loaded once a process; None if it needs none."""
+    found = registry.get(generator)
+    return found.load(json.loads(params), _device()) if found.load is not None else None
+
+
+class PictureCache:
+    """Decoded pictures and resolved locations of one round, least recently used first out."""
+
+    def __init__(self, round_: Round):
+        self._round = round_
+        self._entries: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._bytes = 0
+
+    def source(self, recipe: Recipe) -> Source:
+        """What the generator sees of a recipe's picture and donors.
+
+        Raises:
+            PictureError: a picture is missing, damaged or has changed since it was read.
+        """
+        pixels = self.pixels(recipe.image_id)
+        donors = tuple(_channels(self.pixels(donor), pixels.shape[2]) for donor in recipe.donors)
+        return Source(pixels, self.allowed(recipe.image_id, recipe.location), donors)
+
+    def pixels(self, image_id: str) -> np.ndarray:
+        output = self._round.config.output
+        return self._get(
+            ("pixels", image_id),
+            lambda: pictures.load(self._round.images[image_id], bits=output.bits, max_side=output.max_side),
+        )
+
+    def allowed(self, image_id: str, location: str) -> np.ndarray:
+        return self._get((location, image_id), lambda: self._resolve(image_id, location))
+
+    def encoded_normal(self, image_id: str) -> bytes:
+        return self._get(
+            ("encoded", image_id),
+            lambda: pictures.encode(self.pixels(image_id), self._round.config.output.format),
+        )
+
+    def _resolve(self, image_id: str, location: str) -> np.ndarray:
+        image, pixels = self._round.images[image_id], self.pixels(image_id)
+        shape = pixels.shape[:2]
+        roi = pictures.load_location(image.roi_path, shape) if image.roi_path else None
+        ignore = pictures.load_location(image.ignore_path, shape) if image.ignore_path else None
+        return resolve_location(location, pixels, roi, ignore)
+
+    def _get(self, key: tuple[str, str], make: Callable[[], Any]) -> Any:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        value = make()
+        self._entries[key] = value
+        self._bytes += _size(value)
+        while self._bytes > CACHE_BYTES and len(self._entries) > 1:
+            self._bytes -= _size(self._entries.popitem(last=False)[1])
+        return value
+
+
+def _size(value: Any) -> int:
+    return int(getattr(value, "nbytes", 0)) or len(value)
+
+
+def _channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Donors get the channel count of the picture they serve: grey is repeated, colour is averaged."""
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return np.rint(pixels.mean(axis=2, keepdims=True)).astype(pixels.dtype)
+
+
+def _members(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str, bytes]:
+    """The members of an accepted sample, in the order in which they lie in the tar."""
+    recipe, output = outcome.recipe, round_.config.output
+    image = round_.images[recipe.image_id]
+    members: dict[str, bytes] = {}
+    provenance: dict[str, Any] = {
+        "image_sha256": image.sha256,
+        "licence": image.licence,
+        "mode": image.mode,
+        "bits": output.bits,
+        "lossy": output.format == "jpg",
+        "attempt": outcome.attempts - 1,
+        "generator": registry.get(recipe.generator).identify(recipe.settings()),
+    }
+    if outcome.feature is not None:
+        sink = io.BytesIO()
+        np.save(sink, outcome.feature.feature, allow_pickle=False)
+        members["feature.npy"] = sink.getvalue()
+        provenance |= {"layers": list(outcome.feature.layers), "backbone": outcome.feature.backbone}
+    else:
+        members[f"image.{output.format}"] = pictures.encode(outcome.pixels, output.format)
+    members["mask.png"] = pictures.encode_mask(outcome.mask)
+    if output.normals:
+        members[f"normal.{output.format}"] = cache.encoded_normal(recipe.image_id)
+    scores = {
+        "leak": outcome.leak,
+        "hollow": outcome.hollow,
+        "contrast": outcome.contrast,
+        "area": outcome.mask_area,
+    }
+    members["json"] = shards.sample_json(asdict(recipe), scores, provenance)
+    return members
+
+
+def _row(outcome: Outcome, offset: int, checksum: str) -> dict[str, Any]:
+    recipe = asdict(outcome.recipe)
+    return {
+        **recipe,
+        "wanted_area": recipe["area"],
+        "area": outcome.mask_area,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "leak": outcome.leak,
+        "hollow": outcome.hollow,
+        "contrast": outcome.contrast,
+        "attempts": outcome.attempts,
+        "offset": offset,
+        "checksum": checksum,
+        "seconds": outcome.seconds,
+        "device": _device() if registry.get(outcome.recipe.generator).load is not None else "cpu",
+        "versions": canonical_json({name: _version(name) for name in PACKAGES}),
+    }
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+@cache
+def _device() -> str:
+    """What models run on; decided once a process."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# -- what is there --------------------------------------------------------------------------------------
+
+
+def shard_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | None:
+    """The row of a finished shard from its samples table's metadata, or None if it is not finished."""
+    try:
+        with space.fs.open(space.path(part("samples", number, shard, "parquet")), "rb") as file:
+            metadata = pq.read_schema(file).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    raw = metadata.get(shards.SHARD_KEY)
+    return json.loads(raw) if raw else None
+
+
+def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
+    """Makes an accepted sample again from its stored recipe and compares.
+
+    Returns ``{"identical": bool, "pixels_differ": int, "largest": int, "path": str}``: whether the members
+    are equal byte for byte, how many pixels of the picture differ and by how many levels at most.
+
+    Raises:
+        WorkspaceError: no such accepted sample.
+    """
+    number, shard = _parse_id(sample_id)
+    table = space.read_table(part("samples", number, shard, "parquet"))
+    rows = {row["sample_id"]: row for row in table.to_pylist()}
+    row = rows.get(sample_id)
+    if row is None or row["status"] != "accepted":
+        state = "is not in the workspace" if row is None else f"was {row['status']} ({row['reason']})"
+        raise WorkspaceError(f"sample {sample_id} {state}; only accepted samples can be replayed")
+    round_ = load_round(space.url, number, settings_hash(space, number))
+    path = part("shards", number, shard, "tar")
+    stored = dict(shards.unpack(space.read_bytes(path), space.path(path)))[sample_id]
+    recipes = {recipe.sample_id: recipe for recipe in recipes_from(table)}
+    members = _remake(round_, recipes, rows, sample_id)
+    differ, largest = _compare(stored, members)
+    return {
+        "identical": shards.checksum(members) == row["checksum"] == shards.checksum(stored),
+        "pixels_differ": differ,
+        "largest": largest,
+        "path": space.path(path),
+    }
+
+
+def _remake(
+    round_: Round, recipes: dict[str, Recipe], rows: dict[str, dict[str, Any]], sample_id: str
+) -> dict[str, bytes]:
+    """One accepted attempt again, in the batch in which it was made: those of its planned batch that were
+    still without an accepted picture at that attempt."""
+    from generation.synthesis import attempt
+
+    wanted = recipes[sample_id]
+    tries = rows[sample_id]["attempts"]
+    batch = [
+        recipe
+        for recipe in recipes.values()
+        if (recipe.generator, recipe.batch) == (wanted.generator, wanted.batch)
+        and rows[recipe.sample_id]["attempts"] >= tries
+    ]
+    cache = PictureCache(round_)
+    outcomes = attempt(
+        batch,
+        cache.source,
+        registry.get(wanted.generator),
+        load_model(wanted.generator, wanted.params),
+        tries - 1,
+    )
+    outcome = outcomes[[recipe.sample_id for recipe in batch].index(sample_id)]
+    return _members(outcome, round_, cache)
+
+
+def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, int]:
+    for name, data in stored.items():
+        if name.startswith("image."):
+            old = pictures.decode(data, name=f"stored {name}").pixels.astype(int)
+            new = pictures.decode(made[name], name=f"replayed {name}").pixels.astype(int)
+            difference = np.abs(old - new).max(axis=2)
+            return int(np.count_nonzero(difference)), int(difference.max())
+    return 0, 0
+
+
+def _parse_id(sample_id: str) -> tuple[int, int]:
+    parts = sample_id.split("-")
+    if len(parts) != 3 or not all(piece.isdigit() for piece in parts):
+        raise WorkspaceError(
+            f"{sample_id!r} is no sample id; they read ROUND-SHARD-INDEX, e.g. 000-00001-00042"
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def prepare_process(threads: int = 1) -> None:
+    """Fixes the thread counts of a worker process: they are part of what makes bytes equal."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    cv2.setNumThreads(threads)
+
+
+def generators_of(generation: Generation) -> list[Generator]:
+    return [registry.get(name) for name, s in generation.generators.items() if s.share > 0]
