@@ -106,6 +106,7 @@ class Undrawable(ValueError):
 DrawFunction = Callable[[Recipe, Source, np.random.Generator], Any]
 ApplyFunction = Callable[[Sequence[Source], Sequence[Any], Any], list[Edit] | list[FeatureEdit]]
 LoadFunction = Callable[[Mapping[str, Any], str], Any]
+Donors = Literal["none", "texture", "normal"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Generator:
         draw: ``draw(recipe, source, rng) -> draw``; all randomness; may raise :class:`Undrawable`.
         apply: ``apply(sources, draws, model) -> edits``; pure; one edit a source.
         params: the generator's own settings with their defaults.
-        donors: what the recipe must name for it: nothing, a texture, or another normal picture.
+        donors: what the recipe must name for it: nothing, a texture, or another normal picture; a function
+            of its params if they decide.
         defect: the word for what it draws when the configuration names none.
         load: ``load(params, device) -> model``; called once a worker; None if no model is needed.
         identify: ``identify(params) -> dict``; id, revision and licence of the model for provenance.
@@ -132,7 +134,7 @@ class Generator:
     draw: DrawFunction
     apply: ApplyFunction
     params: type[Params] = Params
-    donors: Literal["none", "texture", "normal"] = "none"
+    donors: Donors | Callable[[Any], Donors] = "none"
     defect: str = "defect"
     load: LoadFunction | None = None
     identify: Callable[[Mapping[str, Any]], dict[str, str]] = field(default=lambda _params: {})

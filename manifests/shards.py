@@ -79,7 +79,7 @@ def unpack(data: bytes, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for info in tar:
                 key, _, extension = info.name.partition(".")
-                if not info.isreg() or "/" in key or not extension:
+                if not info.isreg() or "/" in info.name or not key or not extension:
                     raise ShardError(f"{name} holds {info.name!r}, which is not a member of a sample")
                 if key != current:
                     if current is not None:

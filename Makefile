@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all their set-up in .venv on a machine with Python 3.11 and a registry.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/flawsmith demo demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	mkdir -p bench
+	for name in synthesis pipeline metrics; do \
+		$(BIN)/python -m tests.benchmarks.$$name --json bench/$$name.json || exit 1; \
+	done
+
+# pip, because torch and torchvision must be picked together; see pyproject.toml.
+$(VENV)/.installed: pyproject.toml
+	command -v $(PYTHON) >/dev/null || { echo "needs $(PYTHON); set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-bench demo bench

@@ -1,0 +1,122 @@
+"""CutPaste: a rectangle of the picture, recoloured, pasted elsewhere (Li et al. 2021; core.md 5.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from generation.masks import place, union
+from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
+from manifests.schema import Recipe
+
+
+class CutPasteParams(Params):
+    """Settings of ``cutpaste``.
+
+    Attributes:
+        aspect: largest ratio of the rectangle's sides, drawn log-uniformly in [1/aspect, aspect].
+        jitter: largest change of brightness, contrast and tint at severity 1, as a share.
+    """
+
+    aspect: float = 3.3
+    jitter: float = 0.4
+
+
+@dataclass(frozen=True)
+class Paste:
+    """One rectangle: where to, from where (top left corner), and its colours: ``gain·x + offset`` a channel."""
+
+    target: Box
+    source: tuple[int, int]
+    gain: tuple[float, ...]
+    offset: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CutPasteDraw:
+    pastes: tuple[Paste, ...]
+    opacity: float
+    box: Box
+    region: np.ndarray
+
+
+def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDraw:
+    """Rectangles that together have the wanted area, each around an allowed place."""
+    params = CutPasteParams(**recipe.settings())
+    shape = source.allowed.shape
+    shares = rng.uniform(1, 2, recipe.count)
+    pastes = []
+    for share in shares / shares.sum():
+        pixels = max(share * recipe.area * source.allowed.size, 4.0)
+        target = _rectangle(rng, source.allowed, pixels, params.aspect)
+        height, width = target[1] - target[0], target[3] - target[2]
+        corner = int(rng.integers(shape[0] - height + 1)), int(rng.integers(shape[1] - width + 1))
+        pastes.append(Paste(target, corner, *jitter(rng, source.pixels.shape[2], recipe.severity * params.jitter)))
+    solid = [(p.target, np.ones((p.target[1] - p.target[0], p.target[3] - p.target[2]), np.bool_)) for p in pastes]
+    (y0, y1, x0, x1), region = union(solid, shape)
+    region &= source.allowed[y0:y1, x0:x1]
+    if not region.any():
+        raise Undrawable("no room")
+    return CutPasteDraw(tuple(pastes), 0.4 + 0.6 * recipe.severity, (y0, y1, x0, x1), region)
+
+
+def apply(sources: Sequence[Source], draws: Sequence[CutPasteDraw], _model: Any) -> list[Edit]:
+    return [_apply(source, one) for source, one in zip(sources, draws, strict=True)]
+
+
+def _apply(source: Source, one: CutPasteDraw) -> Edit:
+    patch = source.crop(one.box)
+    for paste in one.pastes:
+        y0, y1, x0, x1 = paste.target
+        top, left = paste.source
+        piece = source.crop((top, top + y1 - y0, left, left + x1 - x0))
+        piece = recolour(piece, paste.gain, paste.offset)
+        view = patch[y0 - one.box[0] : y1 - one.box[0], x0 - one.box[2] : x1 - one.box[2]]
+        view += np.float32(one.opacity) * (piece - view)
+    keep = one.region[..., None]
+    return Edit(one.box, np.where(keep, patch, source.crop(one.box)), one.region)
+
+
+def jitter(rng: np.random.Generator, channels: int, strength: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Contrast and brightness, and a slight tint: gain and offset a channel.
+
+    The amount is at least half of ``strength`` in one direction or the other, so that a stronger sample is
+    a more visible one.
+    """
+    contrast, brightness = rng.choice([-1, 1], 2) * rng.uniform(0.5, 1, 2) * strength
+    tint = rng.uniform(-0.25, 0.25, channels) * strength if channels == 3 else np.zeros(channels)
+    gain = 1 + 0.5 * contrast + tint
+    return tuple(gain.tolist()), (float(0.5 * brightness),) * channels
+
+
+def recolour(piece: np.ndarray, gain: Sequence[float], offset: Sequence[float]) -> np.ndarray:
+    """``gain·(x − mean) + mean + offset`` a channel, clipped to [0, 1]; float32 as given."""
+    mean = piece.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
+    scaled = (piece - mean) * np.float32(gain) + (mean + np.float32(offset))
+    return np.clip(scaled, 0, 1)
+
+
+def _rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, aspect: float) -> Box:
+    """A rectangle of about that many pixels around an allowed place, within the picture."""
+    ratio = math.sqrt(math.exp(rng.uniform(-math.log(aspect), math.log(aspect))))
+    height = int(np.clip(round(math.sqrt(pixels) * ratio), 1, allowed.shape[0]))
+    width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
+    y, x = place(rng, allowed)
+    top = int(np.clip(y - height // 2, 0, allowed.shape[0] - height))
+    left = int(np.clip(x - width // 2, 0, allowed.shape[1] - width))
+    return top, top + height, left, left + width
+
+
+GENERATOR = Generator(
+    name="cutpaste",
+    family="classic",
+    summary="a recoloured rectangle of the picture pasted elsewhere: misplaced or foreign parts",
+    draw=draw,
+    apply=apply,
+    params=CutPasteParams,
+    defect="misplaced patch",
+)

@@ -1,0 +1,287 @@
+"""Where an anomaly lies: Perlin noise, blobs of a wanted area, soft edges, and the places that are allowed."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+
+from generation.protocol import Box, Undrawable
+from manifests.errors import PictureError, UsageError
+
+NOISE_SIDE = 96  # grid on which a blob's noise is computed; smooth noise loses nothing when it is enlarged
+TRIES = 8  # places and shapes tried for one blob before the draw is given up
+SMALLEST = 4  # pixels of the smallest blob
+MARGIN = 4  # pixels around a region in its box, so that soft edges and filters see their surroundings
+
+
+def perlin(angles: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Perlin gradient noise (core.md 5.1).
+
+    Computed one lattice row at a time of the separable form: a pixel is a sum over its four lattice corners
+    of products of one function of y and one of x, so only products of small tables are formed.
+
+    Args:
+        angles: float, (cells_y + 1)×(cells_x + 1); directions of the lattice gradients in radians.
+        height, width: of the result; multiples of the cell counts, or the next such size is cropped.
+
+    Returns:
+        float32, height×width, within about [−1, 1].
+    """
+    cells_y, cells_x = angles.shape[0] - 1, angles.shape[1] - 1
+    size_y, size_x = -(-height // cells_y), -(-width // cells_x)
+    v, v_near, v_far = _fade(size_y)
+    u, u_near, u_far = _fade(size_x)
+    gy = (math.sqrt(2) * np.sin(angles)).astype(np.float32)
+    gx = (math.sqrt(2) * np.cos(angles)).astype(np.float32)
+
+    def rows(gradient: np.ndarray, near: np.ndarray, far: np.ndarray) -> np.ndarray:
+        """Interpolated along y only: height×(cells_x + 1)."""
+        upper = gradient[:-1, None, :] * near[None, :, None]
+        lower = gradient[1:, None, :] * far[None, :, None]
+        return (upper + lower).reshape(cells_y * size_y, cells_x + 1)[:height]
+
+    along_y = rows(gy, v_near * v, v_far * (v - 1))
+    along_x = rows(gx, v_near, v_far)
+    noise = along_y[:, :-1, None] * u_near
+    noise += along_y[:, 1:, None] * u_far
+    noise += along_x[:, :-1, None] * (u_near * u)
+    noise += along_x[:, 1:, None] * (u_far * (u - 1))
+    return noise.reshape(height, cells_x * size_x)[:, :width]
+
+
+def _fade(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Along one lattice cell: offset in [0, 1), weight of the near corner, weight of the far corner."""
+    t = np.arange(size, dtype=np.float32) / np.float32(size)
+    far = t * t * t * (t * (t * 6 - 15) + 10)
+    return t, 1 - far, far
+
+
+def fractal(rng: np.random.Generator, side: int, cells_y: int, cells_x: int, octaves: int = 3) -> np.ndarray:
+    """Perlin noise plus finer octaves, each of half the strength: float32, side×side."""
+    total = np.zeros((side, side), np.float32)
+    for octave in range(octaves):
+        shape = [min(cells << octave, max(side // 2, 1)) + 1 for cells in (cells_y, cells_x)]
+        total += np.float32(0.5**octave) * perlin(rng.uniform(0, 2 * math.pi, shape), side, side)
+    return total
+
+
+def blobs(
+    rng: np.random.Generator, allowed: np.ndarray, area: float, count: int
+) -> tuple[Box, np.ndarray]:
+    """Perlin-shaped regions that together cover a wanted share of the picture.
+
+    Each blob is the largest connected part of {noise − elliptical distance > t} around a random allowed
+    place, with t such that this part has the wanted size. The noise is fractal Perlin noise with a random,
+    anisotropic lattice and a random rotation (core.md 5.1); the falloff, and so a wanted area in place of a
+    fixed threshold, is inference. Sizes of several blobs differ by up to a factor of three.
+
+    Args:
+        rng: consumed.
+        allowed: bool, H×W; the blobs lie within.
+        area: wanted share of the picture, in (0, 1]; a blob has at least 4 pixels.
+        count: blobs, at least 1; fewer where two grow together.
+
+    Returns:
+        A box with a margin of 4 pixels where the picture has them, and the region in it: bool, h×w.
+
+    Raises:
+        Undrawable: no room for one of the blobs.
+    """
+    shares = rng.uniform(1, 3, count)
+    sizes = np.maximum(shares / shares.sum() * area * allowed.size, SMALLEST)
+    parts: list[tuple[Box, np.ndarray]] = []
+    for size in sizes:
+        for _ in range(TRIES):
+            part = _blob(rng, allowed, float(size), parts)
+            if part is not None:
+                parts.append(part)
+                break
+        else:
+            raise Undrawable("no room")
+    return union(parts, allowed.shape)
+
+
+def union(parts: list[tuple[Box, np.ndarray]], shape: tuple[int, ...], margin: int = MARGIN) -> tuple[Box, np.ndarray]:
+    """Regions in their boxes to one region in one box, with a margin where the picture has it."""
+    corners = np.array([box for box, _ in parts])
+    y0, x0 = np.maximum(corners[:, [0, 2]].min(axis=0) - margin, 0).tolist()
+    y1, x1 = np.minimum(corners[:, [1, 3]].max(axis=0) + margin, shape[:2]).tolist()
+    region = np.zeros((y1 - y0, x1 - x0), np.bool_)
+    for (top, bottom, left, right), part in parts:
+        region[top - y0 : bottom - y0, left - x0 : right - x0] |= part
+    return (y0, y1, x0, x1), region
+
+
+def _blob(
+    rng: np.random.Generator, allowed: np.ndarray, size: float, others: list[tuple[Box, np.ndarray]]
+) -> tuple[Box, np.ndarray] | None:
+    """One blob of about ``size`` pixels, tightly boxed; None if this place or shape does not serve."""
+    height, width = allowed.shape
+    stretch = math.sqrt(math.exp(rng.uniform(0, math.log(4))))
+    radius = math.sqrt(size / math.pi)
+    reach = min(math.ceil(1.9 * radius * stretch) + 2, max(height, width))
+    y, x = place(rng, allowed)
+    angle = rng.uniform(0, math.pi)
+    roughness = rng.uniform(0.4, 1.4)
+    cells_y, cells_x = (2 ** rng.integers(1, 4, 2)).tolist()
+    if any(y0 <= y < y1 and x0 <= x < x1 for (y0, y1, x0, x1), _ in others):
+        return None
+
+    full = 2 * reach + 1
+    side = min(full, NOISE_SIDE)
+    axis = np.linspace(-reach, reach, side, dtype=np.float32)
+    sine, cosine = np.float32(math.sin(angle)), np.float32(math.cos(angle))
+    long = (axis[:, None] * sine + axis * cosine) / np.float32(radius * stretch)
+    short = (axis[:, None] * cosine - axis * sine) / np.float32(radius / stretch)
+    level = np.float32(roughness) * _turned(fractal(rng, side, cells_y, cells_x), angle)
+    level -= cv2.magnitude(long, short)
+
+    # The part of the square that lies in the picture, and what of it is allowed, on the noise's grid.
+    top, left = max(y - reach, 0), max(x - reach, 0)
+    box = (top, min(y + reach + 1, height), left, min(x + reach + 1, width))
+    inside = allowed[box[0] : box[1], box[2] : box[3]]
+    open_ = np.zeros((full, full), np.uint8)
+    offset_y, offset_x = top - (y - reach), left - (x - reach)
+    open_[offset_y : offset_y + inside.shape[0], offset_x : offset_x + inside.shape[1]] = inside
+    coarse = open_ if side == full else cv2.resize(open_, (side, side), interpolation=cv2.INTER_NEAREST)
+
+    threshold, part = _largest(level, coarse, size * (side / full) ** 2)
+    if threshold is None:
+        return None
+    if side < full:
+        # Other parts sink below the threshold, so that enlarging keeps this one alone.
+        level = np.where(cv2.dilate(part, None) > 0, level, np.minimum(level, threshold - np.float32(0.25)))
+        fine = cv2.resize(level, (full, full), interpolation=cv2.INTER_LINEAR)
+        part = ((fine >= threshold) & (open_ > 0)).astype(np.uint8)
+    left, top, w, h = cv2.boundingRect(part)
+    if w == 0:
+        return None
+    y0, x0 = y - reach + top, x - reach + left
+    return (y0, y0 + h, x0, x0 + w), part[top : top + h, left : left + w] > 0
+
+
+def _turned(noise: np.ndarray, angle: float) -> np.ndarray:
+    """Rotated about its centre; corners are filled by reflection."""
+    centre = (noise.shape[0] - 1) / 2
+    turn = cv2.getRotationMatrix2D((centre, centre), math.degrees(angle), 1)
+    return cv2.warpAffine(noise, turn, noise.shape[::-1], borderMode=cv2.BORDER_REFLECT_101)
+
+
+def _largest(level: np.ndarray, open_: np.ndarray, size: float) -> tuple[np.float32 | None, np.ndarray]:
+    """Threshold whose largest connected part within ``open_`` has about ``size`` pixels, and that part."""
+    values = level[open_ > 0]
+    wanted = max(size, 1.0)
+    share = wanted
+    for _ in range(4):
+        rank = min(round(share), len(values))
+        if rank < 1:
+            break
+        threshold = np.partition(values, len(values) - rank)[len(values) - rank]
+        above = ((level >= threshold) & (open_ > 0)).astype(np.uint8)
+        labels = cv2.connectedComponents(above, connectivity=8)[1]
+        sizes = np.bincount(labels.ravel())
+        sizes[0] = 0
+        best = int(sizes.argmax())
+        if sizes[best] >= 0.85 * wanted:
+            return threshold, (labels == best).astype(np.uint8)
+        if rank == len(values):
+            break
+        share *= min(wanted / sizes[best], 2.0)
+    return None, open_
+
+
+def place(rng: np.random.Generator, allowed: np.ndarray) -> tuple[int, int]:
+    """A random allowed pixel: y, x."""
+    height, width = allowed.shape
+    for _ in range(16):  # cheap where much is allowed
+        y, x = int(rng.integers(height)), int(rng.integers(width))
+        if allowed[y, x]:
+            return y, x
+    places = np.flatnonzero(allowed)
+    return divmod(int(places[rng.integers(len(places))]), width)
+
+
+def feather(region: np.ndarray, width: int) -> np.ndarray:
+    """Soft weight that falls to 0 towards the region's edge, from inside, over about ``width`` pixels.
+
+    Args:
+        region: bool, h×w; the border of the array counts as continued.
+
+    Returns:
+        float32 in [0, 1], h×w; 0 outside the region.
+    """
+    solid = region.astype(np.float32)
+    if width < 1:
+        return solid
+    size = 2 * width + 1
+    mean = cv2.blur(solid, (size, size), borderType=cv2.BORDER_REPLICATE)
+    # A straight edge has a mean of one half; a little more keeps thin parts from vanishing.
+    return np.clip((mean - np.float32(0.4)) / np.float32(0.6), 0, 1) * solid
+
+
+def foreground(pixels: np.ndarray) -> np.ndarray:
+    """The part, if the picture shows one on a plain background; otherwise everything (core.md 5.6).
+
+    Otsu's threshold on the distance in Lab from the median colour of the picture's border, smoothed; the
+    result is taken only if it covers 5 to 95 % of the picture and hardly touches the border (the latter is
+    inference: on a texture the threshold splits nothing but noise).
+
+    Args:
+        pixels: uint8 or uint16, H×W×C.
+
+    Returns:
+        bool, H×W; never empty.
+    """
+    height, width, channels = pixels.shape
+    everything = np.ones((height, width), np.bool_)
+    picture = pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8)
+    picture = cv2.medianBlur(picture, 3).reshape(pixels.shape) if min(height, width) > 2 else picture
+    lab = (cv2.cvtColor(picture, cv2.COLOR_RGB2LAB) if channels == 3 else picture).astype(np.float32)
+    border = np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]])
+    distance = np.sqrt(((lab - np.median(border, axis=0)) ** 2).sum(axis=2))
+    grey = np.minimum(distance, 255).astype(np.uint8)
+    threshold, above = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    size = max(3, min(height, width) // 50 | 1)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    part = cv2.morphologyEx(cv2.morphologyEx(above, cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc) > 0
+    edge = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]])
+    if not 0.05 <= part.mean() <= 0.95 or edge.mean() > 0.5:
+        return everything
+    return part
+
+
+def resolve_location(
+    location: str, pixels: np.ndarray, roi: np.ndarray | None = None, ignore: np.ndarray | None = None
+) -> np.ndarray:
+    """Where a recipe's anomaly may lie.
+
+    Args:
+        location: ``anywhere``, ``foreground`` or ``roi``.
+        pixels: uint8 or uint16, H×W×C.
+        roi: bool, H×W, for ``roi``.
+        ignore: bool, H×W; places excluded whatever the location.
+
+    Returns:
+        bool, H×W; never empty.
+
+    Raises:
+        UsageError: an unknown location, or ``roi`` without a mask.
+        PictureError: nothing is left.
+    """
+    if location == "anywhere":
+        allowed = np.ones(pixels.shape[:2], np.bool_)
+    elif location == "foreground":
+        allowed = foreground(pixels)
+    elif location == "roi":
+        if roi is None:
+            raise UsageError("location is roi, but the source has no region-of-interest mask: name one (roi)")
+        allowed = roi.astype(np.bool_)
+    else:
+        raise UsageError(f"unknown location {location!r}: use anywhere, foreground or roi")
+    if ignore is not None:
+        allowed = allowed & ~ignore.astype(np.bool_)
+    if not allowed.any():
+        raise PictureError(f"location {location} leaves no pixel of the picture once the ignored ones are gone")
+    return allowed

@@ -1,0 +1,188 @@
+"""A patch of another good picture, blended in the gradient domain (NSA, Schlüter et al. 2022; core.md 5.4).
+
+The changed box is a rectangle, so the Poisson equation is solved exactly by two sine transforms instead of
+an iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+from scipy.fft import dstn, idstn, next_fast_len
+
+from generation.masks import place
+from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
+from manifests.errors import UsageError
+from manifests.schema import Recipe
+
+
+class PoissonParams(Params):
+    """Settings of ``poisson``.
+
+    Attributes:
+        mixed: keep, per pixel step, the stronger of the two gradients ("mixed clone", for textures);
+            otherwise the donor's alone ("normal clone").
+        resize_low, resize_high: the patch's zoom, drawn from N(1, 0.5) and clipped.
+        shift: deviation of the patch's place in the donor from its target, as a share of the side.
+    """
+
+    mixed: bool = False
+    resize_low: float = 0.7
+    resize_high: float = 1.3
+    shift: float = 0.25
+
+
+@dataclass(frozen=True)
+class Clone:
+    """One patch: its target, and its content: float32 in [0, 1], as large as the target."""
+
+    target: Box
+    content: np.ndarray
+
+
+@dataclass(frozen=True)
+class PoissonDraw:
+    clones: tuple[Clone, ...]
+    opacity: float
+    mixed: bool
+    box: Box
+    allowed: np.ndarray
+
+
+def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PoissonDraw:
+    """Rectangles around allowed places, and for each a piece of the donor from near the same place.
+
+    Raises:
+        UsageError: the recipe names no donor.
+        Undrawable: the picture is too small for a patch.
+    """
+    params = PoissonParams(**recipe.settings())
+    if not source.donors:
+        raise UsageError(
+            f"poisson needs another good picture, but recipe {recipe.sample_id} names no donor: "
+            "a source needs at least two good pictures"
+        )
+    if min(source.allowed.shape) < 4:
+        raise Undrawable("no room")
+    donor = source.donors[rng.integers(len(source.donors))]
+    shares = rng.uniform(1, 2, recipe.count)
+    clones = []
+    for share in shares / shares.sum():
+        # The change fades towards the rectangle's border: about two thirds of it become visible.
+        target = _rectangle(rng, source.allowed, 1.5 * share * recipe.area * source.allowed.size)
+        clones.append(Clone(target, _piece(rng, donor, target, source, params)))
+    corners = np.array([clone.target for clone in clones])
+    (y0, x0), (y1, x1) = corners[:, [0, 2]].min(axis=0).tolist(), corners[:, [1, 3]].max(axis=0).tolist()
+    allowed = source.allowed[y0:y1, x0:x1]
+    return PoissonDraw(tuple(clones), 0.3 + 0.7 * recipe.severity, params.mixed, (y0, y1, x0, x1), allowed)
+
+
+def apply(sources: Sequence[Source], draws: Sequence[PoissonDraw], _model: Any) -> list[Edit]:
+    return [_apply(source, one) for source, one in zip(sources, draws, strict=True)]
+
+
+def _apply(source: Source, one: PoissonDraw) -> Edit:
+    patch = source.crop(one.box)
+    region = np.zeros(one.allowed.shape, np.bool_)
+    for clone in one.clones:
+        y0, y1, x0, x1 = clone.target
+        part = np.s_[y0 - one.box[0] : y1 - one.box[0], x0 - one.box[2] : x1 - one.box[2]]
+        inside = one.allowed[part]
+        # The gradient domain has no edge at a location's border: fade there.
+        weight = inside.astype(np.float32)
+        if not inside.all():
+            weight *= cv2.blur(weight, (7, 7), borderType=cv2.BORDER_REPLICATE)
+        change = clone_gradients(patch[part], clone.content, one.mixed)
+        patch[part] += (np.float32(one.opacity) * weight)[..., None] * change
+        region[part] |= inside
+    return Edit(one.box, np.clip(patch, 0, 1), region)
+
+
+def clone_gradients(target: np.ndarray, content: np.ndarray, mixed: bool) -> np.ndarray:
+    """What to add to ``target`` so that it gets ``content``'s gradients but keeps its own border pixels.
+
+    Solves Δg = div(v − ∇target) on the inner pixels with g = 0 on the border, v the gradient of ``content``
+    or, if ``mixed``, at each step between two pixels the larger of the two gradients.
+
+    Args:
+        target, content: float32, h×w×C, h and w at least 3.
+
+    Returns:
+        float32, h×w×C; zero on the border.
+    """
+    divergence = np.zeros_like(target[1:-1, 1:-1])
+    for axis in (0, 1):
+        own, new = np.diff(target, axis=axis), np.diff(content, axis=axis)
+        step = new - own
+        if mixed:
+            step[np.abs(own) >= np.abs(new)] = 0
+        step = step[:, 1:-1] if axis == 0 else step[1:-1]
+        divergence += np.diff(step, axis=axis)
+    change = np.zeros_like(target)
+    spectrum = dstn(divergence, type=1, axes=(0, 1)) / _eigenvalues(*divergence.shape[:2])[..., None]
+    change[1:-1, 1:-1] = idstn(spectrum, type=1, axes=(0, 1))
+    return change
+
+
+@lru_cache(maxsize=256)
+def _eigenvalues(height: int, width: int) -> np.ndarray:
+    """Of the five-point Laplacian with a border of zeros, in the basis of the sine transform (type 1)."""
+    y = 2 * np.cos(np.pi * np.arange(1, height + 1) / (height + 1)) - 2
+    x = 2 * np.cos(np.pi * np.arange(1, width + 1) / (width + 1)) - 2
+    return (y[:, None] + x[None, :]).astype(np.float32)
+
+
+def _rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float) -> Box:
+    """Around an allowed place, within the picture, of a size that the sine transform likes."""
+    ratio = math.sqrt(math.exp(rng.uniform(-math.log(2), math.log(2))))
+    height = _fast(math.sqrt(pixels) * ratio, allowed.shape[0])
+    width = _fast(pixels / height, allowed.shape[1])
+    y, x = place(rng, allowed)
+    top = int(np.clip(y - height // 2, 0, allowed.shape[0] - height))
+    left = int(np.clip(x - width // 2, 0, allowed.shape[1] - width))
+    return top, top + height, left, left + width
+
+
+def _fast(side: float, limit: int) -> int:
+    """The next side whose inner part transforms fast: a side of n has n − 2 inner pixels, an FFT of 2(n − 1)."""
+    wanted = next_fast_len(max(round(side), 4) - 1, real=True) + 1
+    return min(wanted, limit)
+
+
+def _piece(
+    rng: np.random.Generator, donor: np.ndarray, target: Box, source: Source, params: PoissonParams
+) -> np.ndarray:
+    height, width = target[1] - target[0], target[3] - target[2]
+    zoom = float(np.clip(rng.normal(1, 0.5), params.resize_low, params.resize_high))
+    tall = int(np.clip(round(height / zoom), 1, donor.shape[0]))
+    wide = int(np.clip(round(width / zoom), 1, donor.shape[1]))
+    share = rng.normal(0, params.shift, 2)
+    corner = []
+    for start, side, length, full in (
+        (target[0], donor.shape[0], tall, source.pixels.shape[0]),
+        (target[2], donor.shape[1], wide, source.pixels.shape[1]),
+    ):
+        at = (start / full + share[len(corner)]) * side
+        corner.append(int(np.clip(round(at), 0, side - length)))
+    piece = donor[corner[0] : corner[0] + tall, corner[1] : corner[1] + wide]
+    if (tall, wide) != (height, width):
+        piece = cv2.resize(piece, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+    return piece.reshape(height, width, -1).astype(np.float32) / np.float32(source.levels)
+
+
+GENERATOR = Generator(
+    name="poisson",
+    family="classic",
+    summary="a patch of another good picture, blended without a seam: deformed, missing or doubled parts",
+    draw=draw,
+    apply=apply,
+    params=PoissonParams,
+    donors="normal",
+    defect="deformation",
+)

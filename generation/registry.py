@@ -1,0 +1,53 @@
+"""The generators by name. A name costs nothing until it is asked for: modules are imported lazily.
+
+A package adds its own with an entry point of the group ``flawsmith.generators``::
+
+    [project.entry-points."flawsmith.generators"]
+    scorch = "my_package.scorch:GENERATOR"
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from generation.protocol import Generator
+from manifests.errors import UsageError
+
+GROUP = "flawsmith.generators"
+BUILT_IN = {
+    "perlin": "generation.perlin:GENERATOR",
+    "cutpaste": "generation.cutpaste:GENERATOR",
+    "scar": "generation.scar:GENERATOR",
+    "poisson": "generation.poisson:GENERATOR",
+    "frequency": "generation.frequency:GENERATOR",
+    "feature": "generation.feature:GENERATOR",
+}
+
+
+def names() -> list[str]:
+    """Every known generator, built in or from an installed package, sorted."""
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))})
+
+
+def get(name: str) -> Generator:
+    """The generator of that name. A built-in name cannot be taken by another package.
+
+    Raises:
+        UsageError: no such generator, or an entry point that names something else.
+    """
+    if name in BUILT_IN:
+        module, attribute = BUILT_IN[name].split(":")
+        return getattr(import_module(module), attribute)
+    for point in entry_points(group=GROUP, name=name):
+        generator = point.load()
+        if not isinstance(generator, Generator):
+            raise UsageError(
+                f"entry point {name!r} ({point.value}) of group {GROUP} is a {type(generator).__name__}, "
+                "not a generation.protocol.Generator: correct it in the package that declares it"
+            )
+        return generator
+    near = get_close_matches(name, names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
+    raise UsageError(f"unknown generator {name!r}: {hint}")

@@ -1,0 +1,88 @@
+"""How a peer is measured: in an environment of its own, in a process of its own.
+
+Peers pull in packages that collide with ours (two builds of OpenCV, for one), so they live in
+``.venv-bench``, which is made on first use from the ``bench`` extra and holds the same torch as the
+environment that runs the benchmark. What is timed is a script or a module that prints one JSON object as the
+last line of its standard output; a peer's script lies beside this file and imports nothing from here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import venv
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = REPOSITORY / ".venv-bench"
+SCRIPTS = Path(__file__).resolve().parent
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def requirements() -> list[str]:
+    """The ``bench`` extra, and the very torch and torchvision that are installed here."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    pair = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "torchvision")]
+    return [*project["optional-dependencies"]["bench"], *pair]
+
+
+def environment() -> Path:
+    """The peers' Python interpreter. Made on first use, and again when the requirements have changed.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install the peers; its messages were printed.
+    """
+    python = ENVIRONMENT / "bin" / "python"
+    complete = ENVIRONMENT / "installed.txt"  # written last: an interrupted installation has none
+    wanted = "\n".join(requirements())
+    if not complete.exists() or complete.read_text() != wanted:
+        print(
+            f"installing the peers into {ENVIRONMENT.name} (once, some minutes)", file=sys.stderr, flush=True
+        )
+        venv.create(ENVIRONMENT, with_pip=True, clear=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *requirements()], check=True, stdout=sys.stderr
+        )
+        complete.write_text(wanted)
+    return python
+
+
+def threads_environment(threads: int | None) -> dict[str, str]:
+    """This process's environment with the compute threads fixed; None leaves the libraries' own default."""
+    variables = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
+    if threads is not None:
+        variables |= dict.fromkeys(THREAD_VARIABLES, str(threads))
+    return variables
+
+
+def run_timed(command: Sequence[str | Path], threads: int | None = 1) -> dict[str, Any]:
+    """Run a command in a process of its own, from the repository's root; read the JSON object it prints last.
+
+    Raises:
+        RuntimeError: it failed; the message holds the end of what it wrote.
+    """
+    done = subprocess.run(
+        list(map(str, command)),
+        env=threads_environment(threads),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[1]} failed ({done.returncode}):\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_peer(script: str, arguments: Sequence[str | Path], threads: int | None = 1) -> dict[str, Any]:
+    """Run ``tests/benchmarks/<script>`` with the peers' interpreter; see :func:`run_timed`."""
+    return run_timed([environment(), SCRIPTS / script, *arguments], threads)
+
+
+if __name__ == "__main__":
+    print(environment())

@@ -1,0 +1,102 @@
+import hashlib
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manifests.errors import UsageError
+from manifests.recipes import GeneratorSettings, Pool, Trait, plan_shard, pool_from, shard_count
+from manifests.schema import RECIPES, Image, canonical_json, recipes_from, to_table
+
+
+def picture(name: str, category: str = "nut", split: str = "train", defect: str = "good") -> Image:
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return Image(digest, f"{name}.png", digest, category, defect, None, 64, 64, "RGB", 8, name, split)
+
+
+POOL = pool_from([picture(f"{c}{i}", c) for c in ("nut", "bolt") for i in range(5)])
+PLAN = dict(
+    seed=7,
+    samples=1000,
+    shard_size=64,
+    generators={"perlin": GeneratorSettings(share=3), "poisson": GeneratorSettings(share=1, defect="dent")},
+    traits={
+        "perlin": Trait("none", "blob", 1, "{}"),
+        "poisson": Trait("normal", "patch", 4, canonical_json({"mixed": True})),
+    },
+    area=(0.001, 0.1),
+    severity=(0.2, 0.8),
+    count=(1, 3),
+    location="foreground",
+    pool=POOL,
+)
+
+
+def plan(shard: int, round_: int = 0, **changes):
+    return plan_shard(**{**PLAN, **changes}, round_=round_, shard=shard)
+
+
+def test_planning_is_a_function_of_settings_round_and_shard():
+    assert plan(3) == plan(3)
+    seeds = [recipe.seed for shard in range(4) for round_ in range(2) for recipe in plan(shard, round_)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_golden_plan():
+    """The plan of a seed is a promise: a change here makes every stored workspace unrepeatable."""
+    text = canonical_json([[r.seed, r.image_id, r.generator, r.count, r.batch] for r in plan(0)])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "69f9f71e135aff1d"
+
+
+@given(st.integers(1, 300), st.integers(1, 70))
+@settings(max_examples=40, deadline=None)
+def test_every_sample_is_planned_exactly_once(samples, shard_size):
+    count = shard_count(samples, shard_size)
+    ids = [r.sample_id for s in range(count) for r in plan(s, samples=samples, shard_size=shard_size)]
+    assert len(ids) == len(set(ids)) == samples
+    with pytest.raises(IndexError):
+        plan(count, samples=samples, shard_size=shard_size)
+
+
+def test_ranges_shares_and_donors_are_kept():
+    recipes = [recipe for shard in range(shard_count(1000, 64)) for recipe in plan(shard)]
+    assert all(0.001 <= r.area <= 0.1 and 0.2 <= r.severity <= 0.8 and 1 <= r.count <= 3 for r in recipes)
+    shares = Counter(r.generator for r in recipes)
+    assert abs(shares["perlin"] / 1000 - 0.75) < 0.02
+    for r in recipes:
+        if r.generator == "poisson":
+            (donor,) = r.donors
+            assert donor != r.image_id
+            assert donor in {image.image_id for image in POOL.normals[r.category]}
+            assert r.defect == "dent"
+        else:
+            assert r.donors == () and r.defect == "blob"
+
+
+def test_batches_have_the_planned_size_and_one_generator():
+    sizes = Counter((r.generator, r.batch) for r in plan(0))
+    assert max(count for (name, _), count in sizes.items() if name == "poisson") == 4
+    assert len({batch for _, batch in sizes}) == len(sizes)
+
+
+def test_only_good_pictures_of_the_train_split_are_used():
+    good = picture("a")
+    pool = pool_from([good, picture("b", split="test"), picture("c", split="calibration")])
+    assert pool.normals == {"nut": (good,)}
+    with pytest.raises(UsageError, match="no good picture"):
+        pool_from([picture("b", split="feedback")])
+
+
+def test_missing_donors_are_an_error_with_a_remedy():
+    alone = Pool({"nut": (picture("a"),)})
+    with pytest.raises(UsageError, match=r"only one.*share to 0"):
+        plan(0, pool=alone)
+    textured = {"perlin": Trait("texture", "blob", 1, "{}")}
+    with pytest.raises(UsageError, match=r"generation\.textures"):
+        plan(0, generators={"perlin": GeneratorSettings()}, traits=textured)
+
+
+def test_recipes_survive_their_table():
+    recipes = plan(1)
+    assert recipes_from(to_table(recipes, RECIPES)) == recipes

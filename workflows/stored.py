@@ -1,0 +1,139 @@
+"""Accepted samples as they lie in a workspace's shards: read by offset, never written anywhere."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from manifests.errors import UsageError
+from manifests.pictures import decode, decode_mask
+from manifests.schema import Image, images_from
+from manifests.shards import IMAGE_FORMATS, ShardError, checksum
+from manifests.workspace import Workspace, part, round_file
+from workflows.loop import accepted_samples
+
+_REMEDY = "`flawsmith verify` lists what is damaged, `flawsmith run` makes it again"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One accepted sample.
+
+    Attributes:
+        row: of the samples table.
+        image: uint8 or uint16, H×W×C; None for a sample that holds features in place of a picture.
+        mask: bool, H×W; h×w of the features where there is no picture.
+        normal: the picture it was made from, H×W×C; None if the shard does not hold it.
+    """
+
+    row: dict[str, Any]
+    image: np.ndarray | None
+    mask: np.ndarray
+    normal: np.ndarray | None
+
+
+def accepted_rows(space: Workspace, rounds: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """Rows of the accepted samples that nobody rejected, by round and in plan order.
+
+    Args:
+        rounds: which ones; None: all whose shards are there.
+
+    Raises:
+        UsageError: a round that the workspace does not have, or no sample at all.
+    """
+    known = space.rounds()
+    if rounds is None:
+        rounds = [number for number in known if space.exists(round_file(number, "shards.parquet"))]
+    for number in rounds:
+        if number not in known:
+            have = ", ".join(map(str, known)) or "none"
+            raise UsageError(f"{space.path('')} has no round {number}; rounds that are there: {have}")
+    rows = [row for number in rounds for row in accepted_samples(space, number)]
+    if not rows:
+        raise UsageError(
+            f"{space.path('')} holds no accepted sample"
+            + (f" of round {', '.join(map(str, rounds))}" if rounds else "")
+            + "; `flawsmith run CONFIG --workspace DIR` makes some"
+        )
+    return rows
+
+
+def read_sample(space: Workspace, row: dict[str, Any]) -> Stored:
+    """The pictures of one accepted sample.
+
+    Raises:
+        ShardError: its shard is missing, or its bytes are not those that were recorded.
+        PictureError: a picture in it cannot be read.
+    """
+    members, name = read_members(space, row), row["sample_id"]
+    image, normal = _picture(members, "image", name), _picture(members, "normal", name)
+    mask = members["mask.png"]
+    # Features have a mask of their own size, smaller than any picture.
+    if image is None:
+        levels = decode_small(mask)
+    else:
+        levels = decode_mask(mask, name=f"{name}.mask.png", shape=image.shape[:2])
+    return Stored(row, image, levels, normal)
+
+
+def read_members(space: Workspace, row: dict[str, Any]) -> dict[str, bytes]:
+    """Members of one accepted sample by extension, checked against the recorded checksum.
+
+    Raises:
+        ShardError: the shard is missing, or the bytes are not those that were recorded.
+    """
+    path = space.path(part("shards", row["round"], row["shard"], "tar"))
+    members: dict[str, bytes] = {}
+    try:
+        with space.fs.open(path, "rb") as file:
+            file.seek(row["offset"])  # a tar may be read from any header on
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    key, _, extension = info.name.partition(".")
+                    stream = tar.extractfile(info) if key == row["sample_id"] else None
+                    if stream is None:
+                        break
+                    members[extension] = stream.read()
+    except FileNotFoundError as error:
+        raise ShardError(f"{path} is missing; {_REMEDY}") from error
+    except tarfile.TarError as error:
+        raise ShardError(f"{path} is damaged at sample {row['sample_id']} ({error}); {_REMEDY}") from error
+    if checksum(members) != row["checksum"]:
+        raise ShardError(f"{path} is damaged at sample {row['sample_id']}; {_REMEDY}")
+    return members
+
+
+def source_images(space: Workspace) -> list[Image]:
+    """Every real picture and texture that the workspace knows."""
+    return [
+        image
+        for name in ("images.parquet", "textures.parquet")
+        if space.exists(name)
+        for image in images_from(space.read_table(name))
+    ]
+
+
+def licences(images: Sequence[Image]) -> dict[str, list[str]]:
+    """By licence, the sorted categories whose pictures have it. Pictures without a licence are left out."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for image in images:
+        if image.licence:
+            found[image.licence].add(image.category)
+    return {licence: sorted(found[licence]) for licence in sorted(found)}
+
+
+def eight_bit(pixels: np.ndarray) -> np.ndarray:
+    """uint8 or uint16 to uint8, rounded."""
+    return pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _picture(members: dict[str, bytes], stem: str, name: str) -> np.ndarray | None:
+    for suffix in IMAGE_FORMATS:
+        if data := members.get(f"{stem}.{suffix}"):
+            return decode(data, name=f"{name}.{stem}.{suffix}").pixels
+    return None
