@@ -70,7 +70,7 @@ def compose(pixels: np.ndarray, edit: Edit) -> Composite:
     unit = 1 if pixels.dtype == np.uint8 else 257  # raw steps a level
 
     allowed = edit.region.view(np.uint8) * np.uint8(255)
-    visible = cv2.compare(change, float(VISIBLE * unit), cv2.CMP_GT) & allowed
+    visible = (change > VISIBLE * unit).view(np.uint8) * allowed
     inside = fill(visible) & allowed
     kept = cv2.bitwise_and(change, change, mask=inside)
     covered, changed = cv2.countNonZero(inside), cv2.countNonZero(change)
@@ -106,7 +106,9 @@ def compose_features(edit: FeatureEdit) -> Composite:
     if edit.clean.ndim != 3 or edit.feature.shape != shape or edit.mask.shape != shape[1:]:
         raise ValueError(f"features {edit.feature.shape}, clean {shape} and mask {edit.mask.shape} disagree")
     if edit.feature.dtype != np.float16 or edit.clean.dtype != np.float16 or edit.mask.dtype != np.bool_:
-        raise ValueError(f"features are {edit.feature.dtype} with a {edit.mask.dtype} mask, not float16 and bool")
+        raise ValueError(
+            f"features are {edit.feature.dtype} with a {edit.mask.dtype} mask, not float16 and bool"
+        )
     if not np.isfinite(edit.feature).all():
         raise ValueError("features hold values that are not finite")
     clean = edit.clean.astype(np.float32)
@@ -144,7 +146,9 @@ def check_edit(pixels: np.ndarray, edit: Edit) -> None:
     if edit.patch.dtype != np.float32:
         raise ValueError(f"patch is {edit.patch.dtype}, not float32")
     if edit.region.shape != (y1 - y0, x1 - x0) or edit.region.dtype != np.bool_:
-        raise ValueError(f"region is {edit.region.dtype} {edit.region.shape}, its box needs bool {y1 - y0, x1 - x0}")
+        raise ValueError(
+            f"region is {edit.region.dtype} {edit.region.shape}, its box needs bool {y1 - y0, x1 - x0}"
+        )
     if not cv2.checkRange(flat(edit.patch)):
         raise ValueError("patch holds values that are not finite")
 
@@ -153,7 +157,9 @@ def quantise(patch: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """float32 in [0, 1] to whole levels of ``dtype`` (uint8 or uint16): rounded to nearest, saturated."""
     depth = cv2.CV_8U if dtype == np.uint8 else cv2.CV_16U
     # One channel, because OpenCV applies a scalar to the first channel of several only.
-    return cv2.multiply(flat(patch), float(np.iinfo(dtype).max), dtype=depth).reshape(patch.shape)
+    scale = float(np.iinfo(dtype).max)
+    levels = cv2.multiply(flat(patch), scale, dtype=depth)  # type: ignore[call-overload]  # scalars are missing
+    return levels.reshape(patch.shape)
 
 
 def fill(mask: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from generation.masks import place, union
+from generation.masks import around, place, union
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from manifests.schema import Recipe
 
@@ -26,9 +26,12 @@ class CutPasteParams(Params):
     jitter: float = 0.4
 
 
+Colours = tuple[tuple[float, ...], tuple[float, ...]]  # gain and offset of each channel
+
+
 @dataclass(frozen=True)
 class Paste:
-    """One rectangle: where to, from where (top left corner), and its colours: ``gain·x + offset`` a channel."""
+    """One rectangle: where to, from where (top left corner), and gain and offset of each channel."""
 
     target: Box
     source: tuple[int, int]
@@ -49,14 +52,16 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDr
     params = CutPasteParams(**recipe.settings())
     shape = source.allowed.shape
     shares = rng.uniform(1, 2, recipe.count)
-    pastes = []
+    pastes: list[Paste] = []
+    solid: list[tuple[Box, np.ndarray]] = []
     for share in shares / shares.sum():
         pixels = max(share * recipe.area * source.allowed.size, 4.0)
         target = _rectangle(rng, source.allowed, pixels, params.aspect)
         height, width = target[1] - target[0], target[3] - target[2]
-        corner = int(rng.integers(shape[0] - height + 1)), int(rng.integers(shape[1] - width + 1))
-        pastes.append(Paste(target, corner, *jitter(rng, source.pixels.shape[2], recipe.severity * params.jitter)))
-    solid = [(p.target, np.ones((p.target[1] - p.target[0], p.target[3] - p.target[2]), np.bool_)) for p in pastes]
+        corner = around(place(rng, source.allowed), height, width, shape)
+        colours = jitter(rng, source.pixels.shape[2], recipe.severity * params.jitter)
+        pastes.append(Paste(target, corner, *colours))
+        solid.append((target, np.ones((height, width), np.bool_)))
     (y0, y1, x0, x1), region = union(solid, shape)
     region &= source.allowed[y0:y1, x0:x1]
     if not region.any():
@@ -81,7 +86,7 @@ def _apply(source: Source, one: CutPasteDraw) -> Edit:
     return Edit(one.box, np.where(keep, patch, source.crop(one.box)), one.region)
 
 
-def jitter(rng: np.random.Generator, channels: int, strength: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def jitter(rng: np.random.Generator, channels: int, strength: float) -> Colours:
     """Contrast and brightness, and a slight tint: gain and offset a channel.
 
     The amount is at least half of ``strength`` in one direction or the other, so that a stronger sample is
@@ -96,7 +101,7 @@ def jitter(rng: np.random.Generator, channels: int, strength: float) -> tuple[tu
 def recolour(piece: np.ndarray, gain: Sequence[float], offset: Sequence[float]) -> np.ndarray:
     """``gain·(x − mean) + mean + offset`` a channel, clipped to [0, 1]; float32 as given."""
     mean = piece.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
-    scaled = (piece - mean) * np.float32(gain) + (mean + np.float32(offset))
+    scaled = (piece - mean) * np.array(gain, np.float32) + (mean + np.array(offset, np.float32))
     return np.clip(scaled, 0, 1)
 
 
@@ -105,9 +110,7 @@ def _rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, asp
     ratio = math.sqrt(math.exp(rng.uniform(-math.log(aspect), math.log(aspect))))
     height = int(np.clip(round(math.sqrt(pixels) * ratio), 1, allowed.shape[0]))
     width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
-    y, x = place(rng, allowed)
-    top = int(np.clip(y - height // 2, 0, allowed.shape[0] - height))
-    left = int(np.clip(x - width // 2, 0, allowed.shape[1] - width))
+    top, left = around(place(rng, allowed), height, width, allowed.shape)
     return top, top + height, left, left + width
 
 

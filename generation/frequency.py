@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from pydantic import Field
 from scipy.fft import irfft2, next_fast_len, rfft2
 
+from generation.compose import local_variation
 from generation.masks import blobs, feather
-from generation.protocol import Box, Edit, Generator, Params, Source
+from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from manifests.schema import Recipe
 
 RINGS = ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0))  # radius over Nyquist, as published
 CONTEXT = 16  # pixels around the mask that the transform sees
-EDGE = 3  # pixels of the mask's soft edge
+QUIET = 4.0  # levels; a picture's variation counts at least that much
+EDGE = 3  # pixels of the mask's soft edge; less in small blobs
 
 
 class FrequencyParams(Params):
@@ -26,24 +28,31 @@ class FrequencyParams(Params):
     Attributes:
         amplitude: deviation σ_a of the logarithm of the amplitudes at severity 1.
         phase: deviation σ_p of the phases at severity 1, in radians.
+        visible: bring the change inside the mask to a deviation of (2 + 4·severity) times the local variation
+            of the picture, at least 4 levels (inference: the published perturbation is invisible where the
+            picture has no energy in the band). False: the perturbation as published.
         rings: bands to choose from, as (low, high) radii over Nyquist.
     """
 
     amplitude: float = Field(1.0, ge=0)
     phase: float = Field(1.0, ge=0)
+    visible: bool = True
     rings: tuple[tuple[float, float], ...] = RINGS
 
 
 @dataclass(frozen=True)
 class FrequencyDraw:
     """Attributes: ``outer`` the box that is transformed; ``gain`` and ``turn`` float32, the noises on its
-    half spectrum, zero outside the ring; ``box`` and ``region`` of the mask."""
+    half spectrum, zero outside the ring; ``box`` and ``region`` of the mask; ``target`` the wanted change in
+    local variations, 0 for the change as it comes; ``edge`` the width of the soft edge in pixels."""
 
     box: Box
     region: np.ndarray
     outer: Box
     gain: np.ndarray
     turn: np.ndarray
+    target: float
+    edge: int
 
 
 def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> FrequencyDraw:
@@ -52,13 +61,19 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> FrequencyD
     box, region = blobs(rng, source.allowed, recipe.area, recipe.count)
     outer = _outer(box, source.allowed.shape)
     height, width = outer[1] - outer[0], outer[3] - outer[2]
-    low, high = params.rings[rng.integers(len(params.rings))]
     radius = _radius(height, width)
-    ring = (radius >= low) & (radius < high) & (radius > 0)
+    rings = [(radius >= low) & (radius < high) & (radius > 0) for low, high in params.rings]
+    rings = [ring for ring in rings if ring.any()]  # a small box has no lowest frequencies
+    if not rings:
+        raise Undrawable("empty ring")
+    ring = rings[rng.integers(len(rings))]
     strength = np.float32(recipe.severity)
     gain = ring * hermitian(rng, height, width, sign=1) * np.float32(params.amplitude) * strength
     turn = ring * hermitian(rng, height, width, sign=-1) * np.float32(params.phase) * strength
-    return FrequencyDraw(box, region, outer, gain, turn)
+    target = (2 + 4 * recipe.severity) * params.visible
+    radius_of_blob = math.sqrt(recipe.area * source.allowed.size / recipe.count / math.pi)
+    edge = round(min(max(radius_of_blob / 4, 1), EDGE))
+    return FrequencyDraw(box, region, outer, gain, turn, target, edge)
 
 
 def apply(sources: Sequence[Source], draws: Sequence[FrequencyDraw], _model: Any) -> list[Edit]:
@@ -72,7 +87,12 @@ def _apply(source: Source, one: FrequencyDraw) -> Edit:
     top, left = one.outer[0], one.outer[2]
     inner = changed[y0 - top : y1 - top, x0 - left : x1 - left]
     patch = source.crop(one.box)
-    patch += feather(one.region, EDGE)[..., None] * (inner - patch)
+    change = inner - patch
+    deviation = math.sqrt(float(np.square(change[one.region]).mean()))
+    if one.target and deviation > 0:
+        variation = local_variation(source.pixels, one.box, one.region.view(np.uint8))
+        change *= np.float32(one.target * max(variation, QUIET) / 255 / deviation)
+    patch += feather(one.region, one.edge)[..., None] * change
     return Edit(one.box, np.clip(patch, 0, 1), one.region)
 
 

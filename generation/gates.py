@@ -1,4 +1,4 @@
-"""Which samples are good enough to keep. Every limit is a setting; every rejection has one word for a reason."""
+"""Which samples are good enough to keep. Every limit is a setting, every rejection has a reason."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def judge(
     # A request below the smallest mask is met by the smallest mask.
     smallest = gates.pixels_min if composite.content.dtype != np.float16 else 1
     wanted = max(area * places, smallest)
-    if covered < smallest or covered < gates.area_low * wanted or (area and covered > gates.area_high * wanted):
+    largest = gates.area_high * wanted if area else places
+    if not max(smallest, gates.area_low * wanted) <= covered <= largest:
         return "area"
     if composite.leak > gates.leak_max:
         return "leak"

@@ -1,8 +1,9 @@
-"""Where an anomaly lies: Perlin noise, blobs of a wanted area, soft edges, and the places that are allowed."""
+"""Where an anomaly lies: Perlin noise, blobs of a wanted area, soft edges, and the allowed places."""
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -10,52 +11,47 @@ import numpy as np
 from generation.protocol import Box, Undrawable
 from manifests.errors import PictureError, UsageError
 
-NOISE_SIDE = 96  # grid on which a blob's noise is computed; smooth noise loses nothing when it is enlarged
-TRIES = 8  # places and shapes tried for one blob before the draw is given up
+NOISE_SIDE = 64  # grid on which a small blob's noise is computed, enlarged where needed: the noise is smooth
+TRIES = 12  # places and shapes tried for one blob before the draw is given up
 SMALLEST = 4  # pixels of the smallest blob
 MARGIN = 4  # pixels around a region in its box, so that soft edges and filters see their surroundings
+_SQUARE = np.ones((3, 3), np.uint8)
 
 
 def perlin(angles: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Perlin gradient noise (core.md 5.1).
+    """Perlin gradient noise (core.md 5.1), as products of matrices.
 
-    Computed one lattice row at a time of the separable form: a pixel is a sum over its four lattice corners
-    of products of one function of y and one of x, so only products of small tables are formed.
+    At a pixel the noise is a sum over its four lattice corners of (slope towards the corner) × (fade along
+    the other axis), and each factor depends on one coordinate only. In float64, so that the processor's way
+    of adding never shows in the result.
 
     Args:
         angles: float, (cells_y + 1)×(cells_x + 1); directions of the lattice gradients in radians.
-        height, width: of the result; multiples of the cell counts, or the next such size is cropped.
+        height, width: of the result; if they are no multiples of the cell counts, a larger one is cropped.
 
     Returns:
         float32, height×width, within about [−1, 1].
     """
-    cells_y, cells_x = angles.shape[0] - 1, angles.shape[1] - 1
-    size_y, size_x = -(-height // cells_y), -(-width // cells_x)
-    v, v_near, v_far = _fade(size_y)
-    u, u_near, u_far = _fade(size_x)
-    gy = (math.sqrt(2) * np.sin(angles)).astype(np.float32)
-    gx = (math.sqrt(2) * np.cos(angles)).astype(np.float32)
-
-    def rows(gradient: np.ndarray, near: np.ndarray, far: np.ndarray) -> np.ndarray:
-        """Interpolated along y only: height×(cells_x + 1)."""
-        upper = gradient[:-1, None, :] * near[None, :, None]
-        lower = gradient[1:, None, :] * far[None, :, None]
-        return (upper + lower).reshape(cells_y * size_y, cells_x + 1)[:height]
-
-    along_y = rows(gy, v_near * v, v_far * (v - 1))
-    along_x = rows(gx, v_near, v_far)
-    noise = along_y[:, :-1, None] * u_near
-    noise += along_y[:, 1:, None] * u_far
-    noise += along_x[:, :-1, None] * (u_near * u)
-    noise += along_x[:, 1:, None] * (u_far * (u - 1))
-    return noise.reshape(height, cells_x * size_x)[:, :width]
+    fade_y, slope_y = _basis(angles.shape[0] - 1, height)
+    fade_x, slope_x = _basis(angles.shape[1] - 1, width)
+    noise = slope_y @ np.sin(angles) @ fade_x.T + fade_y @ np.cos(angles) @ slope_x.T
+    return (math.sqrt(2) * noise).astype(np.float32)
 
 
-def _fade(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Along one lattice cell: offset in [0, 1), weight of the near corner, weight of the far corner."""
-    t = np.arange(size, dtype=np.float32) / np.float32(size)
+@lru_cache(maxsize=256)
+def _basis(cells: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Along one axis: weight of each lattice line at each pixel, and that weight times the distance from the
+    line in cells. Both float64, length×(cells + 1)."""
+    size = -(-length // cells)
+    cell, step = np.divmod(np.arange(length), size)
+    t = step / size
     far = t * t * t * (t * (t * 6 - 15) + 10)
-    return t, 1 - far, far
+    fade = np.zeros((length, cells + 1))
+    slope = np.zeros((length, cells + 1))
+    pixel = np.arange(length)
+    fade[pixel, cell], fade[pixel, cell + 1] = 1 - far, far
+    slope[pixel, cell], slope[pixel, cell + 1] = (1 - far) * t, far * (t - 1)
+    return fade, slope
 
 
 def fractal(rng: np.random.Generator, side: int, cells_y: int, cells_x: int, octaves: int = 3) -> np.ndarray:
@@ -67,9 +63,7 @@ def fractal(rng: np.random.Generator, side: int, cells_y: int, cells_x: int, oct
     return total
 
 
-def blobs(
-    rng: np.random.Generator, allowed: np.ndarray, area: float, count: int
-) -> tuple[Box, np.ndarray]:
+def blobs(rng: np.random.Generator, allowed: np.ndarray, area: float, count: int) -> tuple[Box, np.ndarray]:
     """Perlin-shaped regions that together cover a wanted share of the picture.
 
     Each blob is the largest connected part of {noise − elliptical distance > t} around a random allowed
@@ -103,11 +97,11 @@ def blobs(
     return union(parts, allowed.shape)
 
 
-def union(parts: list[tuple[Box, np.ndarray]], shape: tuple[int, ...], margin: int = MARGIN) -> tuple[Box, np.ndarray]:
+def union(parts: list[tuple[Box, np.ndarray]], shape: tuple[int, ...]) -> tuple[Box, np.ndarray]:
     """Regions in their boxes to one region in one box, with a margin where the picture has it."""
     corners = np.array([box for box, _ in parts])
-    y0, x0 = np.maximum(corners[:, [0, 2]].min(axis=0) - margin, 0).tolist()
-    y1, x1 = np.minimum(corners[:, [1, 3]].max(axis=0) + margin, shape[:2]).tolist()
+    y0, x0 = np.maximum(corners[:, [0, 2]].min(axis=0) - MARGIN, 0).tolist()
+    y1, x1 = np.minimum(corners[:, [1, 3]].max(axis=0) + MARGIN, shape[:2]).tolist()
     region = np.zeros((y1 - y0, x1 - x0), np.bool_)
     for (top, bottom, left, right), part in parts:
         region[top - y0 : bottom - y0, left - x0 : right - x0] |= part
@@ -130,7 +124,7 @@ def _blob(
         return None
 
     full = 2 * reach + 1
-    side = min(full, NOISE_SIDE)
+    side = min(full, max(NOISE_SIDE, full // 4))
     axis = np.linspace(-reach, reach, side, dtype=np.float32)
     sine, cosine = np.float32(math.sin(angle)), np.float32(math.cos(angle))
     long = (axis[:, None] * sine + axis * cosine) / np.float32(radius * stretch)
@@ -152,7 +146,8 @@ def _blob(
         return None
     if side < full:
         # Other parts sink below the threshold, so that enlarging keeps this one alone.
-        level = np.where(cv2.dilate(part, None) > 0, level, np.minimum(level, threshold - np.float32(0.25)))
+        sunk = np.minimum(level, threshold - np.float32(0.25))
+        level = np.where(cv2.dilate(part, _SQUARE) > 0, level, sunk)
         fine = cv2.resize(level, (full, full), interpolation=cv2.INTER_LINEAR)
         part = ((fine >= threshold) & (open_ > 0)).astype(np.uint8)
     left, top, w, h = cv2.boundingRect(part)
@@ -203,6 +198,13 @@ def place(rng: np.random.Generator, allowed: np.ndarray) -> tuple[int, int]:
     return divmod(int(places[rng.integers(len(places))]), width)
 
 
+def around(centre: tuple[int, int], height: int, width: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Top left corner of a rectangle around a place, moved into the picture where it would stand out."""
+    y = min(max(centre[0] - height // 2, 0), shape[0] - height)
+    x = min(max(centre[1] - width // 2, 0), shape[1] - width)
+    return y, x
+
+
 def feather(region: np.ndarray, width: int) -> np.ndarray:
     """Soft weight that falls to 0 towards the region's edge, from inside, over about ``width`` pixels.
 
@@ -224,9 +226,10 @@ def feather(region: np.ndarray, width: int) -> np.ndarray:
 def foreground(pixels: np.ndarray) -> np.ndarray:
     """The part, if the picture shows one on a plain background; otherwise everything (core.md 5.6).
 
-    Otsu's threshold on the distance in Lab from the median colour of the picture's border, smoothed; the
-    result is taken only if it covers 5 to 95 % of the picture and hardly touches the border (the latter is
-    inference: on a texture the threshold splits nothing but noise).
+    Otsu's threshold on the distance in Lab from the median colour of the picture's border, smoothed. The
+    result is taken only if it covers 5 to 95 % of the picture, nine tenths of it lie in parts of at least
+    1 % of the picture, and it holds less than half of the border (the last two are inference: on a texture
+    the threshold finds scattered specks). Smaller parts are dropped, smaller holes filled.
 
     Args:
         pixels: uint8 or uint16, H×W×C.
@@ -242,14 +245,23 @@ def foreground(pixels: np.ndarray) -> np.ndarray:
     border = np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]])
     distance = np.sqrt(((lab - np.median(border, axis=0)) ** 2).sum(axis=2))
     grey = np.minimum(distance, 255).astype(np.uint8)
-    threshold, above = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    _, above = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     size = max(3, min(height, width) // 50 | 1)
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
     part = cv2.morphologyEx(cv2.morphologyEx(above, cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc) > 0
     edge = np.concatenate([part[0], part[-1], part[:, 0], part[:, -1]])
-    if not 0.05 <= part.mean() <= 0.95 or edge.mean() > 0.5:
+    solid = _large(part)
+    if solid.sum() < 0.9 * part.sum() or not 0.05 <= part.mean() <= 0.95 or edge.mean() > 0.5:
         return everything
-    return part
+    return ~_large(~solid)
+
+
+def _large(mask: np.ndarray) -> np.ndarray:
+    """The connected parts of at least 1 % of the picture: bool, H×W."""
+    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
+    large = np.bincount(labels.ravel()) >= 0.01 * mask.size
+    large[0] = False
+    return large[labels]
 
 
 def resolve_location(
@@ -283,5 +295,7 @@ def resolve_location(
     if ignore is not None:
         allowed = allowed & ~ignore.astype(np.bool_)
     if not allowed.any():
-        raise PictureError(f"location {location} leaves no pixel of the picture once the ignored ones are gone")
+        raise PictureError(
+            f"location {location} leaves no pixel of the picture once the ignored ones are gone"
+        )
     return allowed

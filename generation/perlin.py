@@ -32,7 +32,7 @@ class PerlinParams(Params):
 
 @dataclass(frozen=True)
 class PerlinDraw:
-    """Attributes: ``texture`` uint8, h×w×C, as large as ``box``; ``opacity`` = 1 − β, the texture's weight."""
+    """Attributes: ``texture`` uint8, h×w×C, as large as ``box``; ``opacity`` = 1 − β, its weight."""
 
     box: Box
     region: np.ndarray
@@ -57,7 +57,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PerlinDraw
         texture = np.rint(procedural(kind, rng, height, width, channels) * 255).astype(np.uint8)
     elif not source.donors:
         raise UsageError(
-            f"perlin with texture: {params.texture} needs a donor picture, but recipe {recipe.sample_id} names "
+            f"perlin with texture: {params.texture} needs a donor picture, recipe {recipe.sample_id} names "
             "none: set generation.textures to a folder of pictures, or texture to 'procedural'"
         )
     else:

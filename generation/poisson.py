@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from scipy.fft import dstn, idstn, next_fast_len
 
-from generation.masks import place
+from generation.masks import around, feather, place
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from manifests.errors import UsageError
 from manifests.schema import Recipe
@@ -29,21 +29,27 @@ class PoissonParams(Params):
         mixed: keep, per pixel step, the stronger of the two gradients ("mixed clone", for textures);
             otherwise the donor's alone ("normal clone").
         resize_low, resize_high: the patch's zoom, drawn from N(1, 0.5) and clipped.
+        shade: height of the dome of light or dark that is added at severity 1, as a share of full scale; 0
+            for the published method. Like content replaced by like shows nothing on a plain surface
+            (inference).
         shift: deviation of the patch's place in the donor from its target, as a share of the side.
     """
 
     mixed: bool = False
     resize_low: float = 0.7
     resize_high: float = 1.3
+    shade: float = 0.2
     shift: float = 0.25
 
 
 @dataclass(frozen=True)
 class Clone:
-    """One patch: its target, and its content: float32 in [0, 1], as large as the target."""
+    """One patch: its target, its content (float32 in [0, 1], as large as the target), and the signed height
+    of its dome."""
 
     target: Box
     content: np.ndarray
+    shade: float
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,10 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PoissonDra
     shares = rng.uniform(1, 2, recipe.count)
     clones = []
     for share in shares / shares.sum():
-        # The change fades towards the rectangle's border: about two thirds of it become visible.
-        target = _rectangle(rng, source.allowed, 1.5 * share * recipe.area * source.allowed.size)
-        clones.append(Clone(target, _piece(rng, donor, target, source, params)))
+        # The visible part is the inner ellipse.
+        target = _rectangle(rng, source.allowed, 4 / math.pi * share * recipe.area * source.allowed.size)
+        shade = float(rng.choice([-1, 1]) * rng.uniform(0.6, 1)) * params.shade
+        clones.append(Clone(target, _piece(rng, donor, target, source, params), shade))
     corners = np.array([clone.target for clone in clones])
     (y0, x0), (y1, x1) = corners[:, [0, 2]].min(axis=0).tolist(), corners[:, [1, 3]].max(axis=0).tolist()
     allowed = source.allowed[y0:y1, x0:x1]
@@ -93,13 +100,12 @@ def _apply(source: Source, one: PoissonDraw) -> Edit:
     for clone in one.clones:
         y0, y1, x0, x1 = clone.target
         part = np.s_[y0 - one.box[0] : y1 - one.box[0], x0 - one.box[2] : x1 - one.box[2]]
-        inside = one.allowed[part]
-        # The gradient domain has no edge at a location's border: fade there.
-        weight = inside.astype(np.float32)
-        if not inside.all():
-            weight *= cv2.blur(weight, (7, 7), borderType=cv2.BORDER_REPLICATE)
+        dome = ellipse(y1 - y0, x1 - x0)
+        inside = one.allowed[part] & (dome > 0)
+        # Flat inside, soft at the ellipse's edge and where the allowed places end.
+        weight = np.minimum(4 * dome, 1) * feather(one.allowed[part], 2) * np.float32(one.opacity)
         change = clone_gradients(patch[part], clone.content, one.mixed)
-        patch[part] += (np.float32(one.opacity) * weight)[..., None] * change
+        patch[part] += weight[..., None] * (change + np.float32(clone.shade) * dome[..., None])
         region[part] |= inside
     return Edit(one.box, np.clip(patch, 0, 1), region)
 
@@ -130,6 +136,13 @@ def clone_gradients(target: np.ndarray, content: np.ndarray, mixed: bool) -> np.
     return change
 
 
+def ellipse(height: int, width: int) -> np.ndarray:
+    """1 − ρ² in the ellipse that fills the rectangle, 0 outside: float32, height×width."""
+    y = (np.arange(height, dtype=np.float32) - np.float32((height - 1) / 2)) / np.float32(height / 2)
+    x = (np.arange(width, dtype=np.float32) - np.float32((width - 1) / 2)) / np.float32(width / 2)
+    return np.maximum(1 - (y * y)[:, None] - (x * x)[None, :], 0)
+
+
 @lru_cache(maxsize=256)
 def _eigenvalues(height: int, width: int) -> np.ndarray:
     """Of the five-point Laplacian with a border of zeros, in the basis of the sine transform (type 1)."""
@@ -143,14 +156,12 @@ def _rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float) -> 
     ratio = math.sqrt(math.exp(rng.uniform(-math.log(2), math.log(2))))
     height = _fast(math.sqrt(pixels) * ratio, allowed.shape[0])
     width = _fast(pixels / height, allowed.shape[1])
-    y, x = place(rng, allowed)
-    top = int(np.clip(y - height // 2, 0, allowed.shape[0] - height))
-    left = int(np.clip(x - width // 2, 0, allowed.shape[1] - width))
+    top, left = around(place(rng, allowed), height, width, allowed.shape)
     return top, top + height, left, left + width
 
 
 def _fast(side: float, limit: int) -> int:
-    """The next side whose inner part transforms fast: a side of n has n − 2 inner pixels, an FFT of 2(n − 1)."""
+    """The next side that transforms fast: n pixels have n − 2 inner ones, an FFT of 2(n − 1)."""
     wanted = next_fast_len(max(round(side), 4) - 1, real=True) + 1
     return min(wanted, limit)
 
@@ -163,7 +174,7 @@ def _piece(
     tall = int(np.clip(round(height / zoom), 1, donor.shape[0]))
     wide = int(np.clip(round(width / zoom), 1, donor.shape[1]))
     share = rng.normal(0, params.shift, 2)
-    corner = []
+    corner: list[int] = []
     for start, side, length, full in (
         (target[0], donor.shape[0], tall, source.pixels.shape[0]),
         (target[2], donor.shape[1], wide, source.pixels.shape[1]),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from generation.cutpaste import jitter, recolour
-from generation.masks import place
+from generation.masks import around, place
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from manifests.schema import Recipe
 
@@ -24,8 +24,8 @@ class ScarParams(Params):
         jitter: largest change of brightness, contrast and tint at severity 1, as a share.
     """
 
-    ratio_low: float = 4.0
-    ratio_high: float = 16.0
+    ratio_low: float = 6.0
+    ratio_high: float = 30.0
     bend: float = 0.12
     jitter: float = 0.6
 
@@ -61,11 +61,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw:
     for share in shares / shares.sum():
         pixels = max(share * recipe.area * source.allowed.size, 4.0)
         target, weight = _stroke(rng, source.allowed, pixels, params)
-        height, width = weight.shape
-        corner = (
-            int(rng.integers(source.pixels.shape[0] - height + 1)),
-            int(rng.integers(source.pixels.shape[1] - width + 1)),
-        )
+        corner = around(place(rng, source.allowed), weight.shape[0], weight.shape[1], source.allowed.shape)
         colours = jitter(rng, source.pixels.shape[2], recipe.severity * params.jitter)
         strokes.append(Stroke(target, weight, corner, *colours))
     corners = np.array([stroke.target for stroke in strokes])
@@ -73,7 +69,9 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw:
     allowed = source.allowed[y0:y1, x0:x1]
     if not any((_part(allowed, stroke.target, y0, x0) & (stroke.weight > 0)).any() for stroke in strokes):
         raise Undrawable("no room")
-    return ScarDraw(tuple(strokes), 0.4 + 0.6 * recipe.severity, (int(y0), int(y1), int(x0), int(x1)), allowed)
+    return ScarDraw(
+        tuple(strokes), 0.4 + 0.6 * recipe.severity, (int(y0), int(y1), int(x0), int(x1)), allowed
+    )
 
 
 def apply(sources: Sequence[Source], draws: Sequence[ScarDraw], _model: Any) -> list[Edit]:
@@ -105,8 +103,9 @@ def _stroke(
 ) -> tuple[Box, np.ndarray]:
     """A bent lens of about that many pixels, with edges softened over one pixel, tightly boxed."""
     ratio = math.exp(rng.uniform(math.log(params.ratio_low), math.log(params.ratio_high)))
-    length = math.sqrt(pixels * ratio * 4 / math.pi)  # a lens has π/4 of its rectangle
-    thickness = length / ratio
+    # A lens has π/4 of its rectangle; it should not leave the picture.
+    length = min(math.sqrt(pixels * ratio * 4 / math.pi), 0.8 * min(allowed.shape))
+    thickness = pixels * 4 / math.pi / length
     if thickness < 1.5:  # thinner lines would be half transparent
         thickness = 1.5
         length = pixels * 4 / math.pi / thickness

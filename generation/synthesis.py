@@ -130,7 +130,7 @@ def batch_of(recipes: Sequence[Recipe], attempts: Sequence[int], index: int) -> 
 
 @dataclass(frozen=True)
 class _Made:
-    """One attempt at one recipe, not judged yet. ``composite`` is None if the outcome is final or undrawable."""
+    """One attempt at one recipe, not judged yet; ``composite`` is None if there is nothing to judge."""
 
     outcome: Outcome
     composite: Composite | None = None
@@ -228,7 +228,7 @@ def _attempt(
 def _apply(
     drawn: list[tuple[Recipe, Source, Any]], generator: Generator, model: Any
 ) -> list[Edit | FeatureEdit | Exception]:
-    """One edit or deterministic error a draw. A batch that fails is applied one by one to find the culprit."""
+    """One edit or deterministic error a draw. A batch that fails is applied one by one to find which."""
     if not drawn:
         return []
     try:

@@ -62,7 +62,7 @@ def _grain(rng: np.random.Generator, height: int, width: int, blur_y: int, blur_
     """White noise, box-blurred twice, brought to mean 0.5 and deviation 0.2; in [0, 1]."""
     noise = rng.random((height, width), np.float32)
     for _ in range(2):
-        noise = cv2.blur(noise, (blur_x, blur_y), borderType=cv2.BORDER_REFLECT_101)
+        noise[:] = cv2.blur(noise, (blur_x, blur_y), borderType=cv2.BORDER_REFLECT_101)
     spread = max(float(noise.std()), 1e-6)
     return np.clip(0.5 + np.float32(0.2 / spread) * (noise - noise.mean()), 0, 1)
 

@@ -9,6 +9,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from generation.compose import local_variation
+
 Size = Literal["all", "tiny", "small", "large"]
 SIZE_LIMITS = {"tiny": 0.001, "small": 0.01, "large": float("inf")}  # upper ends, as shares of the picture
 
@@ -103,3 +105,25 @@ def component_recall(
             overlap = float(above[index] / pixels[index])
             records.append(ComponentRecall(picture, int(index) + 1, share, size_class(share), overlap))
     return records
+
+
+def component_contrast(pixels: np.ndarray, component: np.ndarray, ring: int = 8) -> float:
+    """How much a real defect differs from what surrounds it, in units of the surroundings' local variation.
+
+    The largest channel of |mean inside − mean of a ring around it|, over the mean of |I − box5(I)| in its
+    padded box (at least 1 level), as the gates measure generated anomalies (inference: the ring stands in for
+    the normal picture, which real defects do not have).
+
+    Args:
+        pixels: uint8, H×W×C.
+        component: bool, H×W; one defect.
+        ring: width of the surroundings, in pixels.
+    """
+    inside = component.astype(np.uint8)
+    near = cv2.dilate(inside, np.ones((5, 5), np.uint8))
+    around = cv2.dilate(near, np.ones((2 * ring + 1, 2 * ring + 1), np.uint8)) > near
+    if not around.any():
+        return float("nan")
+    values = pixels.astype(np.float32)
+    change = float(np.abs(values[component].mean(axis=0) - values[around].mean(axis=0)).max())
+    return change / local_variation(pixels, (0, pixels.shape[0], 0, pixels.shape[1]), inside)

@@ -53,7 +53,7 @@ def inspect(
     from collections import Counter
 
     from workflows.config import load_config, parse_config
-    from workflows.loop import read_sources
+    from workflows.rounds import read_sources
 
     if source.endswith((".yaml", ".yml")):
         config = load_config(source)
@@ -90,8 +90,8 @@ def run(
     ] = False,
 ) -> None:
     """Everything: samples, detector, figures, and the next round's settings. Goes on where it stopped."""
-    from workflows.loop import estimate
     from workflows.loop import run as run_loop
+    from workflows.upkeep import estimate
 
     settings = _configure(config, rounds, scheduler)
     if dry_run:
@@ -109,33 +109,33 @@ def plan(
     ] = False,
 ) -> None:
     """Write the recipes of the latest round; nothing is made."""
-    from workflows import loop
+    from workflows import rounds
 
     settings, space = _configure(config), _workspace(workspace)
     with space.writing():
-        number = loop.begin(settings, space, new_round=new_round)
-        typer.echo(f"round {number}: {loop.plan(space, number)} recipes")
+        number = rounds.begin(settings, space, new_round=new_round)
+        typer.echo(f"round {number}: {rounds.plan(space, number)} recipes")
 
 
 @app.command(epilog="Example: flawsmith generate config.yaml -w runs/bottle --scheduler tcp://host:8786")
 def generate(config: ConfigPath, workspace: WorkspaceOption, scheduler: SchedulerOption = None) -> None:
     """Make the samples of the latest round that are not there yet."""
-    from workflows import loop
+    from workflows import rounds
 
     settings, space = _configure(config, scheduler=scheduler), _workspace(workspace)
     with space.writing():
-        number = loop.begin(settings, space, new_round=False)
-        loop.generate(space, number, settings.cluster)
+        number = rounds.begin(settings, space, new_round=False)
+        rounds.generate(space, number, settings.cluster)
 
 
 @app.command(epilog="Example: flawsmith train runs/bottle")
 def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
     """Train the detector on a round's samples."""
-    from workflows import loop
+    from workflows import detecting
 
     space = _workspace(workspace)
     with space.writing():
-        loop.train(space, _round(space, round_))
+        detecting.train(space, _round(space, round_))
 
 
 @app.command(epilog="Examples: flawsmith evaluate runs/bottle | flawsmith evaluate runs/bottle --final")
@@ -146,16 +146,17 @@ def evaluate(
         bool, typer.Option("--final", help="score the test split, once, for every round")
     ] = False,
 ) -> None:
-    """Judge a round's detector on the real pictures of the feedback split, or all rounds on the test split."""
-    from workflows import loop
+    """Judge a round's detector on the real feedback pictures, or every round on the test split (--final)."""
+    from workflows import detecting
+    from workflows.tables import figures_table
 
     space = _workspace(workspace)
     with space.writing():
         if final:
-            loop.evaluate_final(space)
+            detecting.evaluate_final(space)
         else:
-            loop.evaluate(space, _round(space, round_))
-    typer.echo(loop.figures_table(space, "test" if final else "feedback"))
+            detecting.evaluate(space, _round(space, round_))
+    typer.echo(figures_table(space, "test" if final else "feedback"))
 
 
 @app.command(epilog="Examples: flawsmith feedback runs/bottle | flawsmith feedback runs/bottle --explain")
@@ -165,22 +166,22 @@ def feedback(
     explain: Annotated[bool, typer.Option("--explain", help="print the stored decisions only")] = False,
 ) -> None:
     """Decide the next round's settings from a round's figures."""
-    from workflows import loop
+    from workflows import steering
 
     space = _workspace(workspace)
     number = _round(space, round_)
     if not explain:
         with space.writing():
-            loop.feedback(space, number)
-    typer.echo(loop.explain(space, number))
+            steering.feedback(space, number)
+    typer.echo(steering.explain(space, number))
 
 
 @app.command(epilog="Example: flawsmith verify runs/bottle && echo whole")
 def verify(workspace: WorkspaceArgument) -> None:
     """Read every shard and name what is truncated, damaged, missing or extra; `run` then repairs it."""
-    from workflows import loop
+    from workflows.upkeep import verify as verify_workspace
 
-    findings = loop.verify(_workspace(workspace))
+    findings = verify_workspace(_workspace(workspace))
     for finding in findings:
         typer.echo(f"{finding.path}: {finding.what}")
     typer.echo(
@@ -218,7 +219,7 @@ def review(
     ] = None,
 ) -> None:
     """Reject samples by hand: training, export and contact sheets leave them out."""
-    from workflows import loop
+    from workflows.upkeep import review as reject_samples
 
     ids = list(reject or [])
     if from_ is not None:
@@ -230,7 +231,7 @@ def review(
         raise UsageError("name samples with --reject ID or --from FILE")
     space = _workspace(workspace)
     with space.writing():
-        typer.echo(loop.review(space, ids))
+        typer.echo(reject_samples(space, ids))
 
 
 @app.command(epilog="Example: flawsmith replay runs/bottle 000-00001-00042")
@@ -317,29 +318,29 @@ def doctor() -> None:
 
 @app.command(epilog="Example: flawsmith demo demo")
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where pictures and results go")] = Path(
-        "demo"
-    ),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="for pictures and results")] = Path("demo"),
 ) -> None:
     """The whole loop on real solar cells and drawn parts: two rounds, a few minutes, no network."""
-    from workflows import loop
     from workflows.config import load_config
     from workflows.contact import contact_sheet
     from workflows.demo import write_demo
+    from workflows.detecting import evaluate_final
+    from workflows.loop import run as run_loop
     from workflows.report import write_report
+    from workflows.tables import figures_table, licences, rounds_table
 
     config = write_demo(folder)
     space = _workspace(str(folder / "workspace"))
-    loop.run(load_config(config), space, new_round=False)
+    run_loop(load_config(config), space, new_round=False)
     with space.writing():
-        loop.evaluate_final(space)
+        evaluate_final(space)
         report = write_report(space)
     sheet = folder / "contact.png"
     contact_sheet(space, sheet)
-    typer.echo(loop.rounds_table(space))
+    typer.echo(rounds_table(space))
     typer.echo("\nFinal figures on the test split (read once):")
-    typer.echo(loop.figures_table(space, "test"))
-    typer.echo(f"\nlicences: {loop.licences(space)}")
+    typer.echo(figures_table(space, "test"))
+    typer.echo(f"\nlicences: {licences(space)}")
     typer.echo(f"contact sheet: {sheet}\nreport: {space.path(report)}")
 
 

@@ -28,6 +28,18 @@ from workflows.stages import (
 
 RETRIES = 3  # of a task whose worker was lost or that met an I/O error
 
+# A local cluster has few workers and tasks of about a second: Dask's own looking after itself every few
+# milliseconds would cost more than all its scheduling.
+LOCAL = {
+    "distributed.logging.distributed": "error",
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "2s",
+    "distributed.nanny.environ": dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+    ),
+}
+
 
 class Prepare(WorkerPlugin):
     """Once a worker: fixes its threads and loads the models of the round, so that no task does."""
@@ -59,17 +71,14 @@ def open_client(settings: Cluster) -> Iterator[Client]:
         with client:
             yield client
         return
-    environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with (
-        dask.config.set(
-            {"distributed.nanny.environ": environment, "distributed.logging.distributed": "error"}
-        ),
+        dask.config.set(LOCAL),
         LocalCluster(
             n_workers=settings.workers or os.cpu_count() or 1,
             threads_per_worker=1,
             processes=True,
             memory_limit=settings.memory_limit,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs="ERROR",
         ) as cluster,
         Client(cluster) as client,
@@ -118,7 +127,7 @@ def make_round(
         client.register_plugin(Prepare(space.url, number, digest))
         waiting = iter(todo)
         running = as_completed()
-        shard_of: dict[str, int] = {}
+        shard_of: dict[Any, int] = {}
 
         def submit() -> None:
             shard = next(waiting, None)

@@ -50,7 +50,7 @@ class Generation(Settings):
     )
     textures: str | None = Field(None, description="folder of texture pictures for params.texture: folder")
     attempts: int = Field(6, ge=1, le=100, description="draws of one recipe before it is rejected")
-    gates: Gates = Field(default_factory=Gates)
+    gates: Gates = Gates()
 
 
 class Output(Settings):
@@ -91,12 +91,12 @@ class Config(Settings):
     samples: int = Field(300, ge=1, description="recipes a round")
     rounds: int = Field(2, ge=1, le=1000)
     seed: int = Field(0, ge=0, lt=2**63)
-    generation: Generation = Field(default_factory=Generation)
-    output: Output = Field(default_factory=Output)
-    detector: Detector = Field(default_factory=Detector)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    feedback: Feedback = Field(default_factory=Feedback)
-    cluster: Cluster = Field(default_factory=Cluster)
+    generation: Generation = Generation()
+    output: Output = Output()
+    detector: Detector = Detector()
+    evaluation: Evaluation = Evaluation()
+    feedback: Feedback = Feedback()
+    cluster: Cluster = Cluster()
 
     @field_validator("source", mode="before")
     @classmethod
@@ -134,7 +134,7 @@ def parse_config(raw: Any, *, name: str, folder: Path | None = None) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(_explain(error, raw, name)) from None
+        raise UsageError(explain(error, raw, name)) from None
     problems = _check(config)
     if problems:
         raise UsageError("\n".join(f"{name}: {problem}" for problem in problems))
@@ -158,10 +158,19 @@ def _check(config: Config) -> list[str]:
             generator.params.model_validate(settings.params)
         except ValidationError as error:
             problems.append(
-                _explain(error, settings.params, f"generation.generators.{key}.params", generator.params)
+                explain(error, settings.params, f"generation.generators.{key}.params", generator.params)
             )
     if generators and not any(s.share > 0 for s in config.generation.generators.values()):
         problems.append("generation.generators: no generator has a share above 0")
+    from detectors import protocol
+
+    try:
+        method = protocol.get(config.detector.name)
+        method.settings.model_validate(config.detector.settings)
+    except UsageError as error:
+        problems.append(f"detector.name: {error}")
+    except ValidationError as error:
+        problems.append(explain(error, config.detector.settings, "detector.settings", method.settings))
     if config.output.bits == 16 and config.output.format != "png":
         problems.append(f"output.bits: 16 needs output.format: png, found {config.output.format}")
     if config.generation.location == "roi" and not any(source.roi for source in config.source):
@@ -185,7 +194,7 @@ def _resolve(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"source": sources, "generation": generation})
 
 
-def _explain(error: ValidationError, raw: Any, name: str, model: type[BaseModel] = Config) -> str:
+def explain(error: ValidationError, raw: Any, name: str, model: type[BaseModel] = Config) -> str:
     lines = []
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"])

@@ -43,7 +43,11 @@ def progress(title: str, total: int | None, unit: str = "") -> Iterator[Callable
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda count=1: bar.advance(task, count)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+
+        yield advance
 
 
 def say(text: str) -> None:

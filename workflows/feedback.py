@@ -130,8 +130,8 @@ def apply_move(generation: Generation, move: Move) -> Generation:
     """The settings after a move. Ranges keep their width on their scale unless a limit stops them."""
     low, high = (math.log(value) for value in generation.area)
     step = SHIFT * move.area * max(high - low, 0.5)
-    bounds = [math.log(value) for value in AREA_LIMITS]
-    area = tuple(float(np.exp(np.clip(value + step, *bounds))) for value in (low, high))
+    smallest, largest = (math.log(value) for value in AREA_LIMITS)
+    area = tuple(float(np.exp(np.clip(value + step, smallest, largest))) for value in (low, high))
     step = SHIFT * move.severity * max(generation.severity[1] - generation.severity[0], 0.2)
     severity = tuple(float(np.clip(value + step, 0, 1)) for value in generation.severity)
     used = {name: s.share for name, s in generation.generators.items() if s.share > 0}

@@ -6,317 +6,79 @@ stopped. Nothing but the workspace is needed to continue.
 
 from __future__ import annotations
 
-import os
-import resource
-import tempfile
 import time
-from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-
-from manifests.errors import FlawsmithError, UsageError
-from manifests.schema import (
-    HISTORY,
-    IMAGES,
-    RECIPES,
-    SHARDS,
-    Image,
-    images_from,
-    to_table,
-)
-from manifests.sources import Scan, scan, scan_textures
-from manifests.verify import DAMAGED, Finding, verify_round
-from manifests.workspace import Workspace, part, round_file
-from workflows.cluster import make_round, unfinished
-from workflows.config import Cluster, Config, Generation, differences
-from workflows.console import progress, say
-from workflows.stages import Job, Round, load_round, make_shard, round_from, settings_hash
-
-PROBE = 32  # samples that a dry run makes to measure their cost
+from manifests.workspace import Workspace, round_file
+from workflows.config import Config
+from workflows.console import say
+from workflows.rounds import begin, generate, open_round, remember, write_settings
+from workflows.tables import rounds_table
 
 
-class PartialResult(FlawsmithError):
-    """Some shards could not be made; the rest is there (exit code 3)."""
-
-
-# -- starting -------------------------------------------------------------------------------------------
-
-
-def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
-    """Makes the workspace ready for a configuration; returns the number of the latest round.
-
-    The first time, it reads every picture of the sources. Later it only compares settings.
+def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
+    """Runs every round of a configuration that is not done, and writes the report.
 
     Raises:
-        UsageError: the workspace was made with other settings (they are listed), or the sources have a
-            problem without remedy.
+        FlawsmithError: see the stages; what was finished stays, and the same call goes on from there.
     """
-    rounds = space.rounds()
-    if rounds:
-        stored = Config.model_validate(space.read_yaml(round_file(rounds[-1], "settings.yaml"))["config"])
-        changed = differences(stored.identity(), config.identity())
-        if not new_round and changed:
-            listed = "\n  ".join(changed)
-            raise UsageError(
-                f"the workspace {space.path('')} was made with other settings:\n  {listed}\n"
-                "Go on with the old ones, choose another workspace, or start a round with these: --new-round"
-            )
-        if not new_round:
-            return rounds[-1]
-    previous = images_from(space.read_table("images.parquet")) if space.exists("images.parquet") else []
-    found = read_sources(config, previous)
-    for problem in found.problems:
-        say(f"{problem.level}: {problem.path}: {problem.what}; {problem.remedy}")
-    if found.fatal:
-        raise UsageError("the sources cannot be used as they are (see above); nothing was started")
-    space.write_table("images.parquet", to_table(found.images, IMAGES))
-    if config.generation.textures:
-        textures = scan_textures(config.generation.textures)
-        space.write_table("textures.parquet", to_table(textures, IMAGES))
-    number = rounds[-1] + 1 if rounds else 0
-    write_settings(space, number, config, config.generation, first=number)
-    for licence, count in sorted(Counter(image.licence for image in found.images if image.licence).items()):
-        say(f"licence of {count} pictures: {licence}")
-    return number
+    from workflows.report import write_report
+
+    with space.writing():
+        number = begin(config, space, new_round=new_round)
+        first = space.read_yaml(round_file(number, "settings.yaml"))["first"]
+        for number in range(first, first + config.rounds):
+            _run_round(config, space, number, last=number + 1 == first + config.rounds)
+        say(f"report: {space.path(write_report(space))}")
 
 
-def read_sources(config: Config, previous: list[Image]) -> Scan:
-    with progress("reading pictures", None, "pictures") as advance:
-        done = 0
+def _run_round(config: Config, space: Workspace, number: int, *, last: bool) -> None:
+    from workflows import detecting
 
-        def report(count: int, total: int) -> None:
-            nonlocal done
-            advance(count - done)
-            done = count
-
-        return scan(config.source, previous, report)
-
-
-def write_settings(
-    space: Workspace, number: int, config: Config, generation: Generation, *, first: int
-) -> None:
-    """``first`` is the round at which this configuration began."""
-    space.write_yaml(
-        round_file(number, "settings.yaml"),
-        {
-            "round": number,
-            "first": first,
-            "config": config.model_dump(mode="json"),
-            "generation": generation.model_dump(mode="json"),
-        },
-    )
+    _timed(space, number, "generate", lambda: generate(space, number, config.cluster))
+    _remember_yield(space, number)
+    _timed(space, number, "train", lambda: detecting.train(space, number))
+    _timed(space, number, "evaluate", lambda: detecting.evaluate(space, number))
+    say(rounds_table(space))
+    if not last:
+        _timed(space, number, "feedback", lambda: next_round(config, space, number))
 
 
-def open_round(space: Workspace, number: int) -> Round:
-    return load_round(space.url, number, settings_hash(space, number))
+def next_round(config: Config, space: Workspace, number: int) -> None:
+    """The settings of the round after ``number``: decided by feedback, or the same again."""
+    from workflows import steering
+
+    if config.feedback.enabled:
+        steering.feedback(space, number)
+    elif not space.exists(round_file(number + 1, "settings.yaml")):
+        first = space.read_yaml(round_file(number, "settings.yaml"))["first"]
+        write_settings(space, number + 1, config, open_round(space, number).generation, first=first)
 
 
-# -- stages ---------------------------------------------------------------------------------------------
+def _timed(space: Workspace, number: int, stage: str, work: Callable[[], Any]) -> None:
+    """Runs a stage and keeps its seconds in the history; a stage that was skipped keeps its old figure."""
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    if seconds > 1 or not _has(space, number, f"seconds.{stage}"):
+        remember(space, number, f"seconds.{stage}", {stage: f"{seconds:.1f}"})
 
 
-def plan(space: Workspace, number: int) -> int:
-    """Writes the recipes of a round, a shard at a time; returns how many."""
-    round_ = open_round(space, number)
-    total = 0
-    with progress(f"round {number}: planning", round_.config.samples, "recipes") as advance:
-        for shard in range(round_.shard_count):
-            recipes = round_.plan(shard)
-            space.write_table(part("recipes", number, shard, "parquet"), to_table(recipes, RECIPES))
-            total += len(recipes)
-            advance(len(recipes))
-    return total
+def _has(space: Workspace, number: int, kind: str) -> bool:
+    if not space.exists("history.parquet"):
+        return False
+    rows = space.read_table("history.parquet").to_pylist()
+    return any(row["round"] == number and row["kind"] == kind for row in rows)
 
 
-def generate(space: Workspace, number: int, cluster: Cluster) -> pa.Table:
-    """Makes the shards of a round that are not there; returns ``shards.parquet``.
-
-    Raises:
-        PartialResult: some shards failed after all retries; running again tries them again.
-        FlawsmithError: no sample at all was accepted, or the disk is full.
-    """
-    round_ = open_round(space, number)
-    damaged = damaged_shards(space, number)
-    records, todo = unfinished(space, number, round_.shard_count, damaged)
-    errors: dict[int, str] = {}
-    if todo:
-        kept = f", {len(records)} of {round_.shard_count} shards are there" if records else ""
-        say(f"round {number}: making {len(todo)} shards{kept}")
-        samples = min(len(todo) * round_.config.output.shard_size, round_.config.samples)
-        with progress(f"round {number}: generating", samples, "samples") as advance:
-            result = make_round(
-                space,
-                number,
-                todo,
-                cluster,
-                lambda record: advance(record["accepted"] + record["rejected"] + record["failed"]),
-            )
-        records, errors = records + result.records, result.errors
-    records.sort(key=lambda record: record["shard"])
-    space.write_table(round_file(number, "shards.parquet"), to_table(records, SHARDS))
-    sweep(space, number, round_.shard_count)
-    if errors:
-        listed = "\n  ".join(f"shard {shard}: {text}" for shard, text in sorted(errors.items()))
-        raise PartialResult(
-            f"round {number}: {len(errors)} of {round_.shard_count} shards could not be made:\n  {listed}\n"
-            "Run the same command again to try them again"
-        )
-    if damaged:
-        space.remove(round_file(number, "damaged.parquet"))
-    accepted = sum(record["accepted"] for record in records)
-    total = sum(record["accepted"] + record["rejected"] + record["failed"] for record in records)
-    say(f"round {number}: {accepted} of {total} recipes accepted")
-    if not accepted:
-        reasons = Counter(
-            row["reason"]
-            for record in records
-            for row in space.read_table(part("samples", number, record["shard"], "parquet")).to_pylist()
-        )
-        raise FlawsmithError(
-            f"round {number}: no sample was accepted; reasons: "
-            + ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
-            + ". Loosen generation.gates, or widen generation.area and generation.severity"
-        )
-    return space.read_table(round_file(number, "shards.parquet"))
-
-
-def damaged_shards(space: Workspace, number: int) -> set[int]:
-    """Shards that `verify` found damaged and that were not made again since."""
-    name = round_file(number, "damaged.parquet")
-    return set(space.read_table(name)["shard"].to_pylist()) if space.exists(name) else set()
-
-
-def sweep(space: Workspace, number: int, count: int) -> None:
-    """Removes shards beyond the plan: an extra file under shards/ would be read by whoever globs it."""
-    planned = {part("shards", number, shard, "tar").rsplit("/", 1)[-1] for shard in range(count)}
-    for name in space.names(f"rounds/{number:03d}/shards"):
-        if name.startswith("part-") and name.endswith(".tar") and name not in planned:
-            say(f"round {number}: removing shards/{name}, which is not in the plan")
-            space.remove(f"rounds/{number:03d}/shards/{name}")
-
-
-def accepted_samples(space: Workspace, number: int) -> list[dict[str, Any]]:
-    """Rows of a round's samples that were accepted and not rejected by a person, in plan order."""
-    vetoed = vetoes(space)
-    shards = space.read_table(round_file(number, "shards.parquet"))["shard"].to_pylist()
-    return [
-        row
-        for shard in shards
-        for row in space.read_table(part("samples", number, shard, "parquet")).to_pylist()
-        if row["status"] == "accepted" and row["sample_id"] not in vetoed
-    ]
-
-
-def vetoes(space: Workspace) -> set[str]:
-    """Samples that a person rejected (`flawsmith review`)."""
-    if not space.exists("review.parquet"):
-        return set()
-    return set(space.read_table("review.parquet")["sample_id"].to_pylist())
-
-
-def remember(space: Workspace, number: int, kind: str, facts: dict[str, Any]) -> None:
-    """Writes facts of a round to ``history.parquet``, in place of earlier ones of the same kind."""
-    rows = [{"round": number, "kind": kind, "name": name, "value": str(v)} for name, v in facts.items()]
-    space.append_table("history.parquet", to_table(rows, HISTORY), {"round": number, "kind": kind})
-
-
-class Stopwatch:
-    """Seconds a stage, kept in the history of its round."""
-
-    def __init__(self, space: Workspace, number: int):
-        self.space, self.number = space, number
-
-    def __call__(self, stage: str, work: Any) -> Any:
-        started = time.perf_counter()
-        result = work()
-        remember(
-            self.space, self.number, f"seconds.{stage}", {stage: round(time.perf_counter() - started, 2)}
-        )
-        return result
-
-
-# -- looking after what is there ------------------------------------------------------------------------
-
-
-def verify(space: Workspace) -> list[Finding]:
-    """Checks every round byte by byte and notes what is damaged, so that the next `run` makes it again."""
-    findings = []
-    for number in space.rounds():
-        round_ = open_round(space, number)
-        if not space.names(f"rounds/{number:03d}/samples"):
-            continue  # nothing was made yet
-        with progress(f"round {number}: verifying", round_.shard_count, "shards") as advance:
-            found = verify_round(space, number, round_.shard_count, advance)
-        bad = [vars(finding) for finding in found if finding.shard >= 0]
-        name = round_file(number, "damaged.parquet")
-        if bad:
-            space.write_table(name, pa.Table.from_pylist(bad, schema=DAMAGED))
-        else:
-            space.remove(name)
-        findings += found
-    return findings
-
-
-def review(space: Workspace, ids: list[str]) -> str:
-    """Adds a person's vetoes to ``review.parquet``.
-
-    Raises:
-        UsageError: an id is not that of an accepted sample; nothing is stored then.
-    """
-    known = {
-        row["sample_id"]
-        for number in space.rounds()
-        if space.exists(round_file(number, "shards.parquet"))
-        for row in accepted_samples(space, number)
-    }
-    already = vetoes(space)
-    unknown = [sample_id for sample_id in ids if sample_id not in known | already]
-    if unknown:
-        raise UsageError(f"no accepted samples here: {', '.join(unknown[:10])}; nothing was stored")
-    rejected = sorted(already | set(ids))
-    space.write_table("review.parquet", pa.table({"sample_id": rejected}))
-    return f"{len(rejected)} samples rejected by hand; training, export and contact sheets leave them out"
-
-
-def estimate(config: Config) -> str:
-    """What a round will cost, measured on a few of its own samples; nothing is written.
-
-    Raises:
-        UsageError: the sources have a problem without remedy.
-    """
-    found = read_sources(config, [])
-    if found.fatal:
-        listed = "\n  ".join(f"{p.path}: {p.what}; {p.remedy}" for p in found.problems if p.level == "error")
-        raise UsageError(f"the sources cannot be used as they are:\n  {listed}")
-    textures = scan_textures(config.generation.textures) if config.generation.textures else []
-    round_ = round_from(0, config, config.generation, found.images, textures)
-    workers = config.cluster.workers or os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as folder:
-        probe = config.model_copy(
-            update={"samples": PROBE, "output": config.output.model_copy(update={"shard_size": PROBE})}
-        )
-        space = Workspace(folder)
-        space.write_table("images.parquet", to_table(found.images, IMAGES))
-        if textures:
-            space.write_table("textures.parquet", to_table(textures, IMAGES))
-        write_settings(space, 0, probe, probe.generation, first=0)
-        record = make_shard(Job(space.url, 0, 0, settings_hash(space, 0)))
-    each = record["seconds"] / PROBE
-    size = record["bytes"] / max(record["accepted"], 1)
-    accepted = record["accepted"] / PROBE
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    in_hand = size * config.output.shard_size * 2
-    return "\n".join(
-        [
-            f"pictures      {len(found.images)} in {len(round_.pool.normals)} categories, "
-            f"{sum(map(len, round_.pool.normals.values()))} normals to work on",
-            f"samples       {config.samples} recipes a round in {round_.shard_count} shards, {config.rounds} "
-            f"rounds; about {accepted:.0%} accepted",
-            f"bytes         about {size * accepted * config.samples / 1e6:,.1f} MB a round "
-            f"({size / 1e3:,.1f} kB a sample)",
-            f"time          about {each * config.samples / workers / 60:,.1f} minutes a round for the samples "
-            f"on {workers} workers ({each * 1000:,.1f} ms a sample and core), training apart",
-            f"memory        about {(memory + in_hand) / 1e6:,.0f} MB a worker",
-            f"measured on {PROBE} samples of the plan; nothing was written",
-        ]
-    )
+def _remember_yield(space: Workspace, number: int) -> None:
+    """Settings and acceptance of a round, into the history."""
+    rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
+    accepted = sum(row["accepted"] for row in rows)
+    total = sum(row["accepted"] + row["rejected"] + row["failed"] for row in rows)
+    remember(space, number, "yield", {"acceptance": f"{accepted / total:.1%}", "accepted": accepted})
+    generation = open_round(space, number).generation
+    shares = {f"generators.{name}.share": s.share for name, s in generation.generators.items()}
+    ranges = {name: list(getattr(generation, name)) for name in ("area", "severity", "count")}
+    remember(space, number, "setting", {**shares, **ranges, "location": generation.location})

@@ -8,11 +8,12 @@ import io
 import json
 import os
 import socket
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import cv2
@@ -65,6 +66,11 @@ class Round:
     pool: Pool
     images: dict[str, Image]
     traits: dict[str, Trait]
+
+    @cached_property
+    def pictures(self) -> PictureCache:
+        """Decoded once a process, not once a shard."""
+        return PictureCache(self)
 
     @property
     def shard_count(self) -> int:
@@ -225,8 +231,8 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
 
     Pictures are encoded as soon as their generator is done, so that a shard's pixels are never all in memory.
     """
-    cache = PictureCache(round_)
-    signatures: list[np.ndarray] = []
+    cache = round_.pictures
+    signatures: list[tuple[str, np.ndarray]] = []
     made: dict[str, Made] = {}
     for name in sorted({recipe.generator for recipe in recipes}):
         generator = registry.get(name)
@@ -256,12 +262,16 @@ def load_model(generator: str, params: str) -> Any:
 
 
 class PictureCache:
-    """Decoded pictures and resolved locations of one round, least recently used first out."""
+    """Decoded pictures and resolved locations of one round, least recently used first out.
+
+    A worker that was started with several threads shares it among them.
+    """
 
     def __init__(self, round_: Round):
         self._round = round_
         self._entries: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()
 
     def source(self, recipe: Recipe) -> Source:
         """What the generator sees of a recipe's picture and donors.
@@ -297,14 +307,17 @@ class PictureCache:
         return resolve_location(location, pixels, roi, ignore)
 
     def _get(self, key: tuple[str, str], make: Callable[[], Any]) -> Any:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
         value = make()
-        self._entries[key] = value
-        self._bytes += _size(value)
-        while self._bytes > CACHE_BYTES and len(self._entries) > 1:
-            self._bytes -= _size(self._entries.popitem(last=False)[1])
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = value
+                self._bytes += _size(value)
+            while self._bytes > CACHE_BYTES and len(self._entries) > 1:
+                self._bytes -= _size(self._entries.popitem(last=False)[1])
         return value
 
 
@@ -340,9 +353,10 @@ def _members(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str, 
         np.save(sink, outcome.feature.feature, allow_pickle=False)
         members["feature.npy"] = sink.getvalue()
         provenance |= {"layers": list(outcome.feature.layers), "backbone": outcome.feature.backbone}
-    else:
+    elif outcome.pixels is not None:
         members[f"image.{output.format}"] = pictures.encode(outcome.pixels, output.format)
-    members["mask.png"] = pictures.encode_mask(outcome.mask)
+    if outcome.mask is not None:
+        members["mask.png"] = pictures.encode_mask(outcome.mask)
     if output.normals:
         members[f"normal.{output.format}"] = cache.encoded_normal(recipe.image_id)
     scores = {
@@ -371,8 +385,13 @@ def _row(outcome: Outcome, offset: int, checksum: str) -> dict[str, Any]:
         "checksum": checksum,
         "seconds": outcome.seconds,
         "device": _device() if registry.get(outcome.recipe.generator).load is not None else "cpu",
-        "versions": canonical_json({name: _version(name) for name in PACKAGES}),
+        "versions": _versions(),
     }
+
+
+@cache
+def _versions() -> str:
+    return canonical_json({name: _version(name) for name in PACKAGES})
 
 
 @cache
@@ -450,7 +469,7 @@ def _remake(
         if (recipe.generator, recipe.batch) == (wanted.generator, wanted.batch)
         and rows[recipe.sample_id]["attempts"] >= tries
     ]
-    cache = PictureCache(round_)
+    cache = round_.pictures
     outcomes = attempt(
         batch,
         cache.source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from manifests.pictures import decode, decode_mask
 from manifests.schema import Image, images_from
 from manifests.shards import IMAGE_FORMATS, ShardError, checksum
 from manifests.workspace import Workspace, part, round_file
-from workflows.loop import accepted_samples
+from workflows.rounds import accepted_samples
 
 _REMEDY = "`flawsmith verify` lists what is damaged, `flawsmith run` makes it again"
 
@@ -44,7 +45,7 @@ def accepted_rows(space: Workspace, rounds: Sequence[int] | None = None) -> list
         rounds: which ones; None: all whose shards are there.
 
     Raises:
-        UsageError: a round that the workspace does not have, or no sample at all.
+        UsageError: a round that the workspace does not have.
     """
     known = space.rounds()
     if rounds is None:
@@ -53,7 +54,16 @@ def accepted_rows(space: Workspace, rounds: Sequence[int] | None = None) -> list
         if number not in known:
             have = ", ".join(map(str, known)) or "none"
             raise UsageError(f"{space.path('')} has no round {number}; rounds that are there: {have}")
-    rows = [row for number in rounds for row in accepted_samples(space, number)]
+    return [row for number in rounds for row in accepted_samples(space, number)]
+
+
+def some_accepted(space: Workspace, rounds: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """As :func:`accepted_rows`, but none is an error.
+
+    Raises:
+        UsageError: no such round, or no accepted sample.
+    """
+    rows = accepted_rows(space, rounds)
     if not rows:
         raise UsageError(
             f"{space.path('')} holds no accepted sample"
@@ -72,13 +82,12 @@ def read_sample(space: Workspace, row: dict[str, Any]) -> Stored:
     """
     members, name = read_members(space, row), row["sample_id"]
     image, normal = _picture(members, "image", name), _picture(members, "normal", name)
-    mask = members["mask.png"]
-    # Features have a mask of their own size, smaller than any picture.
-    if image is None:
-        levels = decode_small(mask)
-    else:
-        levels = decode_mask(mask, name=f"{name}.mask.png", shape=image.shape[:2])
-    return Stored(row, image, levels, normal)
+    if image is not None:
+        shape = image.shape[:2]
+    else:  # features have a mask of their own size
+        shape = np.load(io.BytesIO(members["feature.npy"]), allow_pickle=False).shape[-2:]
+    mask = decode_mask(members["mask.png"], name=f"{name}.mask.png", shape=shape)
+    return Stored(row, image, mask, normal)
 
 
 def read_members(space: Workspace, row: dict[str, Any]) -> dict[str, bytes]:

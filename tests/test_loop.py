@@ -1,0 +1,162 @@
+"""The whole loop on small drawn pictures: learning, resuming, vetoes, and what the test split may touch."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from manifests.workspace import Workspace
+from workflows.config import parse_config
+from workflows.demo import write_drawn
+from workflows.detecting import evaluate_final
+from workflows.loop import run
+from workflows.upkeep import review
+
+SMALL = {
+    "samples": 24,
+    "rounds": 2,
+    "output": {"shard_size": 12},
+    "detector": {"settings": {"size": 96, "steps": 12, "batch": 4, "hidden": 32, "heads": 2, "depth": 1}},
+    "evaluation": {"resamples": 20},
+    "feedback": {"trials": 16},
+    "cluster": {"workers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_drawn(folder, train=12, good=8, each=4)
+    shutil.rmtree(folder / "cloth")
+    return folder
+
+
+def tables(space: Workspace, *names: str) -> dict[str, list]:
+    return {name: space.read_table(name).to_pylist() for name in names}
+
+
+def loop(pictures: Path, workspace: Path, **changes) -> Workspace:
+    config = parse_config({"source": str(pictures), **SMALL, **changes}, name="test", folder=workspace.parent)
+    space = Workspace(str(workspace))
+    run(config, space)
+    return space
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, tmp_path_factory) -> Workspace:
+    return loop(pictures, tmp_path_factory.mktemp("loop") / "w")
+
+
+def test_the_loop_closes(finished):
+    assert finished.rounds() == [0, 1]
+    first, second = (finished.read_yaml(f"rounds/00{n}/settings.yaml")["generation"] for n in (0, 1))
+    decisions = finished.read_table("rounds/000/decisions.parquet").to_pylist()
+    assert all(row["reason"] for row in decisions)
+    changed = {row["setting"] for row in decisions if row["before"] != row["after"]}
+    assert changed and first != second
+    trials = finished.read_table("rounds/000/trials.parquet").to_pylist()
+    assert len(trials) == 16 and [row["origin"] for row in trials[:2]] == ["current", "rule"]
+    for number in (0, 1):
+        metrics = finished.read_table(f"rounds/00{number}/metrics.parquet").to_pylist()
+        assert {"feedback", "heldout_synthetic"} == {row["split"] for row in metrics}
+        names = {row["metric"] for row in metrics if row["category"] == "mean" and row["split"] == "feedback"}
+        assert names >= {"image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro"}
+    kinds = {row["kind"] for row in finished.read_table("history.parquet").to_pylist()}
+    assert kinds >= {"setting", "metric", "yield", "seconds.generate", "seconds.train"}
+    assert b"<html" in finished.read_bytes("report/index.html")
+
+
+def test_running_again_changes_nothing(finished, pictures):
+    root = Path(finished.url)
+    before = {p: p.stat().st_mtime_ns for p in root.glob("rounds/*/*/*") if p.is_file()}
+    loop(pictures, root)
+    assert {p: p.stat().st_mtime_ns for p in root.glob("rounds/*/*/*") if p.is_file()} == before
+
+
+def test_labels_of_the_test_split_touch_nothing_but_the_final_figures(finished, pictures, tmp_path):
+    """The masks of every test picture are replaced: everything the loop decides must stay the same."""
+    altered = tmp_path / "pictures"
+    shutil.copytree(pictures, altered)
+    images = finished.read_table("images.parquet").to_pylist()
+    touched = 0
+    for row in images:
+        if row["split"] == "test" and row["mask_path"]:
+            mask = altered / Path(row["mask_path"]).relative_to(pictures)
+            size = cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE).shape
+            wrong = np.zeros(size, np.uint8)
+            wrong[:20, :20] = 255
+            cv2.imwrite(str(mask), wrong)
+            touched += 1
+    assert touched > 3
+    other = loop(altered, tmp_path / "w")
+    for number in (0, 1):
+        for file in sorted(Path(finished.url).glob(f"rounds/00{number}/shards/*.tar")):
+            assert file.read_bytes() == (Path(other.url) / file.relative_to(finished.url)).read_bytes()
+        names = [f"rounds/00{number}/{name}.parquet" for name in ("metrics", "scores", "found")]
+        assert tables(finished, *names) == tables(other, *names)
+    decisions = "rounds/000/decisions.parquet"
+    assert tables(finished, decisions) == tables(other, decisions)
+    weights = "rounds/001/detectors/onenip/model.safetensors"
+    assert finished.read_bytes(weights) == other.read_bytes(weights)
+
+    for space in (finished, other):
+        evaluate_final(space)
+    final = [
+        [row for row in space.read_table("rounds/001/metrics.parquet").to_pylist() if row["split"] == "test"]
+        for space in (finished, other)
+    ]
+    assert final[0] and final[0] != final[1]
+    assert finished.read_table("looks.parquet").num_rows == 2
+    evaluate_final(finished)
+    assert finished.read_table("looks.parquet").num_rows == 2, "a second look must not score again"
+
+
+def test_a_veto_is_honoured_by_training(finished, pictures, tmp_path):
+    from workflows.detecting import samples_of
+
+    copy = tmp_path / "w"
+    shutil.copytree(finished.url, copy)
+    space = Workspace(str(copy))
+    ids = [sample.sample_id for sample in samples_of(space, 0)]
+    review(space, ids[:2])
+    assert [sample.sample_id for sample in samples_of(space, 0)] == ids[2:]
+
+
+def test_without_labelled_anomalies_the_loop_goes_on(pictures, tmp_path):
+    good = tmp_path / "parts"
+    shutil.copytree(pictures / "ring" / "train" / "good", good)
+    space = loop(good, tmp_path / "w")
+    rows = space.read_table("rounds/000/decisions.parquet").to_pylist()
+    assert any("no labelled real anomaly" in row["reason"] for row in rows)
+    splits = {row["split"] for row in space.read_table("rounds/001/metrics.parquet").to_pylist()}
+    assert splits == {"heldout_synthetic"}
+
+
+def test_the_command_line_serves_a_finished_workspace(finished, tmp_path):
+    from workflows.cli import app
+
+    runner = CliRunner()
+
+    def call(*words):
+        result = runner.invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "every shard is whole" in call("verify", finished.url)
+    sample_id = next(
+        row["sample_id"]
+        for row in finished.read_table("rounds/001/samples/part-00000.parquet").to_pylist()
+        if row["status"] == "accepted"
+    )
+    assert "the same bytes" in call("replay", finished.url, sample_id)
+    assert "because" in call("feedback", finished.url, "--round", 0, "--explain")
+    call("show", finished.url, "--out", tmp_path / "c.png")
+    assert cv2.imread(str(tmp_path / "c.png")) is not None
+    call("export", finished.url, tmp_path / "out", "--format", "coco")
+    picture = next(Path(finished.read_table("images.parquet")["path"][0].as_py()).parent.glob("*.png"))
+    checkpoint = Path(finished.url) / "rounds/001/detectors/onenip"
+    out = call("predict", checkpoint, picture, "--out", tmp_path / "found")
+    assert str(picture.name) in out

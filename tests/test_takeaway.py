@@ -1,0 +1,552 @@
+"""What a user takes out of a workspace: contact sheet, export, report, predictions, doctor."""
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+
+from manifests import pictures, shards
+from manifests.errors import PictureError, UsageError
+from manifests.schema import DECISIONS, HISTORY, IMAGES, METRICS, SAMPLES, SHARDS, Image, to_table
+from manifests.workspace import Workspace, part, round_file
+from workflows import contact, doctor, export, predict
+from workflows.config import parse_config
+from workflows.report import write_report
+
+LICENCE = "CC BY-NC-SA 4.0 (non-commercial use only)"
+NASTY = "../../<script>alert(1)</script>"
+
+
+def sample_row(round_, index, category, generator, defect, image, offset, checksum):
+    return {
+        "sample_id": f"{round_:03d}-00000-{index:05d}", "round": round_, "image_id": image.image_id,
+        "category": category, "generator": generator, "defect": defect, "prompt": "", "detail": "",
+        "wanted_area": 0.05, "area": 0.05, "severity": 0.5, "count": 1, "location": "anywhere", "donors": [],
+        "params": "{}", "seed": index, "batch": 0, "shard": 0, "status": "accepted", "reason": "",
+        "leak": 0.0, "hollow": 0.0, "contrast": 1.5, "attempts": 1, "offset": offset, "checksum": checksum,
+        "seconds": 0.01, "device": "cpu", "versions": "{}",
+    }  # fmt: skip
+
+
+def defect_mask(rng, shape):
+    """A ring with a hole and a single pixel: two components."""
+    mask = np.zeros(shape, np.uint8)
+    cv2.circle(mask, (int(rng.integers(10, 14)), int(rng.integers(10, 14))), 7, 1, 3)
+    mask[-2, -2] = 1
+    return mask > 0
+
+
+@pytest.fixture
+def space(tmp_path):
+    """Two rounds; a grey and a colour category of other sizes; one sample of features a round."""
+    rng = np.random.default_rng(3)
+    space = Workspace(str(tmp_path / "ws"))
+    images, normals = [], {}
+    for category, shape in (("bolt", (32, 40, 1)), ("cloth", (36, 32, 3))):
+        for index, split in enumerate(("train", "train", "calibration", "test")):
+            pixels = rng.integers(0, 255, shape, np.uint8)
+            path = tmp_path / f"{category}{index}.png"
+            path.write_bytes(pictures.encode(pixels, "png"))
+            image = Image(
+                pictures.pixel_hash(pixels), str(path), pictures.sha256(path.read_bytes()), category, "good",
+                None, shape[1], shape[0], "L" if shape[2] == 1 else "RGB", 8, str(index), split,
+                LICENCE if category == "bolt" else None,
+            )  # fmt: skip
+            images.append(image)
+            normals[image.image_id] = pixels
+    space.write_table("images.parquet", to_table(images, IMAGES))
+    config = parse_config({"source": str(tmp_path), "samples": 7}, name="test").model_dump(mode="json")
+    for round_ in (0, 1):
+        space.write_yaml(
+            round_file(round_, "settings.yaml"),
+            {"round": round_, "config": config, "generation": config["generation"]},
+        )
+        write_round(space, round_, images, normals, rng)
+    return space
+
+
+def write_round(space, round_, images, normals, rng):
+    samples, facts = [], []
+    trained = [image for image in images if image.split == "train"]
+    kinds = [("perlin", "good"), ("perlin", NASTY), ("scar", "Scratch"), ("scar", "scratch")]
+    for index in range(7):
+        image = trained[index % len(trained)]
+        generator, defect = kinds[index % 4] if index < 6 else ("feature", "noise")
+        normal = normals[image.image_id]
+        mask = defect_mask(rng, normal.shape[:2])
+        picture = np.where(mask[:, :, None], 255 - normal, normal)
+        members = {"image.webp": pictures.encode(picture, "webp")}
+        if generator == "feature":
+            sink = io.BytesIO()
+            np.save(sink, np.ones((4, 5, 3), np.float16))
+            mask = np.eye(5, 3, dtype=bool)
+            members = {"feature.npy": sink.getvalue()}
+        members |= {"mask.png": pictures.encode_mask(mask), "normal.webp": pictures.encode(normal, "webp")}
+        members["json"] = shards.sample_json({}, {}, {})
+        samples.append((f"{round_:03d}-00000-{index:05d}", members))
+        facts.append((image.category, generator, defect, image))
+    packed = shards.pack(samples)
+    space.write_bytes(part("shards", round_, 0, "tar"), packed.data)
+    rows = [
+        sample_row(round_, index, *fact, offset, checksum)
+        for index, (fact, offset, checksum) in enumerate(
+            zip(facts, packed.offsets, packed.checksums, strict=True)
+        )
+    ]
+    refused = {**rows[0], "sample_id": f"{round_:03d}-00000-00007", "status": "rejected", "offset": -1}
+    rows.append(refused | {"reason": "contrast below 1", "checksum": ""})
+    space.write_table(part("samples", round_, 0, "parquet"), to_table(rows, SAMPLES))
+    record = {
+        "round": round_, "shard": 0, "path": part("shards", round_, 0, "tar"), "sha256": packed.sha256,
+        "bytes": len(packed.data), "accepted": 7, "rejected": 1, "failed": 0, "fingerprint": "{}",
+        "seconds": 1.0, "host": "here", "lossy": False,
+    }  # fmt: skip
+    space.write_table(round_file(round_, "shards.parquet"), to_table([record], SHARDS))
+
+
+def stored(space, round_):
+    """The members of a round's shard, decoded by the contract's own reader."""
+    name = part("shards", round_, 0, "tar")
+    return dict(shards.unpack(space.read_bytes(name), name))
+
+
+def veto(space, *ids):
+    space.write_table("review.parquet", pa.table({"sample_id": list(ids)}))
+
+
+def stored_mask(members, shape):
+    return pictures.decode_mask(members["mask.png"], name="mask", shape=shape)
+
+
+# -- contact sheet --------------------------------------------------------------------------------------
+
+
+def test_contact_sheet_is_spread_repeatable_and_leaves_out_what_a_person_rejected(space, tmp_path):
+    veto(space, "000-00000-00000", "001-00000-00006")
+    out = tmp_path / "new" / "sheet.png"
+    shown = contact.contact_sheet(space, out, samples=4)
+    assert shown == contact.contact_sheet(space, tmp_path / "again.png", samples=4)
+    assert out.read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert {name[:3] for name in shown} == {"000", "001"}
+    everything = contact.contact_sheet(space, out, samples=99)
+    assert len(everything) == len(set(everything)) == 12
+    assert not {"000-00000-00000", "001-00000-00006"} & set(everything)
+    assert "000-00000-00006" in everything  # features are shown too
+    with Pillow.open(out) as sheet:
+        assert sheet.width > 3 * contact.TILE
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from("ab"), st.sampled_from("xyz")), min_size=1),
+    st.integers(1, 40),
+    st.integers(0, 5),
+)
+def test_chosen_samples_cover_every_kind_before_one_comes_twice(kinds, count, seed):
+    rows = [
+        {"sample_id": str(i), "round": r, "category": c, "generator": g} for i, (r, c, g) in enumerate(kinds)
+    ]
+    chosen = contact.choose(rows, count, seed)
+    assert len(chosen) == len({row["sample_id"] for row in chosen}) == min(count, len(rows))
+    seen = [(row["round"], row["category"], row["generator"]) for row in chosen]
+    assert len(set(seen)) == min(len(set(kinds)), count)
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3))
+def test_outline_shows_on_any_background_and_hides_no_defect(colour):
+    picture = np.full((40, 40, 3), colour, np.uint8)
+    mask = np.zeros((40, 40), bool)
+    mask[15:20, 10:30] = True
+    drawn = contact.outline(picture, mask)
+    assert np.array_equal(drawn[mask], picture[mask])
+    strongest = np.abs(drawn.astype(int) - picture).sum(axis=2)[12:15, 20].max()
+    assert strongest >= 200
+
+
+def test_a_thin_defect_survives_shrinking():
+    mask = np.zeros((2000, 1000), bool)
+    mask[777, 300:310] = True
+    assert contact.fit_mask(mask, (168, 84)).any()
+
+
+def test_a_damaged_sample_is_named_not_shown(space, tmp_path):
+    name = part("shards", 1, 0, "tar")
+    data = bytearray(space.read_bytes(name))
+    data[600] ^= 255
+    space.write_bytes(name, bytes(data))
+    with pytest.raises(
+        shards.ShardError, match=r"rounds/001/shards/part-00000\.tar .*001-00000-00000.*verify"
+    ):
+        contact.contact_sheet(space, tmp_path / "sheet.png", samples=99)
+
+
+def test_a_round_that_is_not_there_or_empty_is_a_usage_error(space, tmp_path):
+    with pytest.raises(UsageError, match="no round 7; rounds that are there: 0, 1"):
+        contact.contact_sheet(space, tmp_path / "sheet.png", rounds=[7])
+    veto(space, *(f"001-00000-{index:05d}" for index in range(7)))
+    with pytest.raises(UsageError, match="no accepted sample of round 1"):
+        export.export(space, "coco", tmp_path / "out", rounds=[1])
+
+
+# -- export ---------------------------------------------------------------------------------------------
+
+
+def test_mvtec_export_holds_the_same_pixels_and_stays_in_its_folder(space, tmp_path):
+    veto(space, "001-00000-00002")
+    out = tmp_path / "out"
+    counts = export.export(space, "mvtec", out)
+    assert counts == {"anomalies": 11, "normals": 6, "features_left_out": 2}
+    everything = {path for path in tmp_path.rglob("*") if path.is_file()}
+    outside = {path for path in everything if out not in path.parents and tmp_path / "ws" not in path.parents}
+    assert {path.name for path in outside} == {f"{c}{i}.png" for c in ("bolt", "cloth") for i in range(4)}
+    with open(out / "manifest.csv", encoding="utf-8", newline="") as file:
+        entries = list(csv.DictReader(file))
+    assert {str(p.relative_to(out)) for p in out.rglob("*.png") if "ground_truth" not in p.parts} == {
+        entry["file"] for entry in entries
+    }
+    for entry in entries:
+        pixels = pictures.decode((out / entry["file"]).read_bytes(), name=entry["file"]).pixels
+        assert pixels.shape[2] == (1 if entry["category"] == "bolt" else 3)
+        good = "/good/" in entry["file"]
+        assert good == (entry["synthetic"] == "0")  # also for the synthetic defect that is called "good"
+        if good:
+            assert pictures.pixel_hash(pixels) == entry["image_id"]
+            continue
+        members = stored(space, int(entry["round"]))[entry["sample_id"]]
+        original = pictures.decode(members["image.webp"], name="image").pixels
+        assert np.array_equal(pixels, original[:, :, : pixels.shape[2]])
+        mask = pictures.decode_mask((out / entry["mask"]).read_bytes(), name="mask", shape=pixels.shape[:2])
+        assert np.array_equal(mask, stored_mask(members, pixels.shape[:2]))
+        assert entry["mask"] == (
+            entry["file"].replace("/test/", "/ground_truth/").replace(".png", "_mask.png")
+        )
+    folders = {entry["file"].split("/")[2] for entry in entries if entry["synthetic"] == "1"}
+    assert len(folders) == len({name.casefold() for name in folders}) == 4
+    readme = (out / "README.md").read_text(encoding="utf-8")
+    assert "synthetic" in readme
+    assert LICENCE in readme
+
+
+def test_coco_run_lengths_give_back_the_exact_mask(space, tmp_path):
+    export.export(space, "coco", tmp_path / "out", rounds=[1])
+    document = json.loads((tmp_path / "out" / "annotations.json").read_text(encoding="utf-8"))
+    assert len(document["images"]) == 6
+    names = {entry["id"]: entry["name"] for entry in document["categories"]}
+    assert set(names.values()) == {"good", NASTY, "Scratch", "scratch"}
+    assert [entry["name"] for entry in document["licenses"]] == [LICENCE]
+    for image in document["images"]:
+        shape = (image["height"], image["width"])
+        union = np.zeros(shape, bool)
+        own = [entry for entry in document["annotations"] if entry["image_id"] == image["id"]]
+        assert len(own) == 2  # the ring and the pixel
+        for entry in own:
+            runs = entry["segmentation"]["counts"]
+            flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+            instance = flat.reshape(shape, order="F")
+            assert instance.sum() == entry["area"]
+            x, y, width, height = entry["bbox"]
+            assert instance[y : y + height, x : x + width].sum() == entry["area"]
+            assert instance.any(axis=0).sum() == width
+            union |= instance
+        members = stored(space, 1)[image["file_name"].removesuffix(".png")]
+        assert np.array_equal(union, stored_mask(members, shape))
+        assert (tmp_path / "out" / "images" / image["file_name"]).is_file()
+
+
+def filled(points, shape):
+    """A normalised polygon as a mask, in the way ultralytics does it."""
+    canvas = np.zeros(shape, np.uint8)
+    cv2.fillPoly(canvas, [(points * (shape[1], shape[0])).astype(np.int32)], 1)
+    return canvas > 0
+
+
+def overlap(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_yolo_polygons_cover_the_mask(space, tmp_path):
+    counts = export.export(space, "yolo", tmp_path / "out")
+    assert counts == {"anomalies": 12, "instances": 24, "features_left_out": 2}
+    settings_ = yaml.safe_load((tmp_path / "out" / "data.yaml").read_text(encoding="utf-8"))
+    sides = {}
+    for side in ("train", "val"):
+        labels = sorted((tmp_path / "out" / "labels" / side).glob("*.txt"))
+        assert [p.stem for p in labels] == sorted(
+            p.stem for p in (tmp_path / "out" / settings_[side]).glob("*.png")
+        )
+        for path in labels:
+            with Pillow.open(tmp_path / "out" / settings_[side] / f"{path.stem}.png") as picture:
+                shape = (picture.height, picture.width)
+            union = np.zeros(shape, bool)
+            for line in path.read_text().splitlines():
+                number, *values = line.split()
+                assert int(number) in settings_["names"]
+                points = np.array(values, float).reshape(-1, 2)
+                assert len(points) >= 3
+                assert 0 < points.min() <= points.max() < 1
+                union |= filled(points, shape)
+            mask = stored_mask(stored(space, int(path.stem[:3]))[path.stem], shape)
+            assert overlap(union, mask) > 0.97
+            sides.setdefault(path.stem.split("-")[-1], set()).add(side)
+    assert {"train", "val"} == set.union(*sides.values())
+    assert all(len(found) == 1 for found in sides.values())  # one normal, one side (index fixes the normal)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.sampled_from([(48, 64), (33, 20)]))
+def test_any_component_survives_run_lengths_and_polygon(seed, shape):
+    rng = np.random.default_rng(seed)
+    noise = cv2.GaussianBlur(rng.standard_normal(shape), (0, 0), 2.5)
+    mask = noise > np.quantile(noise, 0.6)
+    for part_ in export.components(mask):
+        runs = export.run_lengths(part_)
+        decoded = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape, order="F")
+        assert np.array_equal(decoded, part_)
+        assert overlap(filled(export.polygon(part_), shape), part_) > 0.9
+
+
+def test_export_refuses_a_folder_in_use_and_leaves_nothing_half_done(space, tmp_path):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="holds something already"):
+        export.export(space, "yolo", used)
+    with pytest.raises(UsageError, match="choose one of mvtec, coco, yolo"):
+        export.export(space, "voc", tmp_path / "new")
+    before = set(tmp_path.iterdir())
+    (tmp_path / "cloth1.png").write_bytes(b"another picture")
+    with pytest.raises(PictureError, match=r"cloth1\.png: the file changed"):
+        export.export(space, "mvtec", tmp_path / "new")
+    assert set(tmp_path.iterdir()) == before
+
+
+@given(st.lists(st.text(max_size=90), max_size=8))
+def test_safe_names_are_distinct_and_cannot_leave_a_folder(words):
+    names = export.safe_names(words)
+    assert len({name.casefold() for name in names}) == len(words)
+    assert all(re.fullmatch(r"[^\W_][\w.-]*|\w[\w.-]*", name) and len(name) < 70 for name in names)
+
+
+# -- report ---------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Checks that tags close in order; keeps text, and addresses that would need another file."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.addresses, self.scripts = [], "", [], 0
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.scripts += tag == "script"
+        self.addresses += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:image/")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parsed(space):
+    page = space.read_bytes(write_report(space)).decode()
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.addresses == []
+    assert tags.scripts == 0
+    assert len(page) < 5e6
+    return re.sub(r"\s+", " ", tags.text), page
+
+
+def metric(round_, split, category, name, value, **other):
+    row = {
+        "round": round_, "detector": "onenip", "seed": 0, "category": category, "defect": "all",
+        "size": "all", "split": split, "metric": name, "value": value,
+        "low": value - 0.1, "high": value + 0.05,
+    }  # fmt: skip
+    return row | other
+
+
+def test_report_of_a_whole_run(space):
+    rows = [
+        metric(0, "feedback", "mean", "image_auroc", 0.811),
+        metric(0, "feedback", "bolt", "image_auroc", 0.7),
+        metric(0, "feedback", "bolt", "pixel_ap", 0.41, low=float("nan"), high=float("nan")),
+        metric(0, "test", "mean", "image_auroc", 0.8225, defect="all"),
+        metric(0, "test", "bolt", "image_auroc", 0.66, defect=NASTY),
+    ]
+    space.write_table(round_file(0, "metrics.parquet"), to_table(rows, METRICS))
+    reason = f"missed defects are smaller {NASTY}"
+    decisions = [
+        {"round": 0, "setting": "area", "before": "[0.1, 0.2]", "after": "[0.05, 0.1]", "reason": reason},
+        {"round": 0, "setting": "severity", "before": "[0, 1]", "after": "[0, 1]", "reason": "chance"},
+    ]
+    space.write_table(round_file(0, "decisions.parquet"), to_table(decisions, DECISIONS))
+    history = [{"round": 0, "kind": "seconds.train", "name": "train", "value": "61.25"}]
+    space.write_table("history.parquet", to_table(history, HISTORY))
+    veto(space, "000-00000-00001")
+    text, page = parsed(space)
+    assert (
+        f"Non-commercial use only. Licence of the pictures of bolt, and of what was made from them: {LICENCE}"
+        in text
+    )
+    for fact in (
+        "0.811 (0.711–0.861)", "0.410", "0.823 (0.723–0.873)", "87.5%", "contrast below 1", "61.2",
+        "[0.05, 0.1]", reason, "rejected 1 of the accepted samples", "000-00000-00006 · ",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert page.count("data:image/webp") == 13
+    assert write_report(space) == "report/index.html"
+    assert space.read_bytes("report/index.html").decode() == page
+
+
+def test_report_of_a_run_that_stopped_early(space):
+    text, _ = parsed(space)
+    assert "Not yet: `flawsmith evaluate --final`" in text
+    for number in (0, 1):
+        for name in ("shards.parquet", "samples/part-00000.parquet", "shards/part-00000.tar"):
+            space.remove(round_file(number, name))
+    text, page = parsed(space)
+    assert "Samples by generator: not yet." in text
+    assert "data:image" not in page
+    empty = Workspace(space.url + "-nothing")
+    text, _ = parsed(empty)
+    assert "Real pictures: not yet." in text
+
+
+# -- predictions ----------------------------------------------------------------------------------------
+
+
+def brightness_detector():
+    """Its map is the picture's brightness in [0, 1], its score the largest value."""
+
+    def score(batch):
+        maps = batch["features"].mean(dim=1) / 255
+        return maps.amax(dim=(1, 2)), maps
+
+    return SimpleNamespace(
+        settings=SimpleNamespace(size=32),
+        categories=("bolt",),
+        calibration={"threshold": 0.5},
+        extract=lambda images: images.float(),
+        score=score,
+    )
+
+
+def test_predict_goes_on_after_unreadable_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "load", lambda folder, device: brightness_detector())
+    folder = tmp_path / "new"
+    folder.mkdir()
+    levels = dict(zip("abcdefghijklmnopqrstuvwxyz", range(0, 255, 10), strict=False))
+    for name, level in levels.items():
+        pixels = np.full((40, 24, 1), level, np.uint8)
+        (folder / f"{name}.png").write_bytes(pictures.encode(pixels, "png"))
+    (folder / "c.png").write_bytes(b"")
+    (folder / "s.png").write_bytes((folder / "t.png").read_bytes()[:40])
+    (folder / "notes.txt").write_text("not a picture")
+    twin = tmp_path / "a.png"
+    bright = np.full((9, 9, 3), 10, np.uint8)
+    bright[:5] = 240
+    twin.write_bytes(pictures.encode(bright, "png"))
+    out = tmp_path / "found"
+    rows = predict.predict(tmp_path / "checkpoint", [folder, twin, tmp_path / "gone.png"], out)
+    assert [row["path"] for row in rows] == [
+        *(str(folder / f"{name}.png") for name in levels), str(twin), str(tmp_path / "gone.png"),
+    ]  # fmt: skip
+    failed = {row["path"]: row["error"] for row in rows if row["error"]}
+    assert set(failed) == {str(folder / "c.png"), str(folder / "s.png"), str(tmp_path / "gone.png")}
+    assert "0 bytes" in failed[str(folder / "c.png")]
+    for row, level in zip(rows, levels.values(), strict=False):
+        if not row["error"]:
+            assert row["score"] == pytest.approx(level / 255)
+            assert row["anomalous"] is (level > 127)
+    good = [row for row in rows if not row["error"]]
+    assert len({row["heat_map"].casefold() for row in good}) == len(good)  # two pictures are called "a"
+    scores = np.load(good[-1]["map"], allow_pickle=False)
+    assert (scores.dtype, scores.shape) == (np.float32, (32, 32))
+    with Pillow.open(good[-1]["heat_map"]) as heat:
+        assert heat.size == (9, 9)
+        drawn = np.array(heat)
+    assert np.array_equal(drawn[8], bright[8] * 0 + drawn[8, 0])  # nothing is drawn far below the threshold
+    with open(out / "scores.csv", encoding="utf-8", newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [float(row["score"] or -1) for row in listed] == [
+        -1 if row["score"] is None else row["score"] for row in rows
+    ]
+
+
+def test_predict_maps_16_bits_as_in_training_or_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "load", lambda folder, device: brightness_detector())
+    picture = tmp_path / "deep.png"
+    picture.write_bytes(pictures.encode(np.full((16, 16, 1), 3000, np.uint16), "png"))
+    checkpoint = tmp_path / "ws" / "rounds" / "000" / "detectors" / "onenip"
+    (row,) = predict.predict(checkpoint, [picture], tmp_path / "out")
+    assert "grey levels that the detector was trained on are not known" in row["error"]
+    image = Image("id", "p.png", "", "bolt", "good", None, 16, 16, "L", 16, "p", "train")
+    windowed = to_table([vars_of(image) | {"window_low": 2000, "window_high": 4000}], IMAGES)
+    Workspace(str(tmp_path / "ws")).write_table("images.parquet", windowed)
+    (row,) = predict.predict(checkpoint, [picture], tmp_path / "out")
+    assert row["score"] == pytest.approx(0.5, abs=0.01)
+
+
+def vars_of(image):
+    return {name: getattr(image, name) for name in Image.__dataclass_fields__}
+
+
+def test_predict_without_pictures_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no pictures in"):
+        predict.predict(tmp_path, [tmp_path], tmp_path / "out")
+
+
+def test_colours_do_not_depend_on_the_other_pictures():
+    picture = np.full((16, 16, 1), 128, np.uint8)
+    pale = predict.overlay(picture, np.full((8, 8), 0.01, np.float32), 0.5)
+    strong = predict.overlay(picture, np.full((8, 8), 1.0, np.float32), 0.5)
+    assert np.abs(pale.astype(int) - 128).max() <= 6
+    assert np.abs(strong.astype(int) - 128).max() >= 60
+
+
+# -- doctor ---------------------------------------------------------------------------------------------
+
+
+def test_doctor_uses_every_part_and_never_raises(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = {check.name: check for check in doctor.checks()}
+    for check in found.values():
+        assert check.found
+        assert "\n" not in check.found
+        assert check.ok or check.remedy or check.name == "cuda"
+    assert found["torch"].ok
+    assert found["torch"].found.startswith(torch.__version__)
+    assert found["hub"].ok is None
+    assert "HF_HUB_OFFLINE" in found["hub"].found
+    assert "perlin" in found["generators"].found
+    assert all(check.ok is not False for check in found.values())
+
+
+def test_doctor_tells_required_from_optional():
+    def absent():
+        import a_package_that_nobody_has  # noqa: F401
+
+    def broken():
+        raise OSError("undefined symbol: _ZN\nmore\nlines")
+
+    required, optional = doctor._try("x", absent, "fix"), doctor._try("x", absent, "fix", optional=True)
+    assert (required.ok, optional.ok) == (False, None)
+    assert required.found == "a_package_that_nobody_has is not installed"
+    assert doctor._try("x", broken, "fix").found == "OSError: undefined symbol: _ZN"
+    assert doctor._try("x", lambda: "1.0", "fix") == doctor.Check("x", True, "1.0", "")

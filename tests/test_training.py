@@ -1,0 +1,384 @@
+"""From shards to a detector on disk and its figures: reading, fitting, checkpoints, evaluation."""
+
+import io
+import pickle
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detectors.onenip import OneNIPSettings
+from manifests.errors import UsageError
+from manifests.pictures import encode, encode_mask
+from manifests.schema import METRICS, SCORES, Image, to_table
+from manifests.shards import ShardError, pack, sample_json
+from training import checkpoints
+from training.checkpoints import CheckpointError
+from training.evaluation import Judged, at_size, figures, ignored, judge, predict, score_rows, truth
+from training.fitting import Normal, collect, draw, learning_rate, train
+from training.loading import Sample, ShardFile, read_samples, small_mask
+
+SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
+
+
+def texture(seed: int, shape=(48, 48, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(60, 190, shape, dtype=np.uint8)
+
+
+def sample(number: int, category: str = "a", normal: bool = True) -> Sample:
+    source = texture(number)
+    image, mask = source.copy(), np.zeros(source.shape[:2], bool)
+    image[8:20, 10:22] = 255
+    mask[8:20, 10:22] = True
+    recipe = {"category": category, "image_id": f"n{number}"}
+    return Sample(f"s{number}", image, mask, source if normal else None, recipe, {"contrast": 9.0})
+
+
+def members(s: Sample, format: str = "webp") -> dict[str, bytes]:
+    found = {f"image.{format}": encode(s.image, format), "mask.png": encode_mask(s.mask)}
+    if s.normal is not None:
+        found[f"normal.{format}"] = encode(s.normal, format)
+    return found | {"json": sample_json(s.recipe, s.scores, {})}
+
+
+def write_shard(path, samples) -> ShardFile:
+    path.write_bytes(pack([(s.sample_id, members(s)) for s in samples]).data)
+    return ShardFile(str(path), len(samples))
+
+
+# -- reading --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["webp", "png"])
+def test_what_is_written_is_read(tmp_path, format):
+    written = [sample(1), sample(2, normal=False)]
+    path = tmp_path / "part-00000.tar"
+    path.write_bytes(pack([(s.sample_id, members(s, format)) for s in written]).data)
+    read = list(read_samples([ShardFile(str(path), 2)]))
+    for found, wanted in zip(read, written, strict=True):
+        assert (found.sample_id, found.category, found.image_id) == (
+            wanted.sample_id,
+            wanted.category,
+            wanted.image_id,
+        )
+        np.testing.assert_array_equal(found.image, wanted.image)
+        np.testing.assert_array_equal(found.mask, wanted.mask)
+    np.testing.assert_array_equal(read[0].normal, written[0].normal)
+    assert read[1].normal is None
+    assert read[0].scores == {"contrast": 9.0}
+
+
+def test_sixteen_bit_pictures_become_eight_bit(tmp_path):
+    s = sample(1)
+    wide = {key: data for key, data in members(s).items() if key in ("mask.png", "json")}
+    wide["image.png"] = encode(s.image.astype(np.uint16) * 257, "png")
+    path = tmp_path / "a.tar"
+    path.write_bytes(pack([("s", wide)]).data)
+    np.testing.assert_array_equal(next(read_samples([ShardFile(str(path), 1)])).image, s.image)
+
+
+def test_vetoed_and_feature_samples_are_counted_and_left_out(tmp_path):
+    sink = io.BytesIO()
+    np.save(sink, np.zeros((4, 3, 3), np.float16))
+    feature = {"feature.npy": sink.getvalue(), "mask.png": encode_mask(np.ones((3, 3), bool)), "json": b"{}"}
+    rows = [("s1", members(sample(1))), ("s2", members(sample(2))), ("s3", feature)]
+    path = tmp_path / "a.tar"
+    path.write_bytes(pack(rows).data)
+    read = read_samples([ShardFile(str(path), 3)], excluded={"s2"})
+    assert [s.sample_id for s in read] == ["s1"]
+
+
+def test_a_damaged_header_that_webdataset_overlooks_is_named(tmp_path):
+    shard = write_shard(tmp_path / "part-00007.tar", [sample(i) for i in range(4)])
+    packed = pack([(f"s{i}", members(sample(i))) for i in range(4)])
+    data = bytearray(packed.data)
+    data[packed.offsets[2] + 150] ^= 0xFF  # the third sample's checksum
+    (tmp_path / "part-00007.tar").write_bytes(data)
+    with pytest.raises(ShardError, match=r"part-00007\.tar: 2 samples .* 4"):
+        list(read_samples([shard]))
+
+
+@pytest.mark.parametrize("lost", ["mask.png", "json", "image.webp"])
+def test_a_sample_without_a_member_is_named(tmp_path, lost):
+    kept = {key: data for key, data in members(sample(1)).items() if key != lost}
+    path = tmp_path / "a.tar"
+    path.write_bytes(pack([("s0", members(sample(0))), ("s1", kept)]).data)
+    with pytest.raises(ShardError, match=rf"a\.tar: sample s1 has no \.?{lost.split('.')[0]}"):
+        list(read_samples([ShardFile(str(path), 2)]))
+
+
+def test_cut_and_missing_shards_are_named(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", [sample(i) for i in range(3)])
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ShardError, match=r"a\.tar"):
+        list(read_samples([shard]))
+    with pytest.raises(ShardError, match=r"b\.tar is missing"):
+        list(read_samples([ShardFile(str(tmp_path / "b.tar"), 1)]))
+
+
+def test_no_pickle_is_opened_and_no_command_is_run(tmp_path):
+    """Members of unknown names are not decoded; "pipe:" addresses, which webdataset would run, are files."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    path = tmp_path / "a.tar"
+    path.write_bytes(pack([("s1", members(sample(1)) | {"pyd": pickle.dumps(Bomb())})]).data)
+    assert len(list(read_samples([ShardFile(str(path), 1)]))) == 1
+    with pytest.raises(ShardError):
+        list(read_samples([ShardFile(f"pipe:touch {tmp_path / 'exploded'}", 1)]))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_mask_never_vanishes_when_it_shrinks():
+    mask = np.zeros((500, 500), bool)
+    mask[101, 101:300] = True
+    assert small_mask(mask, 50).any()
+    assert not small_mask(np.zeros((500, 500), bool), 50).any()
+
+
+# -- fitting --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def normals():
+    return [Normal(f"n{i}", "a", texture(i)) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def trained(normals):
+    return train("onenip", SETTINGS, [sample(i) for i in range(4)], normals[:4], normals[4:], seed=3)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(normals, trained):
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    again = train("onenip", SETTINGS, [sample(i) for i in range(4)], normals[:4], normals[4:], seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for key, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+    assert again.calibration == trained.calibration
+    other = train("onenip", SETTINGS, [sample(i) for i in range(4)], normals[:4], normals[4:], seed=4)
+    assert any(not torch.equal(t, other.state_dict()[k]) for k, t in trained.state_dict().items())
+
+
+def test_every_normal_is_rebuilt_and_sources_are_found(normals, trained):
+    made = [sample(1), sample(2, normal=False), sample(9)]
+    examples = collect(trained, made, normals)
+    assert examples.pure == 6
+    assert len(examples.synthetic) == 3 + 4  # normals 0, 3, 4 and 5 have no sample
+    assert not examples.masks[3:].any()
+    assert examples.source[1] == 2  # not in its shard: the train split's picture
+    np.testing.assert_array_equal(examples.synthetic[3:], examples.normals[[0, 3, 4, 5]])
+    with pytest.raises(UsageError, match="s17"):
+        collect(trained, [sample(17, normal=False)], normals)
+
+
+def test_batches_are_fair_and_prompts_share_the_category(trained):
+    normals = [Normal(f"n{i}", "ab"[i % 2], texture(i)) for i in range(6)]
+    examples = collect(trained, [sample(i, "ab"[i % 2]) for i in range(6)], normals)
+    settings = SETTINGS.model_copy(update={"steps": 6, "batch": 3})
+    drawn = list(draw(examples, settings, seed=0))
+    seen = [tuple(row.flatten()[:8].tolist()) for batch in drawn for row in batch["synthetic"]]
+    assert {seen.count(row) for row in seen} == {3}
+    own = {name: examples.normals[[i for i in range(6) if "ab"[i % 2] == name]] for name in "ab"}
+    for batch in drawn:
+        for prompt, name in zip(batch["prompt"], batch["category"], strict=True):
+            assert any(torch.equal(prompt, normal) for normal in own[name])
+    halves = [list(draw(examples, settings, 0, rank, 2)) for rank in (0, 1)]
+    assert sum(len(part[0]["mask"]) for part in halves) == 3
+
+
+def test_nothing_to_train_on_is_an_error(normals):
+    with pytest.raises(UsageError, match="no accepted samples"):
+        train("onenip", SETTINGS, [], normals, normals, seed=0)
+    with pytest.raises(UsageError, match="good parts"):
+        train("onenip", SETTINGS, [sample(1)], [], normals, seed=0)
+
+
+def test_the_rate_warms_up_and_falls_to_nothing():
+    rates = [learning_rate(step, 200) for step in range(200)]
+    assert max(rates) == rates[10] == 1
+    assert 0 < rates[0] < rates[5]
+    assert 0 < rates[-1] < 1e-3
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_scores_as_the_detector_did(tmp_path, trained):
+    checkpoints.save(tmp_path / "onenip", "onenip", trained, seed=3, licences=["CC0", "CC0"])
+    assert sorted(p.name for p in (tmp_path / "onenip").iterdir()) == ["config.yaml", "model.safetensors"]
+    loaded = checkpoints.load(tmp_path / "onenip")
+    pictures = [texture(7), texture(8, (30, 60, 1))]
+    for (score, scores), (wanted, wanted_map) in zip(
+        predict(loaded, pictures), predict(trained, pictures), strict=True
+    ):
+        assert score == wanted
+        np.testing.assert_array_equal(scores, wanted_map)
+    config = checkpoints.read_config(tmp_path / "onenip")
+    assert config["licences"] == ["CC0"]
+    assert (config["seed"], config["categories"], config["backbone"]) == (3, ["a"], trained.fingerprint)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was opened",))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.save(Bomb(), p), lambda p: p.write_bytes(pickle.dumps(Bomb()))]
+)
+def test_a_pickle_under_the_name_of_safetensors_is_refused(tmp_path, trained, make):
+    checkpoints.save(tmp_path, "onenip", trained, seed=3)
+    make(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="pickle"):
+        checkpoints.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "pytorch_model.bin", "model.pkl"])
+def test_a_pickle_by_name_is_refused(tmp_path, name):
+    torch.save({}, tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(CheckpointError, match="pickle"):
+            checkpoints.load(path)
+
+
+def test_yaml_cannot_run_code(tmp_path, trained):
+    checkpoints.save(tmp_path, "onenip", trained, seed=3)
+    (tmp_path / "config.yaml").write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(CheckpointError, match="YAML"):
+        checkpoints.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("backbone", "other:x:0", "trained on backbone other"),
+        ("settings", {"hiden": 3}, "do not fit this version"),
+        ("categories", ["a", "b"], "does not fit its config"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, trained, field, value, message):
+    import yaml
+
+    checkpoints.save(tmp_path, "onenip", trained, seed=3)
+    config = checkpoints.read_config(tmp_path) | {field: value}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load(tmp_path)
+
+
+def test_a_cut_file_and_an_empty_folder_are_named(tmp_path, trained):
+    with pytest.raises(CheckpointError, match="is missing"):
+        checkpoints.load(tmp_path)
+    checkpoints.save(tmp_path, "onenip", trained, seed=3)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoints.load(tmp_path)
+
+
+# -- evaluation -----------------------------------------------------------------------------------------
+
+
+def row(tmp_path, number: int, defect: str = "good", **changes) -> Image:
+    """A picture on disk; a defect is a white square, with a mask."""
+    from manifests.pictures import sha256
+
+    pixels, mask = texture(number, (80, 120, 1)), np.zeros((80, 120), np.uint8)
+    if defect != "good":
+        mask[20:50, 30:60] = 255
+        pixels[mask > 0] = 255
+    path, mask_path = tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png"
+    cv2.imwrite(str(path), pixels)
+    cv2.imwrite(str(mask_path), mask)
+    image = Image(
+        image_id=f"i{number}",
+        path=str(path),
+        sha256=sha256(path.read_bytes()),
+        category="a",
+        defect=defect,
+        mask_path=None if defect == "good" else str(mask_path),
+        width=120,
+        height=80,
+        mode="L",
+        bits=8,
+        group=f"g{number}",
+        split="feedback",
+    )
+    return replace(image, **changes)
+
+
+def test_judged_pictures_become_rows_of_the_tables(tmp_path, trained):
+    images = [row(tmp_path, i, "good" if i < 4 else "hole" if i < 7 else "stain") for i in range(10)]
+    judged = judge(trained, images)
+    assert [entry.anomalous for entry in judged] == [False] * 4 + [True] * 6
+    rows = figures(judged, round_=1, detector="onenip", split="feedback", training_seed=3, resamples=20)
+    table = to_table(rows, METRICS).to_pylist()
+    found = {(r["category"], r["defect"], r["size"]) for r in table}
+    assert found == {
+        ("a", "all", "all"),
+        ("a", "hole", "all"),
+        ("a", "stain", "all"),
+        ("a", "all", "large"),
+        ("mean", "all", "all"),
+        ("mean", "all", "large"),
+    }
+    whole = {r["metric"]: r for r in table if (r["category"], r["defect"], r["size"]) == ("a", "all", "all")}
+    assert set(whole) == {
+        "image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro",
+    }  # fmt: skip
+    assert all(r["low"] <= r["value"] + 0.01 and r["value"] <= r["high"] + 0.01 for r in whole.values())
+    scores = score_rows(judged, round_=1, detector="onenip", split="feedback", training_seed=3)
+    assert to_table(scores, SCORES)["label"].to_pylist() == [0] * 4 + [1] * 6
+
+
+def perfect(image: Image, mask, ignore=None, wrong=None) -> Judged:
+    scores = mask.astype(np.float32) if mask is not None else np.zeros((64, 64), np.float32)
+    if wrong is not None:
+        scores[wrong] = 2
+    return Judged(image, float(scores.max()), scores, mask, ignore)
+
+
+def test_ignored_places_do_not_count(tmp_path):
+    roi = np.zeros((80, 120), np.uint8)
+    roi[:, 30:] = 255
+    cv2.imwrite(str(tmp_path / "roi.png"), roi)
+    images = [
+        row(tmp_path, i, defect, roi_path=str(tmp_path / "roi.png"))
+        for i, defect in enumerate(["good", "good", "hole", "hole"])
+    ]
+    wrong = (slice(None), slice(0, 10))  # false alarms outside the region of interest
+    judged = [perfect(i, truth(i, 64), ignored(i, 64), wrong) for i in images]
+    values = {
+        r["metric"]: r["value"]
+        for r in figures(judged, round_=0, detector="d", split="test", training_seed=0, resamples=5)
+        if (r["category"], r["size"], r["defect"]) == ("mean", "all", "all")
+    }
+    assert values["pixel_ap"] == values["aupro"] == 1
+
+
+def test_without_masks_only_image_figures_are_given(tmp_path):
+    images = [row(tmp_path, 0), row(tmp_path, 1, "hole", mask_path=None), row(tmp_path, 2, "hole")]
+    judged = [perfect(i, truth(i, 64)) for i in images]
+    metrics = {r["metric"] for r in figures(judged, round_=0, detector="d", split="test", training_seed=0)}
+    assert metrics == {"image_auroc", "image_ap", "image_f1max"}
+
+
+def test_a_category_without_defects_gives_no_row(tmp_path):
+    judged = [perfect(i, truth(i, 64)) for i in (row(tmp_path, 0), row(tmp_path, 1))]
+    assert figures(judged, round_=0, detector="d", split="test", training_seed=0) == []
+
+
+def test_a_map_at_the_pictures_size_keeps_its_place():
+    scores = np.zeros((64, 64), np.float32)
+    scores[16:32, 32:48] = 1
+    large = at_size(scores, 128, 256)
+    assert large.shape == (128, 256)
+    np.testing.assert_array_equal(large[36:60, 136:184], 1)
+    assert large[:28].max() == large[:, :120].max() == 0

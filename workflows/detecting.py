@@ -1,0 +1,284 @@
+"""A round's detector: trained on its samples, judged on real pictures."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from detectors.protocol import Detector, get
+from generation.backbones import square
+from manifests.errors import FlawsmithError
+from manifests.pictures import load
+from manifests.schema import GOOD, METRICS, SCORES, Image, to_table
+from manifests.workspace import Workspace, round_file
+from training import checkpoints
+from training.components import component_contrast, component_recall, label_components
+from training.evaluation import Judged, figures, judge, predict, score_rows
+from training.fitting import Normal
+from training.fitting import train as fit_detector
+from training.loading import Sample, ShardFile, read_samples, small_mask
+from workflows.console import progress, say
+from workflows.rounds import open_round, remember, vetoes
+from workflows.stages import Round
+
+FEW = 5  # below so many calibration normals, augmented train pictures serve too
+HELD_OUT = 10  # one sample in so many is kept from training, to be judged as heldout_synthetic
+
+FOUND = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("category", pa.string()),
+        ("defect", pa.string()),
+        ("component", pa.int32()),  # label in the mask at the detector's size; 0 = the whole picture
+        ("area", pa.float64()),  # share of the picture; NaN without a mask
+        ("contrast", pa.float64()),
+        ("hit", pa.float64()),  # share above the alarm threshold
+    ]
+)
+
+
+def checkpoint_folder(number: int, name: str) -> str:
+    return f"rounds/{number:03d}/detectors/{name}"
+
+
+def train(space: Workspace, number: int) -> None:
+    """Trains the round's detector from its shards and the train split's normals; skipped if it is there.
+
+    Raises:
+        UsageError: the settings are wrong, or there is nothing to train on.
+    """
+    round_ = open_round(space, number)
+    name = round_.config.detector.name
+    folder = checkpoint_folder(number, name)
+    if space.exists(f"{folder}/{checkpoints.CONFIG}"):
+        return
+    images = list(round_.images.values())
+    max_side = round_.config.output.max_side
+    with progress(f"round {number}: reading normals", None, "pictures") as advance:
+        normals = _normals([i for i in images if i.split == "train" and i.defect == GOOD], max_side, advance)
+        calibration = calibration_normals(round_, normals, advance)
+    settings = get(name).settings.model_validate(round_.config.detector.settings)
+    with progress(f"round {number}: training {name}", settings.steps, "steps") as advance:
+        detector = fit_detector(
+            name,
+            settings,
+            (sample for at, sample in enumerate(samples_of(space, number)) if at % HELD_OUT),
+            normals,
+            calibration,
+            seed=round_.config.seed,
+            device=_device(),
+            on_step=lambda _step, _steps, _losses: advance(1),
+        )
+    licences = [image.licence for image in images if image.licence]
+    with tempfile.TemporaryDirectory() as aside:
+        checkpoints.save(aside, name, detector, seed=round_.config.seed, licences=licences)
+        for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
+            space.write_bytes(f"{folder}/{file}", (Path(aside) / file).read_bytes())
+
+
+def samples_of(space: Workspace, number: int) -> Iterator[Sample]:
+    """The picture samples of a round that nobody rejected, in plan order.
+
+    Raises:
+        FlawsmithError: the round has no shards yet.
+    """
+    if not space.exists(round_file(number, "shards.parquet")):
+        raise FlawsmithError(f"round {number} has no samples yet: `flawsmith run` or `generate` makes them")
+    rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
+    prefix = "" if space.is_local else f"{space.url.partition('://')[0]}://"
+    shards = [ShardFile(prefix + space.path(row["path"]), row["accepted"]) for row in rows]
+    return read_samples(shards, vetoes(space))
+
+
+def calibration_normals(round_: Round, train_normals: Sequence[Normal], advance: Any) -> list[Normal]:
+    """Normals of the calibration split; a category with fewer than ``FEW`` gets mirrored train ones."""
+    images = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
+    normals = _normals(images, round_.config.output.max_side, advance)
+    for category in round_.pool.normals:
+        have = sum(normal.category == category for normal in normals)
+        own = [normal for normal in train_normals if normal.category == category]
+        for k in range(max(0, FEW - have)):
+            source = own[k % len(own)]
+            flip = source.pixels[:, ::-1] if k // len(own) % 2 == 0 else source.pixels[::-1]
+            normals.append(Normal(source.image_id, category, np.ascontiguousarray(flip)))
+    return normals
+
+
+def _normals(images: Sequence[Image], max_side: int | None, advance: Any) -> list[Normal]:
+    normals = []
+    for image in images:
+        normals.append(Normal(image.image_id, image.category, load(image, max_side=max_side)))
+        advance(1)
+    return normals
+
+
+def load_detector(space: Workspace, number: int) -> Detector:
+    """The trained detector of a round.
+
+    Raises:
+        FlawsmithError: it is not there or cannot be used.
+    """
+    name = open_round(space, number).config.detector.name
+    folder = checkpoint_folder(number, name)
+    if not space.exists(f"{folder}/{checkpoints.CONFIG}"):
+        raise FlawsmithError(f"round {number} has no trained {name} yet: `flawsmith train` makes it")
+    with tempfile.TemporaryDirectory() as aside:
+        for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
+            (Path(aside) / file).write_bytes(space.read_bytes(f"{folder}/{file}"))
+        return checkpoints.load(aside, _device())
+
+
+# -- judging --------------------------------------------------------------------------------------------
+
+
+def evaluate(space: Workspace, number: int) -> None:
+    """Judges a round's detector on the feedback split and on held-out samples; skipped if it was.
+
+    Writes ``scores.parquet``, ``metrics.parquet`` and ``found.parquet`` (what was found of each defect) of
+    the round, and the aggregates to the history.
+    """
+    if space.exists(round_file(number, "found.parquet")):
+        return
+    round_ = open_round(space, number)
+    detector = load_detector(space, number)
+    judged = _judge(round_, detector, "feedback", f"round {number}: judging feedback pictures")
+    metric_rows = _write_figures(space, round_, judged, "feedback")
+    held_out = _judge_samples(space, round_, detector)
+    _write_figures(space, round_, held_out, "heldout_synthetic")
+    found = what_was_found(round_, judged, alarm_thresholds(round_, detector))
+    space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
+    means = {r["metric"]: r["value"] for r in metric_rows if r["category"] == "mean" and r["size"] == "all"}
+    remember(space, number, "metric", {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()})
+
+
+def evaluate_final(space: Workspace) -> None:
+    """Scores the test split for every trained round that was not scored yet, and logs that it looked."""
+    for number in space.rounds():
+        round_ = open_round(space, number)
+        metrics = round_file(number, "metrics.parquet")
+        if not space.exists(metrics):
+            say(f"round {number}: not judged yet, left out")
+            continue
+        if "test" in space.read_table(metrics)["split"].to_pylist():
+            say(f"round {number}: the test split was scored before; the stored figures stand")
+            continue
+        detector = load_detector(space, number)
+        judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        look = {
+            "round": number,
+            "when": when,
+            "pictures": len(judged),
+            "detector": round_.config.detector.name,
+        }
+        space.append_table("looks.parquet", pa.Table.from_pylist([look]), {"round": number})
+        _write_figures(space, round_, judged, "test")
+
+
+def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Judged]:
+    images = [image for image in round_.images.values() if image.split == split]
+    with progress(title, len(images), "pictures") as advance:
+        return judge(detector, images, round_.config.output.max_side, lambda _done, _total: advance(1))
+
+
+def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[Judged]:
+    """The samples kept from training beside the calibration normals: synthetic figures, labelled so."""
+    size = detector.settings.size
+    held = [sample for at, sample in enumerate(samples_of(space, round_.number)) if at % HELD_OUT == 0]
+    found = predict(detector, [s.image for s in held], [s.category for s in held])
+    judged = []
+    for sample, (score, scores) in zip(held, found, strict=True):
+        source = round_.images[sample.image_id]
+        image = Image(
+            **{
+                **{name: getattr(source, name) for name in Image.__dataclass_fields__},
+                "image_id": sample.sample_id,
+                "defect": sample.recipe["generator"],
+            }
+        )
+        judged.append(Judged(image, score, scores, small_mask(sample.mask, size), None))
+    normals = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
+    return judged + judge(detector, normals, round_.config.output.max_side)
+
+
+def _write_figures(space: Workspace, round_: Round, judged: list[Judged], split: str) -> list[dict[str, Any]]:
+    labels: dict[str, Any] = {
+        "round_": round_.number,
+        "detector": round_.config.detector.name,
+        "split": split,
+        "training_seed": round_.config.seed,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # undefined figures give no row, which the tables show as "–"
+        rows = figures(judged, **labels, resamples=round_.config.evaluation.resamples)
+    replace = {"split": split}
+    space.append_table(round_file(round_.number, "metrics.parquet"), to_table(rows, METRICS), replace)
+    scores = to_table(score_rows(judged, **labels), SCORES)
+    space.append_table(round_file(round_.number, "scores.parquet"), scores, replace)
+    return rows
+
+
+def alarm_thresholds(round_: Round, detector: Detector) -> dict[str, tuple[float, float]]:
+    """By category: the stated quantile of calibration normals' (picture scores, map values)."""
+    quantile = round_.config.evaluation.quantile
+    train_normals = _normals(
+        [picture for own in round_.pool.normals.values() for picture in own[:FEW]],
+        round_.config.output.max_side,
+        lambda _count: None,
+    )
+    normals = calibration_normals(round_, train_normals, lambda _count: None)
+    found = list(predict(detector, [n.pixels for n in normals], [n.category for n in normals]))
+    thresholds = {}
+    for category in sorted({normal.category for normal in normals}):
+        own = [result for normal, result in zip(normals, found, strict=True) if normal.category == category]
+        maps = np.stack([scores for _, scores in own])
+        thresholds[category] = (
+            float(np.quantile([score for score, _ in own], quantile)),
+            float(np.quantile(maps, quantile)),
+        )
+    return thresholds
+
+
+def what_was_found(
+    round_: Round, judged: Sequence[Judged], thresholds: dict[str, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """One row a real defect: each component of a mask, or the whole picture where there is no mask."""
+    rows = []
+    for entry in judged:
+        if not entry.anomalous:
+            continue
+        image = entry.image
+        row = {"image_id": image.image_id, "category": image.category, "defect": image.defect}
+        on_picture, on_map = thresholds[image.category]
+        if entry.mask is None:
+            hit = float(entry.score > on_picture)
+            rows.append({**row, "component": 0, "area": np.nan, "contrast": np.nan, "hit": hit})
+            continue
+        size = entry.map.shape[0]
+        pixels = square(load(image, max_side=round_.config.output.max_side), size)
+        labels, _ = label_components(entry.mask)
+        for found in component_recall([entry.map], [entry.mask], on_map, [entry.ignore]):
+            contrast = component_contrast(pixels, labels == found.label)
+            rows.append(
+                {
+                    **row,
+                    "component": found.label,
+                    "area": found.area,
+                    "contrast": contrast,
+                    "hit": found.overlap,
+                }
+            )
+    return rows
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

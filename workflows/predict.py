@@ -1,0 +1,149 @@
+"""A trained detector on pictures that belong to no workspace: scores, verdicts and heat maps."""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from manifests.errors import PictureError, UsageError
+from manifests.pictures import EXTENSIONS, apply_window, decode, encode, read_bytes
+from manifests.schema import images_from
+from manifests.workspace import Workspace
+from training.checkpoints import load
+from training.evaluation import at_size
+from training.evaluation import predict as score_pictures
+from workflows.contact import outline
+from workflows.export import safe_names
+
+FIELDS = ("path", "score", "threshold", "anomalous", "heat_map", "map", "error")
+STRONGEST = 0.7  # share of colour where the map is highest
+Window = tuple[int, int]
+
+
+def predict(
+    checkpoint: Path, pictures: Sequence[Path], out: Path, *, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Scores pictures and writes, below ``out``, ``scores.csv`` and for each picture two files:
+
+    * ``NAME.png``: the picture under its heat map. Colours run from 0 to twice the threshold, the same for
+      every picture, so a good part stays pale; an outline holds what lies above the threshold (inference:
+      for detectors whose maps have the scale of their scores, as those here do).
+    * ``NAME.npy``: the raw map, float32 at the detector's input size, without pickle.
+
+    16-bit pictures need the window of grey levels of the pictures trained on; it is read from the workspace
+    that holds the checkpoint.
+
+    Args:
+        checkpoint: folder of a trained detector.
+        pictures: files, or folders whose pictures are taken, subfolders included.
+        out: made if need be; files of the same name are replaced.
+
+    Returns:
+        One row a picture in the order given, as in ``scores.csv``: ``path``, ``score``, ``threshold``,
+        ``anomalous`` (score above threshold), ``heat_map`` and ``map`` (files), ``error``. A picture that
+        cannot be read has an ``error`` and None elsewhere; the others are scored.
+
+    Raises:
+        UsageError: no picture is named, or the detector needs to know the category.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    paths = _files(pictures)
+    detector = load(checkpoint, device)
+    threshold = float(detector.calibration["threshold"])
+    window = _window(checkpoint)
+    names = safe_names([path.stem for path in paths])
+    rows = [dict.fromkeys(FIELDS) | {"path": str(path)} for path in paths]
+    waiting: deque[tuple[int, np.ndarray]] = deque()
+
+    def readable() -> Iterator[np.ndarray]:
+        for index, path in enumerate(paths):
+            try:
+                pixels = _read(path, window)
+            except (PictureError, OSError) as error:
+                rows[index]["error"] = str(error)
+                continue
+            waiting.append((index, pixels))
+            yield pixels
+
+    out.mkdir(parents=True, exist_ok=True)
+    only = detector.categories[0] if len(detector.categories) == 1 else None
+    categories = [only] * len(paths) if only else None
+    for score, scores in score_pictures(detector, readable(), categories):
+        index, pixels = waiting.popleft()
+        heat, raw = out / f"{names[index]}.png", out / f"{names[index]}.npy"
+        heat.write_bytes(encode(overlay(pixels, scores, threshold), "png"))
+        np.save(raw, scores.astype(np.float32), allow_pickle=False)
+        rows[index] |= {
+            "score": score,
+            "threshold": threshold,
+            "anomalous": score > threshold,
+            "heat_map": str(heat),
+            "map": str(raw),
+        }
+    with open(out / "scores.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def overlay(picture: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """The picture under its heat map: uint8 H×W×3.
+
+    Args:
+        picture: uint8, H×W×C with C = 1 or 3.
+        scores: float32, h×w; brought to the picture's size.
+        threshold: above 0; colours run from 0 to twice this.
+    """
+    scores = at_size(scores, *picture.shape[:2])
+    level = np.clip(scores / max(2 * threshold, 1e-12), 0, 1)[:, :, None]
+    colours = cv2.applyColorMap(np.rint(255 * level).astype(np.uint8), cv2.COLORMAP_INFERNO)[:, :, ::-1]
+    strength = STRONGEST * level
+    mixed = (1 - strength) * picture + strength * colours
+    return outline(np.rint(mixed).astype(np.uint8), scores > threshold)
+
+
+def _files(given: Sequence[Path]) -> list[Path]:
+    paths: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = (p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+            paths += sorted(inside)
+        else:
+            paths.append(path)
+    if not paths:
+        named = ", ".join(map(str, given)) or "nothing"
+        raise UsageError(
+            f"no pictures in {named}; name files, or folders with {', '.join(sorted(EXTENSIONS))}"
+        )
+    return paths
+
+
+def _window(checkpoint: Path) -> Window | None:
+    """The one window of grey levels of the workspace's 16-bit pictures; None if there is no one window."""
+    parents = checkpoint.absolute().parents  # WORKSPACE/rounds/000/detectors/onenip
+    if len(parents) < 4:
+        return None
+    space = Workspace(str(parents[3]))
+    if not space.exists("images.parquet"):
+        return None
+    windows = {image.window for image in images_from(space.read_table("images.parquet")) if image.window}
+    return windows.pop() if len(windows) == 1 else None
+
+
+def _read(path: Path, window: Window | None) -> np.ndarray:
+    pixels = decode(read_bytes(str(path)), name=str(path)).pixels
+    if pixels.dtype == np.uint8:
+        return pixels
+    if window is None:
+        raise PictureError(
+            f"{path}: 16 bits, but the grey levels that the detector was trained on are not known; leave the "
+            "checkpoint in its workspace, or convert the picture to 8 bits as the training pictures were"
+        )
+    return apply_window(pixels, window, 8)

@@ -1,0 +1,209 @@
+"""A round's beginning, plan and samples, and what the other stages ask of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from manifests.errors import FlawsmithError, UsageError
+from manifests.schema import (
+    HISTORY,
+    IMAGES,
+    RECIPES,
+    SHARDS,
+    Image,
+    images_from,
+    to_table,
+)
+from manifests.sources import Scan, scan, scan_textures
+from manifests.workspace import Workspace, part, round_file
+from workflows.cluster import make_round, unfinished
+from workflows.config import Cluster, Config, Generation, differences
+from workflows.console import progress, say
+from workflows.stages import Round, load_round, settings_hash
+
+
+class PartialResult(FlawsmithError):
+    """Some shards could not be made; the rest is there (exit code 3)."""
+
+
+# -- starting -------------------------------------------------------------------------------------------
+
+
+def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
+    """Makes the workspace ready for a configuration; returns the number of the latest round.
+
+    The first time, it reads every picture of the sources. Later it only compares settings.
+
+    Raises:
+        UsageError: the workspace was made with other settings (they are listed), or the sources have a
+            problem without remedy.
+    """
+    rounds = space.rounds()
+    if rounds:
+        stored = Config.model_validate(space.read_yaml(round_file(rounds[-1], "settings.yaml"))["config"])
+        changed = differences(stored.identity(), config.identity())
+        if not new_round and changed:
+            listed = "\n  ".join(changed)
+            raise UsageError(
+                f"the workspace {space.path('')} was made with other settings:\n  {listed}\n"
+                "Go on with the old ones, choose another workspace, or start a round with these: --new-round"
+            )
+        if not new_round:
+            return rounds[-1]
+    previous = images_from(space.read_table("images.parquet")) if space.exists("images.parquet") else []
+    found = read_sources(config, previous)
+    for problem in found.problems:
+        say(f"{problem.level}: {problem.path}: {problem.what}; {problem.remedy}")
+    if found.fatal:
+        raise UsageError("the sources cannot be used as they are (see above); nothing was started")
+    space.write_table("images.parquet", to_table(found.images, IMAGES))
+    if config.generation.textures:
+        textures = scan_textures(config.generation.textures)
+        space.write_table("textures.parquet", to_table(textures, IMAGES))
+    number = rounds[-1] + 1 if rounds else 0
+    write_settings(space, number, config, config.generation, first=number)
+    for licence, count in sorted(Counter(image.licence for image in found.images if image.licence).items()):
+        say(f"licence of {count} pictures: {licence}")
+    return number
+
+
+def read_sources(config: Config, previous: list[Image]) -> Scan:
+    with progress("reading pictures", None, "pictures") as advance:
+        done = 0
+
+        def report(count: int, total: int) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
+        return scan(config.source, previous, report)
+
+
+def write_settings(
+    space: Workspace, number: int, config: Config, generation: Generation, *, first: int
+) -> None:
+    """``first`` is the round at which this configuration began."""
+    space.write_yaml(
+        round_file(number, "settings.yaml"),
+        {
+            "round": number,
+            "first": first,
+            "config": config.model_dump(mode="json"),
+            "generation": generation.model_dump(mode="json"),
+        },
+    )
+
+
+def open_round(space: Workspace, number: int) -> Round:
+    return load_round(space.url, number, settings_hash(space, number))
+
+
+# -- stages ---------------------------------------------------------------------------------------------
+
+
+def plan(space: Workspace, number: int) -> int:
+    """Writes the recipes of a round, a shard at a time; returns how many."""
+    round_ = open_round(space, number)
+    total = 0
+    with progress(f"round {number}: planning", round_.config.samples, "recipes") as advance:
+        for shard in range(round_.shard_count):
+            recipes = round_.plan(shard)
+            space.write_table(part("recipes", number, shard, "parquet"), to_table(recipes, RECIPES))
+            total += len(recipes)
+            advance(len(recipes))
+    return total
+
+
+def generate(space: Workspace, number: int, cluster: Cluster) -> pa.Table:
+    """Makes the shards of a round that are not there; returns ``shards.parquet``.
+
+    Raises:
+        PartialResult: some shards failed after all retries; running again tries them again.
+        FlawsmithError: no sample at all was accepted, or the disk is full.
+    """
+    round_ = open_round(space, number)
+    damaged = damaged_shards(space, number)
+    records, todo = unfinished(space, number, round_.shard_count, damaged)
+    errors: dict[int, str] = {}
+    if todo:
+        kept = f", {len(records)} of {round_.shard_count} shards are there" if records else ""
+        say(f"round {number}: making {len(todo)} shards{kept}")
+        samples = min(len(todo) * round_.config.output.shard_size, round_.config.samples)
+        with progress(f"round {number}: generating", samples, "samples") as advance:
+            result = make_round(
+                space,
+                number,
+                todo,
+                cluster,
+                lambda record: advance(record["accepted"] + record["rejected"] + record["failed"]),
+            )
+        records, errors = records + result.records, result.errors
+    records.sort(key=lambda record: record["shard"])
+    space.write_table(round_file(number, "shards.parquet"), to_table(records, SHARDS))
+    sweep(space, number, round_.shard_count)
+    if errors:
+        listed = "\n  ".join(f"shard {shard}: {text}" for shard, text in sorted(errors.items()))
+        raise PartialResult(
+            f"round {number}: {len(errors)} of {round_.shard_count} shards could not be made:\n  {listed}\n"
+            "Run the same command again to try them again"
+        )
+    if damaged:
+        space.remove(round_file(number, "damaged.parquet"))
+    accepted = sum(record["accepted"] for record in records)
+    total = sum(record["accepted"] + record["rejected"] + record["failed"] for record in records)
+    say(f"round {number}: {accepted} of {total} recipes accepted")
+    if not accepted:
+        reasons = Counter(
+            row["reason"]
+            for record in records
+            for row in space.read_table(part("samples", number, record["shard"], "parquet")).to_pylist()
+        )
+        raise FlawsmithError(
+            f"round {number}: no sample was accepted; reasons: "
+            + ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
+            + ". Loosen generation.gates, or widen generation.area and generation.severity"
+        )
+    return space.read_table(round_file(number, "shards.parquet"))
+
+
+def damaged_shards(space: Workspace, number: int) -> set[int]:
+    """Shards that `verify` found damaged and that were not made again since."""
+    name = round_file(number, "damaged.parquet")
+    return set(space.read_table(name)["shard"].to_pylist()) if space.exists(name) else set()
+
+
+def sweep(space: Workspace, number: int, count: int) -> None:
+    """Removes shards beyond the plan: an extra file under shards/ would be read by whoever globs it."""
+    planned = {part("shards", number, shard, "tar").rsplit("/", 1)[-1] for shard in range(count)}
+    for name in space.names(f"rounds/{number:03d}/shards"):
+        if name.startswith("part-") and name.endswith(".tar") and name not in planned:
+            say(f"round {number}: removing shards/{name}, which is not in the plan")
+            space.remove(f"rounds/{number:03d}/shards/{name}")
+
+
+def accepted_samples(space: Workspace, number: int) -> list[dict[str, Any]]:
+    """Rows of a round's samples that were accepted and not rejected by a person, in plan order."""
+    vetoed = vetoes(space)
+    shards = space.read_table(round_file(number, "shards.parquet"))["shard"].to_pylist()
+    return [
+        row
+        for shard in shards
+        for row in space.read_table(part("samples", number, shard, "parquet")).to_pylist()
+        if row["status"] == "accepted" and row["sample_id"] not in vetoed
+    ]
+
+
+def vetoes(space: Workspace) -> set[str]:
+    """Samples that a person rejected (`flawsmith review`)."""
+    if not space.exists("review.parquet"):
+        return set()
+    return set(space.read_table("review.parquet")["sample_id"].to_pylist())
+
+
+def remember(space: Workspace, number: int, kind: str, facts: dict[str, Any]) -> None:
+    """Writes facts of a round to ``history.parquet``, in place of earlier ones of the same kind."""
+    rows = [{"round": number, "kind": kind, "name": name, "value": str(v)} for name, v in facts.items()]
+    space.append_table("history.parquet", to_table(rows, HISTORY), {"round": number, "kind": kind})

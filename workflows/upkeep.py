@@ -1,0 +1,105 @@
+"""Looking after a workspace: what is damaged, what a person rejects, and what a run would cost."""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+
+import pyarrow as pa
+
+from manifests.errors import UsageError
+from manifests.schema import IMAGES, to_table
+from manifests.sources import scan_textures
+from manifests.verify import DAMAGED, Finding, verify_round
+from manifests.workspace import Workspace, round_file
+from workflows.config import Config
+from workflows.console import progress
+from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
+from workflows.stages import Job, make_shard, round_from, settings_hash
+
+PROBE = 32  # samples that a dry run makes to measure their cost
+
+
+def verify(space: Workspace) -> list[Finding]:
+    """Checks every round byte by byte and notes what is damaged, so that the next `run` makes it again."""
+    findings = []
+    for number in space.rounds():
+        round_ = open_round(space, number)
+        if not space.names(f"rounds/{number:03d}/samples"):
+            continue  # nothing was made yet
+        with progress(f"round {number}: verifying", round_.shard_count, "shards") as advance:
+            found = verify_round(space, number, round_.shard_count, advance)
+        bad = [vars(finding) for finding in found if finding.shard >= 0]
+        name = round_file(number, "damaged.parquet")
+        if bad:
+            space.write_table(name, pa.Table.from_pylist(bad, schema=DAMAGED))
+        else:
+            space.remove(name)
+        findings += found
+    return findings
+
+
+def review(space: Workspace, ids: list[str]) -> str:
+    """Adds a person's vetoes to ``review.parquet``.
+
+    Raises:
+        UsageError: an id is not that of an accepted sample; nothing is stored then.
+    """
+    known = {
+        row["sample_id"]
+        for number in space.rounds()
+        if space.exists(round_file(number, "shards.parquet"))
+        for row in accepted_samples(space, number)
+    }
+    already = vetoes(space)
+    unknown = [sample_id for sample_id in ids if sample_id not in known | already]
+    if unknown:
+        raise UsageError(f"no accepted samples here: {', '.join(unknown[:10])}; nothing was stored")
+    rejected = sorted(already | set(ids))
+    space.write_table("review.parquet", pa.table({"sample_id": rejected}))
+    return f"{len(rejected)} samples rejected by hand; training, export and contact sheets leave them out"
+
+
+def estimate(config: Config) -> str:
+    """What a round will cost, measured on a few of its own samples; nothing is written.
+
+    Raises:
+        UsageError: the sources have a problem without remedy.
+    """
+    found = read_sources(config, [])
+    if found.fatal:
+        listed = "\n  ".join(f"{p.path}: {p.what}; {p.remedy}" for p in found.problems if p.level == "error")
+        raise UsageError(f"the sources cannot be used as they are:\n  {listed}")
+    textures = scan_textures(config.generation.textures) if config.generation.textures else []
+    round_ = round_from(0, config, config.generation, found.images, textures)
+    workers = config.cluster.workers or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        probe = config.model_copy(
+            update={"samples": PROBE, "output": config.output.model_copy(update={"shard_size": PROBE})}
+        )
+        space = Workspace(folder)
+        space.write_table("images.parquet", to_table(found.images, IMAGES))
+        if textures:
+            space.write_table("textures.parquet", to_table(textures, IMAGES))
+        write_settings(space, 0, probe, probe.generation, first=0)
+        record = make_shard(Job(space.url, 0, 0, settings_hash(space, 0)))
+    each = record["seconds"] / PROBE
+    size = record["bytes"] / max(record["accepted"], 1)
+    accepted = record["accepted"] / PROBE
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    in_hand = size * config.output.shard_size * 2
+    return "\n".join(
+        [
+            f"pictures      {len(found.images)} in {len(round_.pool.normals)} categories, "
+            f"{sum(map(len, round_.pool.normals.values()))} normals to work on",
+            f"samples       {config.samples} recipes a round in {round_.shard_count} shards, {config.rounds} "
+            f"rounds; about {accepted:.0%} accepted",
+            f"bytes         about {size * accepted * config.samples / 1e6:,.1f} MB a round "
+            f"({size / 1e3:,.1f} kB a sample)",
+            f"time          about {each * config.samples / workers / 60:,.1f} minutes a round for the "
+            f"samples on {workers} workers ({each * 1000:,.1f} ms a sample and core), without training",
+            f"memory        about {(memory + in_hand) / 1e6:,.0f} MB a worker",
+            f"measured on {PROBE} samples of the plan; nothing was written",
+        ]
+    )
