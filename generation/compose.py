@@ -149,7 +149,7 @@ def check_edit(pixels: np.ndarray, edit: Edit) -> None:
         raise ValueError(
             f"region is {edit.region.dtype} {edit.region.shape}, its box needs bool {y1 - y0, x1 - x0}"
         )
-    if not cv2.checkRange(flat(edit.patch)):
+    if not cv2.checkRange(flat(edit.patch))[0]:
         raise ValueError("patch holds values that are not finite")
 
 

@@ -59,7 +59,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDr
         target = _rectangle(rng, source.allowed, pixels, params.aspect)
         height, width = target[1] - target[0], target[3] - target[2]
         corner = around(place(rng, source.allowed), height, width, shape)
-        colours = jitter(rng, source.pixels.shape[2], recipe.severity * params.jitter)
+        colours = jitter(rng, source.pixels.shape[2], (0.2 + 0.8 * recipe.severity) * params.jitter)
         pastes.append(Paste(target, corner, *colours))
         solid.append((target, np.ones((height, width), np.bool_)))
     (y0, y1, x0, x1), region = union(solid, shape)

@@ -14,6 +14,9 @@ from generation.masks import around, place
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from manifests.schema import Recipe
 
+SOFT = 0.9  # pixels of width that the soft edges add
+THINNEST = 0.6  # pixels of width before the edges are softened; thinner lines would be transparent
+
 
 class ScarParams(Params):
     """Settings of ``scar``.
@@ -62,7 +65,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw:
         pixels = max(share * recipe.area * source.allowed.size, 4.0)
         target, weight = _stroke(rng, source.allowed, pixels, params)
         corner = around(place(rng, source.allowed), weight.shape[0], weight.shape[1], source.allowed.shape)
-        colours = jitter(rng, source.pixels.shape[2], recipe.severity * params.jitter)
+        colours = jitter(rng, source.pixels.shape[2], (0.2 + 0.8 * recipe.severity) * params.jitter)
         strokes.append(Stroke(target, weight, corner, *colours))
     corners = np.array([stroke.target for stroke in strokes])
     (y0, x0), (y1, x1) = corners[:, [0, 2]].min(axis=0), corners[:, [1, 3]].max(axis=0)
@@ -103,12 +106,11 @@ def _stroke(
 ) -> tuple[Box, np.ndarray]:
     """A bent lens of about that many pixels, with edges softened over one pixel, tightly boxed."""
     ratio = math.exp(rng.uniform(math.log(params.ratio_low), math.log(params.ratio_high)))
-    # A lens has π/4 of its rectangle; it should not leave the picture.
+    # A lens has π/4 of its rectangle, and its soft edge shows over another half pixel on each side. It
+    # should not leave the picture.
     length = min(math.sqrt(pixels * ratio * 4 / math.pi), 0.8 * min(allowed.shape))
-    thickness = pixels * 4 / math.pi / length
-    if thickness < 1.5:  # thinner lines would be half transparent
-        thickness = 1.5
-        length = pixels * 4 / math.pi / thickness
+    thickness = max((pixels / length - SOFT) * 4 / math.pi, THINNEST)
+    length = min(length, pixels / (thickness * math.pi / 4 + SOFT))
     angle = rng.uniform(0, math.pi)
     bend = rng.uniform(-params.bend, params.bend) * length
     y, x = place(rng, allowed)

@@ -23,7 +23,9 @@ def literal(pixels, edit):
     allowed[y0:y1, x0:x1] = edit.region
     mask = (change > 2) & allowed
     padded = np.pad(mask, 2)
-    mask = ndimage.binary_erosion(ndimage.binary_dilation(padded, np.ones((3, 3))), np.ones((3, 3)))[2:-2, 2:-2]
+    mask = ndimage.binary_erosion(ndimage.binary_dilation(padded, np.ones((3, 3))), np.ones((3, 3)))[
+        2:-2, 2:-2
+    ]
     outside = np.pad(~mask, 1, constant_values=True)
     labels, count = ndimage.label(outside)
     for label in range(1, count + 1):
@@ -37,9 +39,9 @@ def literal(pixels, edit):
     contrast = 0.0
     if mask.any():
         ys, xs = np.nonzero(mask)
-        window = pixels[
-            max(ys.min() - 8, 0) : ys.max() + 9, max(xs.min() - 8, 0) : xs.max() + 9
-        ].astype(np.float64)
+        window = pixels[max(ys.min() - 8, 0) : ys.max() + 9, max(xs.min() - 8, 0) : xs.max() + 9].astype(
+            np.float64
+        )
         smooth = np.rint(ndimage.uniform_filter(window, (5, 5, 1), mode="mirror"))
         variation = np.abs(window - smooth).max(axis=2).mean() * (255 / levels)
         contrast = change[mask].mean() / max(variation, 1.0)

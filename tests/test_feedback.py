@@ -19,9 +19,7 @@ def defects(missed_is_small: bool, seed: int = 0, shuffled: bool = False) -> lis
     hits = (areas > 0.007) == missed_is_small
     if shuffled:
         rng.shuffle(hits)
-    return [
-        Found("nut", "dent", a, c, float(h)) for a, c, h in zip(areas, contrasts, hits, strict=True)
-    ]
+    return [Found("nut", "dent", a, c, float(h)) for a, c, h in zip(areas, contrasts, hits, strict=True)]
 
 
 def test_opposite_feedback_moves_settings_in_opposite_directions():

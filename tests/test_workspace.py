@@ -48,7 +48,10 @@ def test_one_writer_and_a_dead_one_leaves_no_lock(tmp_path):
 
 def test_an_unwritable_workspace_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WorkspaceError, match="--workspace"), Workspace(str(tmp_path / "file" / "x")).writing():
+    with (
+        pytest.raises(WorkspaceError, match="--workspace"),
+        Workspace(str(tmp_path / "file" / "x")).writing(),
+    ):
         pass
 
 

@@ -133,7 +133,7 @@ def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
     """Train the detector on a round's samples."""
     from workflows import detecting
 
-    space = _workspace(workspace)
+    space = _existing(workspace)
     with space.writing():
         detecting.train(space, _round(space, round_))
 
@@ -150,7 +150,7 @@ def evaluate(
     from workflows import detecting
     from workflows.tables import figures_table
 
-    space = _workspace(workspace)
+    space = _existing(workspace)
     with space.writing():
         if final:
             detecting.evaluate_final(space)
@@ -168,7 +168,7 @@ def feedback(
     """Decide the next round's settings from a round's figures."""
     from workflows import steering
 
-    space = _workspace(workspace)
+    space = _existing(workspace)
     number = _round(space, round_)
     if not explain:
         with space.writing():
@@ -181,7 +181,7 @@ def verify(workspace: WorkspaceArgument) -> None:
     """Read every shard and name what is truncated, damaged, missing or extra; `run` then repairs it."""
     from workflows.upkeep import verify as verify_workspace
 
-    findings = verify_workspace(_workspace(workspace))
+    findings = verify_workspace(_existing(workspace))
     for finding in findings:
         typer.echo(f"{finding.path}: {finding.what}")
     typer.echo(
@@ -202,7 +202,7 @@ def show(
     """Write a contact sheet: picture with mask outline, mask, normal, caption."""
     from workflows.contact import contact_sheet
 
-    space = _workspace(workspace)
+    space = _existing(workspace)
     shown = contact_sheet(space, out, rounds=None if round_ is None else [round_], samples=samples)
     typer.echo(f"{out}: {len(shown)} samples")
 
@@ -229,7 +229,7 @@ def review(
             raise UsageError(f"--from {from_}: {error.strerror}") from error
     if not ids:
         raise UsageError("name samples with --reject ID or --from FILE")
-    space = _workspace(workspace)
+    space = _existing(workspace)
     with space.writing():
         typer.echo(reject_samples(space, ids))
 
@@ -242,7 +242,7 @@ def replay(
     """Make a sample again from its recipe and compare the bytes."""
     from workflows.stages import replay as replay_sample
 
-    result = replay_sample(_workspace(workspace), sample_id)
+    result = replay_sample(_existing(workspace), sample_id)
     if result["identical"]:
         typer.echo(f"{sample_id}: the same bytes as in {result['path']}")
         return
@@ -263,7 +263,7 @@ def export(
     """Write pictures and masks as files that other tools read."""
     from workflows.export import export as export_samples
 
-    counts = export_samples(_workspace(workspace), format_, out, rounds=None if round_ is None else [round_])
+    counts = export_samples(_existing(workspace), format_, out, rounds=None if round_ is None else [round_])
     typer.echo(f"{out}: {counts}")
 
 
@@ -360,6 +360,13 @@ def _workspace(url: str) -> Workspace:
     from manifests.workspace import Workspace
 
     return Workspace(url if "://" in url else str(Path(url).absolute()))
+
+
+def _existing(url: str) -> Workspace:
+    space = _workspace(url)
+    if not space.rounds():
+        raise UsageError(f"{url} is no workspace: `flawsmith run CONFIG --workspace DIR` makes one")
+    return space
 
 
 def _round(space: Workspace, number: int | None) -> int:

@@ -62,7 +62,7 @@ def open_client(settings: Cluster) -> Iterator[Client]:
     """A client of the configured scheduler, or of a local cluster: one single-threaded worker a core."""
     if settings.address:
         try:
-            client = Client(settings.address, timeout="15s")
+            client = Client(settings.address, timeout="10s")
         except (OSError, TimeoutError, ValueError) as error:
             raise FlawsmithError(
                 f"no Dask scheduler answers at {settings.address}: {error}; start one with `dask scheduler` "

@@ -22,6 +22,7 @@ from workflows.contact import outline
 from workflows.export import safe_names
 
 FIELDS = ("path", "score", "threshold", "anomalous", "heat_map", "map", "error")
+DARKEST = 0.35  # where the colours begin: below it they are black, which reads as shadow
 STRONGEST = 0.7  # share of colour where the map is highest
 Window = tuple[int, int]
 
@@ -31,9 +32,10 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Scores pictures and writes, below ``out``, ``scores.csv`` and for each picture two files:
 
-    * ``NAME.png``: the picture under its heat map. Colours run from 0 to twice the threshold, the same for
-      every picture, so a good part stays pale; an outline holds what lies above the threshold (inference:
-      for detectors whose maps have the scale of their scores, as those here do).
+    * ``NAME.png``: the picture under its heat map. Colours run from half the threshold (none) to one and a
+      half (bright), the same for every picture, so a good part stays as it is; an outline holds what lies
+      above the threshold (inference: for detectors whose maps have the scale of their scores, as those here
+      do).
     * ``NAME.npy``: the raw map, float32 at the detector's input size, without pickle.
 
     16-bit pictures need the window of grey levels of the pictures trained on; it is read from the workspace
@@ -53,11 +55,12 @@ def predict(
         UsageError: no picture is named, or the detector needs to know the category.
         CheckpointError: the checkpoint cannot be used.
     """
-    paths = _files(pictures)
+    files = _files(pictures)
+    paths = [path for path, _ in files]
     detector = load(checkpoint, device)
     threshold = float(detector.calibration["threshold"])
     window = _window(checkpoint)
-    names = safe_names([path.stem for path in paths])
+    names = safe_names([name for _, name in files])
     rows = [dict.fromkeys(FIELDS) | {"path": str(path)} for path in paths]
     waiting: deque[tuple[int, np.ndarray]] = deque()
 
@@ -99,30 +102,32 @@ def overlay(picture: np.ndarray, scores: np.ndarray, threshold: float) -> np.nda
     Args:
         picture: uint8, H×W×C with C = 1 or 3.
         scores: float32, h×w; brought to the picture's size.
-        threshold: above 0; colours run from 0 to twice this.
+        threshold: above 0; colours run from half of this to one and a half.
     """
     scores = at_size(scores, *picture.shape[:2])
-    level = np.clip(scores / max(2 * threshold, 1e-12), 0, 1)[:, :, None]
-    colours = cv2.applyColorMap(np.rint(255 * level).astype(np.uint8), cv2.COLORMAP_INFERNO)[:, :, ::-1]
+    level = np.clip(scores / max(threshold, 1e-12) - 0.5, 0, 1)[:, :, None]
+    shade = np.rint(255 * (DARKEST + (1 - DARKEST) * level)).astype(np.uint8)
+    colours = cv2.applyColorMap(shade, cv2.COLORMAP_INFERNO)[:, :, ::-1]
     strength = STRONGEST * level
     mixed = (1 - strength) * picture + strength * colours
     return outline(np.rint(mixed).astype(np.uint8), scores > threshold)
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
-    paths: list[Path] = []
+def _files(given: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Every picture with the name of its results: below a folder, its place there."""
+    files: list[tuple[Path, str]] = []
     for path in given:
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            paths += sorted(inside)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+            files += [(p, str(p.relative_to(path).with_suffix(""))) for p in inside]
         else:
-            paths.append(path)
-    if not paths:
+            files.append((path, path.stem))
+    if not files:
         named = ", ".join(map(str, given)) or "nothing"
         raise UsageError(
             f"no pictures in {named}; name files, or folders with {', '.join(sorted(EXTENSIONS))}"
         )
-    return paths
+    return files
 
 
 def _window(checkpoint: Path) -> Window | None:

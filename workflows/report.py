@@ -34,6 +34,7 @@ METRICS = {
     "aupro": "AUPRO (FPR ≤ 0.3)",
     "spro": "sPRO (FPR ≤ 0.05)",
 }
+HEADLINE = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 SPLITS = {
     "feedback": (
         "Figures on the feedback split",
@@ -48,7 +49,9 @@ SPLITS = {
         "Real pictures that decided nothing: no setting, threshold or epoch was chosen on them.",
     ),
 }
-INTERVALS = "In brackets: 95 % bootstrap intervals, resampling groups of pictures that belong together."
+INTERVALS = (
+    "Below each figure: its 95 % bootstrap interval, resampling groups of pictures that belong together."
+)
 NON_COMMERCIAL = re.compile(r"non-?\s?commercial|\bNC\b", re.IGNORECASE)
 
 Row = dict[str, Any]
@@ -84,7 +87,7 @@ def write_report(space: Workspace) -> str:
     rounds = space.rounds()
     history = space.read_table("history.parquet").to_pylist() if space.exists("history.parquet") else []
     made = {number: _outcomes(space, number) for number in rounds}
-    metrics = _rows(space, rounds, "metrics.parquet")
+    metrics = _metrics(space, rounds)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (resources.files("workflows") / "report.html").read_text(encoding="utf-8")
     )
@@ -147,15 +150,15 @@ def _overview(made: dict[int, Counter[Any]], metrics: Sequence[Row], vetoed: int
     if vetoed:
         text += f" A person rejected {vetoed} of the accepted samples; training leaves them out."
     means = _of(metrics, split="feedback", category="mean", defect="all", size="all")
-    names = [name for name in METRICS if any(row["metric"] == name for row in means)]
-    detectors = _detectors(means) or [""]
+    names = [name for name in HEADLINE if any(row["metric"] == name for row in means)]
+    detectors = sorted({row["detector"] for row in means}) or [""]
     rows = []
     for number, outcomes in made.items():
         total = outcomes["accepted"] + outcomes["rejected"] + outcomes["failed"]
         share = f"{outcomes['accepted'] / total:.1%}" if total else "not yet"
         counts = [str(outcomes[status]) for status in ("accepted", "rejected", "failed")]
         for detector in detectors:
-            own = [row for row in means if row["round"] == number and _detector(row) == detector]
+            own = [row for row in means if row["round"] == number and row["detector"] == detector]
             rows.append([str(number), *counts, share, detector or "not yet", *_cells(own, names)])
     head = ["round", "accepted", "rejected", "failed", "acceptance", "detector"]
     head += [METRICS[name] for name in names]
@@ -187,7 +190,7 @@ def _metrics_table(title: str, found: Sequence[Row], by: tuple[str, ...]) -> Tab
     names = [name for name in METRICS if any(row["metric"] == name for row in found)]
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
-        groups.setdefault((row["round"], _detector(row), *(row[name] for name in by)), []).append(row)
+        groups.setdefault((row["round"], row["detector"], *(row[name] for name in by)), []).append(row)
     rank = {"mean": 0, "tiny": 0, "small": 1, "large": 2}
     order = sorted(groups, key=lambda key: (*key[:2], *((rank.get(word, 9), word) for word in key[2:])))
     return Table(
@@ -285,6 +288,14 @@ def _rows(space: Workspace, rounds: Iterable[int], name: str) -> list[Row]:
     return [row for path in paths if space.exists(path) for row in space.read_table(path).to_pylist()]
 
 
+def _metrics(space: Workspace, rounds: Iterable[int]) -> list[Row]:
+    """Figures of every round; where there are several seeds, the detector's name says which."""
+    rows = _rows(space, rounds, "metrics.parquet")
+    if len({row["seed"] for row in rows}) > 1:
+        rows = [row | {"detector": f"{row['detector']}, seed {row['seed']}"} for row in rows]
+    return rows
+
+
 def _outcomes(space: Workspace, number: int) -> Counter[Any]:
     """Recipes of a round by status, and by (generator, status, reason), of the shards that are finished."""
     counts: Counter[Any] = Counter()
@@ -302,16 +313,8 @@ def _of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def _detector(row: Row) -> str:
-    return f"{row['detector']}, seed {row['seed']}"
-
-
-def _detectors(rows: Iterable[Row]) -> list[str]:
-    return sorted({_detector(row) for row in rows})
-
-
 def _cells(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """``value (low–high)`` for each metric; a dash where there is none."""
+    """The value and, on a second line, its interval, for each metric; a dash where there is none."""
     by_name = {row["metric"]: row for row in rows}
     return [_cell(by_name[name]) if name in by_name else "–" for name in names]
 
@@ -320,4 +323,4 @@ def _cell(row: Row) -> str:
     if row["value"] is None:
         return "–"
     known = all(row[end] is not None and row[end] == row[end] for end in ("low", "high"))
-    return f"{row['value']:.3f}" + (f" ({row['low']:.3f}–{row['high']:.3f})" if known else "")
+    return f"{row['value']:.3f}" + (f"\n{row['low']:.2f}–{row['high']:.2f}" if known else "")

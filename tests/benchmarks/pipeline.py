@@ -29,7 +29,7 @@ from rich.table import Table
 from manifests.schema import GOOD, Image
 from manifests.workspace import Workspace
 from tests.benchmarks.peers import run_timed
-from workflows import loop
+from workflows import rounds
 from workflows.cluster import make_round
 from workflows.config import Cluster, Config, Output, parse_config
 from workflows.demo import write_drawn
@@ -55,8 +55,8 @@ def measure_run(pictures: Path, samples: int, shard_size: int, workers: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(folder)
         config = _config(pictures, samples, shard_size)
-        number = loop.begin(config, space, new_round=False)
-        todo = list(range(loop.open_round(space, number).shard_count))
+        number = rounds.begin(config, space, new_round=False)
+        todo = list(range(rounds.open_round(space, number).shard_count))
         started = time.perf_counter()
         result = make_round(space, number, todo, Cluster(workers=workers), mark)
     if result.errors or len(marks) <= workers:
@@ -108,7 +108,7 @@ def _cpu_seconds() -> float:
 
 
 def measure_plan(recipes: int) -> dict[str, Any]:
-    """Plans shard after shard and keeps nothing; resident bytes after a tenth and the most there ever were."""
+    """Plans shard after shard and keeps nothing: speed, and resident bytes on the way."""
     images = [_picture(index) for index in range(1000)]
     config = _config(Path("pictures"), recipes, DEFAULT_SIZE)
     round_ = round_from(0, config, config.generation, images, [])
@@ -228,7 +228,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(
         f"planning {plan['recipes']:,} recipes: {plan['recipes_per_second']:,.0f}/s, resident "
         f"{plan['resident_after_a_tenth'] / 1e6:.0f} MB after a tenth, "
-        f"{plan['resident_at_the_end'] / 1e6:.0f} MB at the end, {plan['resident_most'] / 1e6:.0f} MB at most "
+        f"{plan['resident_at_the_end'] / 1e6:.0f} MB at the end, "
+        f"{plan['resident_most'] / 1e6:.0f} MB at most "
         f"(≤ {MEMORY / 1e6:g} MB: {_word(passed['planning memory'])})"
     )
 

@@ -1,0 +1,196 @@
+"""Wrong input at the command line: a clear message, the right exit code, and nothing started."""
+
+import io
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from workflows.config import load_config
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "workflows").glob("*.yaml"))
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def flawsmith(*words: object) -> Done:
+    """The command in this process: the same entry point, without importing torch anew each time."""
+    from workflows.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["flawsmith", *map(str, words)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    return Done(int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def write_picture(path: Path, seed: int = 0, side: int = 32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
+
+
+def write_config(folder: Path, **settings) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"source": "parts", **settings}))
+    return path
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    for seed in range(6):
+        write_picture(tmp_path / "parts" / f"{seed}.png", seed)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path):
+    assert load_config(path).rounds >= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample": 3}, "sample: no such setting; did you mean 'samples'?"),
+        ({"generation": {"arae": [0.1, 0.2]}}, "generation.arae: no such setting; did you mean 'area'?"),
+        ({"generation": {"generators": {"perlim": {}}}}, "perlin"),
+        ({"generation": {"generators": {"scar": {"params": {"colour": 1}}}}}, "scar.params: colour"),
+        ({"generation": {"gates": {"leek_max": 1}}}, "did you mean 'leak_max'?"),
+        ({"generation": {"area": [0.2, 0.1]}}, "upside down"),
+        ({"generation": {"location": "roi"}}, "source.roi"),
+        ({"output": {"bits": 16}}, "needs output.format: png"),
+        ({"detector": {"name": "onenib"}}, "onenip"),
+        ({"detector": {"settings": {"stepz": 3}}}, "did you mean 'steps'?"),
+        ({"samples": 0}, "samples"),
+        ({"source": []}, "names no source"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_remedy(parts, settings, message):
+    done = flawsmith("config", "check", write_config(parts, **settings))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_all_problems_of_a_configuration_are_listed_at_once(parts):
+    config = write_config(parts, sample=3, generation={"arae": 1}, output={"formt": "png"})
+    done = flawsmith("config", "check", config)
+    assert [word in done.stderr for word in ("samples", "area", "format")] == [True] * 3
+
+
+def test_three_lines_suffice_and_show_prints_the_rest(parts):
+    done = flawsmith("config", "show", write_config(parts, samples=300, rounds=2))
+    shown = yaml.safe_load(done.stdout)
+    assert shown["source"][0]["path"] == str(parts / "parts")
+    assert shown["generation"]["gates"] and shown["output"]["format"] == "webp"
+    again = parts / "full.yaml"
+    again.write_text(done.stdout)
+    assert load_config(again) == load_config(parts / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        ("source: [unclosed", "cannot be read as YAML"),
+        ("just words", "must be a mapping"),
+        ("samples: 3", "source: is missing"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, content, words):
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_text(content)
+    done = flawsmith("run", path, "--workspace", tmp_path / "w")
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_inspect_lists_every_problem_and_refuses_what_cannot_run(tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "empty.png").write_bytes(b"")
+    (bad / "text.png").write_text("no picture")
+    write_picture(bad / "tiny.png", side=1)
+    done = flawsmith("inspect", bad)
+    assert done.returncode == 2
+    assert all(name in done.stdout for name in ("empty.png", "text.png", "tiny.png")), done.stdout
+    write_picture(bad / "good.png")
+    done = flawsmith("inspect", bad)
+    assert (done.returncode, "3 errors" in done.stdout) == (0, True), done.stdout
+
+
+def test_an_empty_source_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "parts").mkdir()
+    done = flawsmith("run", write_config(tmp_path), "-w", tmp_path / "w")
+    assert done.returncode == 2 and "parts" in done.stderr
+    assert not list((tmp_path / "w").rglob("*.parquet"))
+
+
+def test_other_settings_are_refused_with_the_difference(parts):
+    small = {"samples": 4, "output": {"shard_size": 4}}
+    config = write_config(parts, **small)
+    done = flawsmith("plan", config, "-w", parts / "w")
+    assert done.returncode == 0 and "4 recipes" in done.stdout, done.stderr
+    write_config(parts, **small, seed=5)
+    done = flawsmith("plan", config, "-w", parts / "w")
+    assert done.returncode == 2
+    assert "seed: 0 → 5" in done.stderr and "--new-round" in done.stderr
+    done = flawsmith("plan", config, "-w", parts / "w", "--new-round")
+    assert done.returncode == 0 and "round 1" in done.stdout
+
+
+def test_one_picture_alone(tmp_path):
+    """Nothing to take patches from: said in one line, with the setting that mends it."""
+    write_picture(tmp_path / "parts" / "only.png")
+    done = flawsmith("plan", write_config(tmp_path), "-w", tmp_path / "w")
+    assert done.returncode == 2 and "poisson" in done.stderr and "share to 0" in done.stderr
+
+
+def test_dry_run_estimates_and_writes_nothing(parts):
+    done = flawsmith("run", write_config(parts, samples=1000), "-w", parts / "w", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for word in ("samples", "bytes", "time", "memory"):
+        assert word in done.stdout
+    assert not (parts / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "W"),
+        ("verify", "W"),
+        ("show", "W"),
+        ("evaluate", "W", "--final"),
+        ("replay", "W", "000-00000-00000"),
+        ("replay", "W", "../../etc/passwd"),
+        ("export", "W", "out"),
+        ("review", "W", "--reject", "x"),
+        ("predict", "W", "W"),
+    ],
+)
+def test_commands_on_what_is_no_workspace(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    done = flawsmith(*(tmp_path / "nothing" if word == "W" else word for word in words))
+    assert done.returncode in (1, 2), done.stdout
+    assert "Traceback" not in done.stderr and done.stderr.startswith("flawsmith: ")
+
+
+def test_an_error_leaves_the_process_with_its_exit_code(tmp_path):
+    command = [sys.executable, "-c", "from workflows.cli import main; main()", "config", "check", "none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("flawsmith: none.yaml does not exist")

@@ -1,0 +1,512 @@
+"""Every generator keeps the contract: exact masks, same recipe same bytes, severity, area, location."""
+
+import math
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from generation import registry
+from generation.frequency import hermitian, perturb
+from generation.gates import Gates
+from generation.masks import blobs, foreground, perlin, resolve_location
+from generation.poisson import clone_gradients
+from generation.protocol import Edit, Generator, Source, Undrawable
+from generation.synthesis import attempt, batch_of, synthesise
+from generation.textures import KINDS, procedural
+from manifests.errors import PictureError, UsageError
+from manifests.schema import Recipe, canonical_json
+
+CLASSIC = ("perlin", "cutpaste", "scar", "poisson", "frequency")
+OPEN = Gates(leak_max=1, hollow_max=1, contrast_min=0, area_low=0, area_high=1e9, pixels_min=1, change_min=0)
+
+
+def picture(height=96, width=80, channels=3, dtype=np.uint8, seed=0):
+    """A drawn surface: a gradient, soft blotches and grain, in whole levels."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(90, 170, (6, 6, channels)).astype(np.uint8)
+    smooth = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR_EXACT).reshape(
+        height, width, -1
+    )
+    grain = rng.integers(-6, 7, (height, width, channels))
+    pixels = np.clip(smooth.astype(np.int64) + grain, 0, 255)
+    return (pixels * (257 if dtype == np.uint16 else 1)).astype(dtype)
+
+
+def source(pixels=None, allowed=None):
+    pixels = picture() if pixels is None else pixels
+    donor = picture(70, 120, pixels.shape[2], pixels.dtype, seed=1)
+    return Source(pixels, np.ones(pixels.shape[:2], bool) if allowed is None else allowed, (donor,))
+
+
+def recipe(generator, seed=0, **changes):
+    row = Recipe(
+        sample_id=f"{generator}-{seed}",
+        round=0,
+        image_id="picture",
+        category="drawn",
+        generator=generator,
+        defect="defect",
+        prompt="",
+        detail="",
+        area=0.03,
+        severity=0.7,
+        count=1,
+        location="anywhere",
+        donors=("donor",),
+        params="{}",
+        seed=seed,
+        batch=0,
+        shard=0,
+    )
+    return replace(row, **changes)
+
+
+def make(recipes, given_source=None, gates=OPEN, attempts=1):
+    given_source = given_source or source()
+    generator = registry.get(recipes[0].generator)
+    return synthesise(recipes, lambda _: given_source, generator, None, gates, attempts, [])
+
+
+# -- the contract, for every generator ------------------------------------------------------------------
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    name=st.sampled_from(CLASSIC),
+    height=st.integers(8, 70),
+    width=st.integers(8, 70),
+    channels=st.sampled_from([1, 3]),
+    dtype=st.sampled_from([np.uint8, np.uint16]),
+    area=st.floats(0.002, 0.3),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 2**62),
+)
+def test_outside_the_mask_every_byte_is_the_source(name, height, width, channels, dtype, area, count, seed):
+    given_source = source(picture(height, width, channels, dtype))
+    given_source.allowed[: height // 4] = False
+    before = given_source.pixels.copy()
+    (outcome,) = make([recipe(name, seed, area=area, count=count)], given_source, attempts=3)
+    assert outcome.status != "failed", outcome.reason
+    assume(outcome.status == "accepted")
+    assert (given_source.pixels == before).all()
+    assert outcome.pixels.dtype == dtype
+    assert outcome.mask.dtype == np.uint8
+    assert set(np.unique(outcome.mask)) <= {0, 255}
+    outside = outcome.mask == 0
+    assert outside[~given_source.allowed].all()
+    np.testing.assert_array_equal(outcome.pixels[outside], before[outside])
+    assert (outcome.pixels[~outside] != before[~outside]).any()
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_same_recipe_same_bytes_in_any_company_and_order(name):
+    recipes = [recipe(name, seed, count=1 + seed % 3) for seed in range(6)]
+    together = {o.recipe.sample_id: o for o in make(recipes, gates=Gates(), attempts=4)}
+    backwards = {o.recipe.sample_id: o for o in make(recipes[::-1], gates=Gates(), attempts=4)}
+    for one in recipes:
+        (alone,) = make([one], gates=Gates(), attempts=4)
+        for other in (together[one.sample_id], backwards[one.sample_id]):
+            assert (other.status, other.reason, other.attempts) == (
+                alone.status,
+                alone.reason,
+                alone.attempts,
+            )
+            np.testing.assert_array_equal(other.mask, alone.mask)
+            np.testing.assert_array_equal(other.pixels, alone.pixels)
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_replay_of_the_accepted_attempt_gives_its_bytes(name):
+    (outcome,) = make([recipe(name, 3)], gates=Gates(), attempts=5)
+    assert outcome.status == "accepted", outcome.reason
+    given_source = source()
+    (again,) = attempt(
+        [outcome.recipe], lambda _: given_source, registry.get(name), None, outcome.attempts - 1
+    )
+    np.testing.assert_array_equal(again.pixels, outcome.pixels)
+    np.testing.assert_array_equal(again.mask, outcome.mask)
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_severity_raises_the_contrast(name):
+    """The same draw, weaker and stronger: the mean over ten draws rises with every step."""
+    means: list[float] = []
+    for severity in (0.0, 0.5, 1.0):
+        outcomes = make([recipe(name, seed, severity=severity) for seed in range(10)])
+        means.append(np.mean([outcome.contrast for outcome in outcomes]))
+    assert means[0] < means[1] < means[2]
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+@pytest.mark.parametrize("area", [0.005, 0.03, 0.15])
+def test_area_is_obeyed(name, area):
+    """The median mask is within 25 % of the wanted area, and nine of ten within a factor of two."""
+    given_source = source(picture(160, 150))
+    outcomes = make([recipe(name, seed, area=area, severity=0.9) for seed in range(20)], given_source)
+    ratios = np.array([outcome.mask_area / area for outcome in outcomes])
+    assert 0.75 < np.median(ratios) < 1.25
+    assert np.mean((ratios > 0.5) & (ratios < 2)) >= 0.9
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_most_draws_pass_the_default_gates(name):
+    outcomes = make([recipe(name, seed, severity=0.2 + 0.04 * seed) for seed in range(20)], gates=Gates())
+    assert np.mean([outcome.status == "accepted" for outcome in outcomes]) > 0.8
+
+
+# What 4 recipes a generator give on the drawn picture: mask pixels and summed change. Not a hash of the
+# bytes: kernels of numpy and OpenCV may round one level differently on another processor.
+GOLDEN = {
+    "perlin": [(225, 18132), (228, 21535), (219, 29703), (228, 24006)],
+    "cutpaste": [(228, 13792), (236, 17760), (230, 12594), (238, 20722)],
+    "scar": [(113, 6892), (210, 15558), (149, 14228), (222, 14335)],
+    "poisson": [(208, 11184), (210, 12011), (226, 11316), (210, 9684)],
+    "frequency": [(205, 7614), (213, 8058), (206, 7174), (216, 7659)],
+}
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_golden_samples(name):
+    pixels = source().pixels.astype(np.int64)
+    found = []
+    for outcome in make([recipe(name, seed, count=1 + seed % 2) for seed in range(4)]):
+        found.append((int((outcome.mask > 0).sum()), int(np.abs(outcome.pixels - pixels).sum())))
+    np.testing.assert_allclose(found, GOLDEN[name], rtol=0.005, atol=2)
+
+
+# -- masks and textures -------------------------------------------------------------------------------------
+
+
+def literal_perlin(angles, height, width):
+    """The formula of core.md 5.1, one pixel at a time."""
+    cells_y, cells_x = angles.shape[0] - 1, angles.shape[1] - 1
+    size_y, size_x = math.ceil(height / cells_y), math.ceil(width / cells_x)
+
+    def fade(t):
+        return 6 * t**5 - 15 * t**4 + 10 * t**3
+
+    def corner(i, j, dy, dx):
+        return math.sin(angles[i, j]) * dy + math.cos(angles[i, j]) * dx
+
+    result = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            i, j = y // size_y, x // size_x
+            v, u = (y % size_y) / size_y, (x % size_x) / size_x
+            top = corner(i, j, v, u) * (1 - fade(u)) + corner(i, j + 1, v, u - 1) * fade(u)
+            low = corner(i + 1, j, v - 1, u) * (1 - fade(u)) + corner(i + 1, j + 1, v - 1, u - 1) * fade(u)
+            result[y, x] = math.sqrt(2) * (top * (1 - fade(v)) + low * fade(v))
+    return result
+
+
+@pytest.mark.parametrize(("height", "width", "cells"), [(16, 16, (4, 2)), (13, 21, (3, 4)), (8, 9, (1, 1))])
+def test_perlin_noise_is_the_formula(height, width, cells):
+    angles = np.random.default_rng(0).uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1))
+    noise = perlin(angles, height, width)
+    np.testing.assert_allclose(noise, literal_perlin(angles, height, width), atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    side=st.integers(20, 300),
+    area=st.floats(0.002, 0.2),
+    count=st.integers(1, 4),
+)
+def test_blobs_have_the_wanted_area_within_the_allowed_places(seed, side, area, count):
+    allowed = np.zeros((side, side + 7), bool)
+    allowed[:, side // 3 :] = True
+    (y0, y1, x0, x1), region = blobs(np.random.default_rng(seed), allowed, area, count)
+    assert region.shape == (y1 - y0, x1 - x0)
+    assert not (region & ~allowed[y0:y1, x0:x1]).any()
+    wanted = max(area * allowed.size, 4 * count)
+    assert 0.5 * wanted <= region.sum() <= 1.6 * wanted + 4
+    assert cv2.connectedComponents(region.astype(np.uint8), connectivity=8)[0] - 1 <= count + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_procedural_textures_are_pictures(kind, channels):
+    texture = procedural(kind, np.random.default_rng(1), 33, 50, channels)
+    assert texture.shape == (33, 50, channels)
+    assert texture.dtype == np.float32
+    assert texture.min() >= 0
+    assert texture.max() <= 1
+    assert texture.std() > 0.005
+    again = procedural(kind, np.random.default_rng(1), 33, 50, channels)
+    np.testing.assert_array_equal(texture, again)
+
+
+def test_foreground_finds_a_part_and_takes_a_texture_whole():
+    part = np.full((90, 100, 3), 40, np.uint8)
+    cv2.ellipse(part, (50, 45), (30, 20), 15, 0, 360, (180, 120, 60), -1)
+    truth = part[..., 0] > 100
+    noisy = np.clip(part + np.random.default_rng(0).normal(0, 6, part.shape), 0, 255).astype(np.uint8)
+    found = foreground(noisy)
+    assert (found & truth).sum() / (found | truth).sum() > 0.95
+    assert foreground(np.random.default_rng(0).integers(80, 160, (90, 100, 1)).astype(np.uint8)).all()
+    assert foreground(np.full((9, 8, 1), 7, np.uint16)).all()
+
+
+def test_location_needs_its_mask_and_a_place():
+    pixels = picture(20, 20)
+    left = np.zeros((20, 20), bool)
+    left[:, :10] = True
+    assert (resolve_location("roi", pixels, left, ~left) == left).all()
+    with pytest.raises(UsageError, match="region-of-interest"):
+        resolve_location("roi", pixels)
+    with pytest.raises(PictureError, match="no pixel"):
+        resolve_location("anywhere", pixels, None, np.ones((20, 20), bool))
+    with pytest.raises(UsageError, match="anywhere, foreground or roi"):
+        resolve_location("everywhere", pixels)
+
+
+# -- single generators ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (15, 18), (9, 21)])
+def test_frequency_noise_is_hermitian_and_keeps_the_mean(height, width):
+    rng = np.random.default_rng(0)
+    gain, turn = hermitian(rng, height, width, 1), hermitian(rng, height, width, -1)
+    for noise, sign in ((gain, 1), (turn, -1)):
+        for column in {0, width // 2} if width % 2 == 0 else {0}:
+            for row in range(height):
+                if (row, sign) != (-row % height, -1):
+                    assert noise[row, column] == sign * noise[-row % height, column]
+    image = rng.random((height, width, 3), np.float32)
+    np.testing.assert_allclose(perturb(image, 0 * gain, 0 * turn), image, atol=1e-6)
+    gain[0, 0] = turn[0, 0] = 0
+    changed = perturb(image, gain, turn)
+    np.testing.assert_allclose(changed.mean(axis=(0, 1)), image.mean(axis=(0, 1)), atol=1e-5)
+    # Against the full complex transform with the noise mirrored by hand: the result is real by itself.
+    rows, columns = np.meshgrid(-np.arange(height) % height, -np.arange(width) % width, indexing="ij")
+    half = width // 2 + 1
+    full = np.zeros((height, width), np.complex128)
+    full[:, :half] = np.exp(gain + 1j * turn)
+    full[:, half:] = np.conj(full[rows[:, half:], columns[:, half:]])
+    literal = np.fft.ifft2(np.fft.fft2(image, axes=(0, 1)) * full[..., None], axes=(0, 1))
+    assert np.abs(literal.imag).max() < 1e-6
+    np.testing.assert_allclose(changed, literal.real, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_poisson_solver_is_the_dense_solution(mixed):
+    rng = np.random.default_rng(0)
+    target, content = rng.random((2, 7, 9, 2), np.float32)
+    change = clone_gradients(target, content, mixed)
+    height, width = 7, 9
+    index = np.arange(height * width).reshape(height, width)
+    matrix, right = np.eye(height * width), np.zeros((height * width, 2))
+    for y in range(1, height - 1):
+        for x in range(1, width - 1):
+            row = index[y, x]
+            matrix[row, row] = -4
+            for ny, nx in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                matrix[row, index[ny, nx]] = 1
+                own, new = target[ny, nx] - target[y, x], content[ny, nx] - content[y, x]
+                chosen = np.where(np.abs(new) > np.abs(own), new, own) if mixed else new
+                right[row] += chosen - own
+    solution = np.linalg.solve(matrix, right).reshape(height, width, 2)
+    np.testing.assert_allclose(change, solution, atol=1e-5)
+
+
+@pytest.mark.parametrize("texture", ["folder", "normals"])
+def test_perlin_never_goes_on_without_its_texture(texture):
+    lonely = replace(source(), donors=())
+    with pytest.raises(UsageError, match=r"generation\.textures"):
+        make([recipe("perlin", params=canonical_json({"texture": texture}))], lonely)
+
+
+def test_perlin_uses_the_named_texture():
+    """At full severity, without augmenting, the inside of the mask shows the donor's only level."""
+    plain = replace(source(), donors=(np.full((20, 20, 3), 251, np.uint8),))
+    params = canonical_json({"texture": "folder", "augment": False})
+    (outcome,) = make([recipe("perlin", params=params, severity=1.0)], plain)
+    inner = cv2.erode(outcome.mask, np.ones((5, 5), np.uint8)) > 0
+    assert (outcome.pixels[inner] == 251).all()
+
+
+def test_poisson_needs_another_picture():
+    with pytest.raises(UsageError, match="two good pictures"):
+        make([recipe("poisson")], replace(source(), donors=()))
+
+
+class DrawnBackbone:
+    """Stands in for a network: mean colours of 8×8 tiles, twice."""
+
+    layers, fingerprint = ("tiles",), "drawn:1"
+
+    def features(self, images):
+        n, c, h, w = images.shape
+        tiles = images.float().reshape(n, c, h // 8, 8, w // 8, 8).mean(dim=(3, 5)) / 255
+        return tiles.repeat(1, 2, 1, 1)
+
+
+def test_feature_noise_lies_in_the_mask_and_follows_severity():
+    from generation.feature import Model
+
+    model = Model(DrawnBackbone(), 64)
+    generator = registry.get("feature")
+    weak, strong = (
+        synthesise([recipe("feature", severity=s)], lambda _: source(), generator, model, Gates(), 3, [])[0]
+        for s in (0.1, 1.0)
+    )
+    assert weak.status == strong.status == "accepted"
+    assert strong.contrast > 2 * weak.contrast
+    edit = strong.feature
+    assert edit.feature.dtype == np.float16
+    assert edit.feature.shape == (6, 8, 8)
+    outside = strong.mask == 0
+    np.testing.assert_array_equal(edit.feature[:, outside], edit.clean[:, outside])
+    assert (edit.feature[:, ~outside] != edit.clean[:, ~outside]).all(axis=0).all()
+
+
+# -- the loop and the registry ------------------------------------------------------------------------------
+
+
+def stub(draw, apply, **more):
+    return Generator("stub", "classic", "for tests", draw, apply, **more)
+
+
+def whole(value, box=(0, 20, 0, 20)):
+    shape = (box[1] - box[0], box[3] - box[2])
+    return Edit(box, np.full((*shape, 3), value, np.float32), np.ones(shape, bool))
+
+
+def run(generator, recipes, sources=None, gates=OPEN, attempts=3, model=None):
+    return synthesise(recipes, sources or (lambda _: source()), generator, model, gates, attempts, [])
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (ValueError("bad\n number"), "ValueError: bad number"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (PictureError("a.png is cut"), "PictureError: a.png is cut"),
+    ],
+)
+@pytest.mark.parametrize("where", ["source", "draw", "apply"])
+def test_a_deterministic_error_fails_its_recipe_alone(fault, reason, where):
+    recipes = [recipe("stub", seed) for seed in range(3)]
+
+    def hurt(place, seed):
+        if place == where and seed == 1:
+            raise fault
+
+    def read(one):
+        hurt("source", one.seed)
+        return source()
+
+    def draw(one, _source, _rng):
+        hurt("draw", one.seed)
+        return one.seed
+
+    def apply(sources, draws, _model):
+        for seed in draws:
+            hurt("apply", seed)
+        return [whole(0.1 * (seed + 1)) for seed in draws]
+
+    for load in (None, lambda _params, _device: None):
+        outcomes = run(stub(draw, apply, load=load), recipes, read)
+        assert [o.status for o in outcomes] == ["accepted", "failed", "accepted"]
+        assert outcomes[1].reason == reason
+
+
+@pytest.mark.parametrize("fault", [OSError("disk"), MemoryError(), UsageError("wrong"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["source", "draw", "apply"])
+def test_what_another_run_could_cure_propagates(fault, where):
+    def hurt(place):
+        if place == where:
+            raise fault
+
+    generator = stub(lambda *_: hurt("draw"), lambda *_: hurt("apply"))
+    with pytest.raises(type(fault)):
+        run(generator, [recipe("stub")], lambda _: hurt("source") or source())
+
+
+def test_lack_of_memory_on_the_accelerator_propagates():
+    import torch
+
+    def apply(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(stub(lambda *_: None, apply), [recipe("stub")])
+
+
+def test_values_that_are_not_finite_fail():
+    (outcome,) = run(stub(lambda *_: None, lambda *_: [whole(np.nan)]), [recipe("stub")])
+    assert outcome.status == "failed"
+    assert "not finite" in outcome.reason
+
+
+def test_rejected_recipes_are_drawn_again_in_planned_batches_by_attempt():
+    """Seven recipes in batches of three; odd ones pass at the first, even ones at the second attempt."""
+    calls = []
+
+    def draw(one, _source, rng):
+        first = one.rng(0).integers(2**40) == rng.integers(2**40)
+        if one.seed == 6:
+            raise Undrawable("no room")
+        return one.seed, 0.0 if first and one.seed % 2 == 0 else 0.1 * (one.seed + 1)
+
+    def apply(sources, draws, _model):
+        calls.append([seed for seed, _ in draws])
+        return [whole(value) if value else Edit((0, 9, 0, 9), s.crop((0, 9, 0, 9)), np.ones((9, 9), bool))
+                for s, (_, value) in zip(sources, draws, strict=True)]  # fmt: skip
+
+    recipes = [recipe("stub", seed, batch=seed // 3, image_id=str(seed)) for seed in range(7)]
+    generator = stub(draw, apply, load=lambda _params, _device: None, batch_size=3)
+    outcomes = run(generator, recipes, attempts=3)
+    assert calls == [[0, 1, 2], [3, 4, 5], [0, 2, 4]]
+    assert [o.recipe.seed for o in outcomes] == list(range(7))
+    assert [o.attempts for o in outcomes] == [2, 1, 2, 1, 2, 1, 3]
+    assert (outcomes[6].status, outcomes[6].reason) == ("rejected", "no room")
+    tries = [o.attempts for o in outcomes]
+    assert batch_of(recipes, tries, 4) == [0, 2, 4]
+    assert batch_of(recipes, tries, 3) == [3, 4, 5]
+
+
+def test_the_later_of_two_equal_samples_is_the_duplicate():
+    recipes = [recipe("stub", seed) for seed in range(2)]
+    generator = stub(lambda *_: None, lambda sources, *_: [whole(0.9) for _ in sources])
+    first, second = run(generator, recipes, attempts=2)
+    assert first.status == "accepted"
+    assert (second.status, second.reason, second.attempts) == ("rejected", "duplicate of a sample", 2)
+    elsewhere = run(generator, [recipes[0], replace(recipes[1], image_id="another")])
+    assert [o.status for o in elsewhere] == ["accepted", "accepted"]
+
+
+def test_registry_names_the_nearest():
+    assert {*CLASSIC, "feature"} <= set(registry.names())
+    with pytest.raises(UsageError, match="did you mean perlin"):
+        registry.get("perlen")
+
+
+def test_registry_takes_an_entry_point_of_another_package(monkeypatch):
+    class Point:
+        name, value = "scorch", "package:GENERATOR"
+
+        def load(self):
+            return stub(None, None)
+
+    monkeypatch.setattr(registry, "entry_points", lambda group, name=None: [Point()])
+    assert registry.get("scorch").name == "stub"
+    assert "scorch" in registry.names()
+    monkeypatch.setattr(Point, "load", lambda self: "text")
+    with pytest.raises(UsageError, match=r"not a generation\.protocol\.Generator"):
+        registry.get("scorch")
+
+
+@pytest.mark.parametrize("name", [*CLASSIC, "feature"])
+def test_every_generator_describes_itself(name):
+    generator = registry.get(name)
+    assert generator.name == name
+    assert generator.summary
+    assert generator.defect
+    with pytest.raises(ValueError, match="Extra inputs"):
+        generator.params(colour="red")
