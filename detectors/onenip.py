@@ -9,6 +9,9 @@ What differs from the released code, and why:
 
 * channels are standardised with the statistics of the training normals (inference: the taps of a backbone
   differ in scale, and raw ones need far more steps); ``standardise: false`` restores the paper;
+* the refiner has a cross-entropy beside the dice (inference): the dice's gradient vanishes once a mask is
+  empty, and at a high learning rate the refiner then stays dead (met in practice); ``bce_weight: 0`` is the
+  paper;
 * the prompt is the nearest of a small bank of normals, so no class label is needed at test time (core.md
   4.6); ``fixed`` and ``random`` are the paper's;
 * the weight of ``ref`` comes from normal pictures only (core.md 4.6), never from the test set.
@@ -50,6 +53,7 @@ class OneNIPSettings(Settings):
     bank: int = Field(8, ge=1, description="normals kept as prompts, for each category")
     recon_weight: float = Field(1.0, ge=0)
     dice_weight: float = Field(0.5, ge=0)
+    bce_weight: float = Field(0.5, ge=0, description="of the refiner's cross-entropy; the paper has none")
 
 
 PAPER = {
@@ -61,6 +65,7 @@ PAPER = {
     "dropout": 0.1,
     "refiner": 128,
     "standardise": False,
+    "bce_weight": 0.0,
     "prompt": "random",
     "lr": 1e-4,
     "batch": 64,
@@ -271,8 +276,12 @@ class OneNIP(nn.Module):
         rebuilt = self.reconstruction(jitter(real, s.jitter), jitter(prompt, s.jitter))
         recon = F.mse_loss(rebuilt.float(), clean)
         mask = batch["mask"]
-        dice = dice_loss(self._refine(rebuilt, real), torch.cat([torch.zeros_like(mask), mask]))
-        return {"loss": s.recon_weight * recon + s.dice_weight * dice, "recon": recon, "dice": dice}
+        mask = torch.cat([torch.zeros_like(mask), mask])
+        logits = self._refine(rebuilt, real)
+        dice = dice_loss(logits.sigmoid(), mask)
+        bce = F.binary_cross_entropy_with_logits(logits, mask)
+        loss = s.recon_weight * recon + s.dice_weight * dice + s.bce_weight * bce
+        return {"loss": loss, "recon": recon, "dice": dice, "bce": bce}
 
     forward = loss
 
@@ -291,7 +300,7 @@ class OneNIP(nn.Module):
         size = (self.settings.size,) * 2
         error = (rebuilt.float() - real).norm(dim=-1).view(-1, 1, self.side, self.side)
         rec = F.interpolate(error, size, mode="bilinear", align_corners=True)[:, 0]
-        return rec, self._refine(rebuilt, real)
+        return rec, self._refine(rebuilt, real).sigmoid()
 
     @torch.inference_mode()
     def calibrate(self, normals: Sequence[Batch]) -> None:
@@ -308,10 +317,11 @@ class OneNIP(nn.Module):
         return (tokens - self.mean) / self.deviation
 
     def _refine(self, rebuilt: Tensor, real: Tensor) -> Tensor:
+        """Logits of the mask, float32 N×size×size."""
         error = (rebuilt - real).abs().transpose(1, 2).reshape(len(real), -1, self.side, self.side)
         logits = self.refiner(error.contiguous(memory_format=torch.channels_last))
         logits = F.interpolate(logits.float(), (self.settings.size,) * 2, mode="bilinear", align_corners=True)
-        return logits.sigmoid()[:, 0]
+        return logits[:, 0]
 
     def _prompts(self, tokens: Tensor, categories: Sequence[str] | None) -> Tensor:
         """One prompt a picture, out of the bank."""

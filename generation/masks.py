@@ -13,6 +13,7 @@ from manifests.errors import PictureError, UsageError
 
 NOISE_SIDE = 64  # grid on which a small blob's noise is computed, enlarged where needed: the noise is smooth
 TRIES = 12  # places and shapes tried for one blob before the draw is given up
+STEPS = 6  # of the search for a blob's threshold; nearly always one or two are taken
 SMALLEST = 4  # pixels of the smallest blob
 MARGIN = 4  # pixels around a region in its box, so that soft edges and filters see their surroundings
 _SQUARE = np.ones((3, 3), np.uint8)
@@ -141,9 +142,10 @@ def _blob(
     open_[offset_y : offset_y + inside.shape[0], offset_x : offset_x + inside.shape[1]] = inside
     coarse = open_ if side == full else cv2.resize(open_, (side, side), interpolation=cv2.INTER_NEAREST)
 
-    threshold, part = _largest(level, coarse, size * (side / full) ** 2)
-    if threshold is None:
+    found = _largest(level, coarse, size * (side / full) ** 2)
+    if found is None:
         return None
+    threshold, part = found
     if side < full:
         # Other parts sink below the threshold, so that enlarging keeps this one alone.
         sunk = np.minimum(level, threshold - np.float32(0.25))
@@ -164,13 +166,19 @@ def _turned(noise: np.ndarray, angle: float) -> np.ndarray:
     return cv2.warpAffine(noise, turn, noise.shape[::-1], borderMode=cv2.BORDER_REFLECT_101)
 
 
-def _largest(level: np.ndarray, open_: np.ndarray, size: float) -> tuple[np.float32 | None, np.ndarray]:
-    """Threshold whose largest connected part within ``open_`` has about ``size`` pixels, and that part."""
+def _largest(level: np.ndarray, open_: np.ndarray, size: float) -> tuple[np.float32, np.ndarray] | None:
+    """The threshold whose largest connected part within ``open_`` comes nearest to ``size`` pixels, and that
+    part (uint8, 0 or 1); None if none has at least half of them.
+
+    A search by bisection: the part grows with the share of pixels above the threshold, but in jumps where
+    two parts meet.
+    """
     values = level[open_ > 0]
     wanted = max(size, 1.0)
-    share = wanted
-    for _ in range(4):
-        rank = min(round(share), len(values))
+    least, most, share = 0.0, float(len(values)), wanted
+    best, error = None, math.log(2)
+    for _ in range(STEPS):
+        rank = min(max(round(share), 1), len(values))
         if rank < 1:
             break
         threshold = np.partition(values, len(values) - rank)[len(values) - rank]
@@ -178,13 +186,19 @@ def _largest(level: np.ndarray, open_: np.ndarray, size: float) -> tuple[np.floa
         labels = cv2.connectedComponents(above, connectivity=8)[1]
         sizes = np.bincount(labels.ravel())
         sizes[0] = 0
-        best = int(sizes.argmax())
-        if sizes[best] >= 0.85 * wanted:
-            return threshold, (labels == best).astype(np.uint8)
-        if rank == len(values):
+        label = int(sizes.argmax())
+        ratio = float(sizes[label]) / wanted
+        if abs(math.log(ratio)) <= error:
+            best, error = (threshold, (labels == label).astype(np.uint8)), abs(math.log(ratio))
+        if 0.85 <= ratio <= 1.2 or (ratio < 1 and rank == len(values)):
             break
-        share *= min(wanted / sizes[best], 2.0)
-    return None, open_
+        if ratio < 1:
+            least = share
+            share = min(share / max(ratio, 0.5), (share + most) / 2)
+        else:
+            most = share
+            share = (least + share) / 2
+    return best
 
 
 def place(rng: np.random.Generator, allowed: np.ndarray) -> tuple[int, int]:

@@ -31,7 +31,7 @@ RETRIES = 3  # of a task whose worker was lost or that met an I/O error
 # A local cluster has few workers and tasks of about a second: Dask's own looking after itself every few
 # milliseconds would cost more than all its scheduling.
 LOCAL = {
-    "distributed.logging.distributed": "error",
+    "distributed.logging.distributed": "critical",
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
@@ -79,7 +79,7 @@ def open_client(settings: Cluster) -> Iterator[Client]:
             processes=True,
             memory_limit=settings.memory_limit,
             dashboard_address="127.0.0.1:0",
-            silence_logs="ERROR",
+            silence_logs="CRITICAL",
         ) as cluster,
         Client(cluster) as client,
     ):
