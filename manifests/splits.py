@@ -10,6 +10,7 @@ from dataclasses import replace
 from manifests.schema import Image
 
 _SHARES = {"train": {"train": 8, "calibration": 2}, "test": {"feedback": 5, "test": 5}}  # tenths
+_STEERS = {"train": "train", "test": "feedback"}  # the split of each side that the loop has seen
 
 
 def side(split: str) -> str:
@@ -22,11 +23,11 @@ def assign_splits(
 ) -> list[Image]:
     """Divide the train side into train and calibration (8 : 2), the test side into feedback and test (1 : 1).
 
-    A group never falls apart within its category and side. Groups are dealt within a stratum (the train
-    side, or the test groups that show the same set of defects), in the order of the sha256 of their names,
-    each to the split furthest below its share; so a stratum's halves are equal within one group, however
-    the files were ordered. Ties go to the split that is behind in the whole category, so that many small
-    strata do not all favour one. Groups that ``previous`` placed keep their split.
+    A group never falls apart within its category and side. A category's groups are dealt in the order of the
+    sha256 of their names, each to the split furthest below its share; so halves are equal within one group,
+    however the files were ordered. Labels play no part: relabelling a test picture moves nothing. A group
+    that ``previous`` placed, by its name or by one of its pictures, keeps its split; a group with pictures
+    of both keeps the one that has steered (``feedback`` before ``test``, ``train`` before ``calibration``).
 
     Args:
         images: ``split`` says the side, ``train`` or ``test``.
@@ -35,34 +36,30 @@ def assign_splits(
     Returns:
         The images in the same order, with their split.
     """
-    members: dict[tuple[str, str, str], list[Image]] = defaultdict(list)
+    placed = [*previous, *(image for image in images if image.image_id in final and image.group)]
+    by_picture = {(image.image_id, side(image.split)): image.split for image in placed}
+    by_group = {(image.category, side(image.split), image.group): image.split for image in placed}
+    split: dict[tuple[str, str, str], str] = {}
+    groups: dict[tuple[str, str], set[str]] = defaultdict(set)
     for image in images:
-        members[image.category, side(image.split), image.group].append(image)
-    split = {(image.category, side(image.split), image.group): image.split for image in previous}
-    split.update(
-        {(i.category, side(i.split), i.group): i.split for i in images if i.image_id in final and i.group}
-    )
-    strata: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for (category, which, group), some in members.items():
-        defects = tuple(sorted({image.defect for image in some})) if which == "test" else ()
-        strata[category, which, defects].append(group)
-
-    overall: dict[tuple[str, str], int] = defaultdict(int)  # (category, split) -> groups
-    for key in members.keys() & split.keys():
-        overall[key[0], split[key]] += 1
-    for (category, which, _), groups in sorted(strata.items()):
+        which = side(image.split)
+        key = (image.category, which, image.group)
+        groups[image.category, which].add(image.group)
+        for known in (by_picture.get((image.image_id, which)), by_group.get(key)):
+            if known is not None and split.get(key) != _STEERS[which]:
+                split[key] = known
+    for (category, which), names in sorted(groups.items()):
         shares = _SHARES[which]
         counts = dict.fromkeys(shares, 0)
-        for group in groups:
-            if (category, which, group) in split:
-                counts[split[category, which, group]] += 1
-        new = [group for group in groups if (category, which, group) not in split]
-        for group in sorted(new, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        for name in names:
+            if (category, which, name) in split:
+                counts[split[category, which, name]] += 1
+        new = [name for name in names if (category, which, name) not in split]
+        for name in sorted(new, key=lambda name: hashlib.sha256(f"{category}/{name}".encode()).digest()):
             total = sum(counts.values()) + 1
-            chosen = max(shares, key=lambda s: (shares[s] * total - 10 * counts[s], -overall[category, s]))
+            chosen = max(shares, key=lambda s: shares[s] * total - 10 * counts[s])
             counts[chosen] += 1
-            overall[category, chosen] += 1
-            split[category, which, group] = chosen
+            split[category, which, name] = chosen
     return [
         image
         if image.image_id in final

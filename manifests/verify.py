@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,11 +52,14 @@ def _shard_problems(space: Workspace, number: int, shard: int) -> list[tuple[str
     try:
         table = space.read_table(samples_path)
         record = json.loads((table.schema.metadata or {})[SHARD_KEY])
-    except (WorkspaceError, KeyError) as error:
+    except (WorkspaceError, KeyError, ValueError) as error:
         missing = not space.exists(samples_path)
         return [(samples_path, "missing: the shard is not finished" if missing else f"damaged: {error}")]
     if record["path"] != shard_path:
         return [(samples_path, f"damaged: it names the shard {record['path']}")]
+    counts = Counter(table["status"].to_pylist())
+    if any(counts[status] != record[status] for status in ("accepted", "rejected", "failed")):
+        return [(samples_path, f"damaged: it holds {dict(counts)}, its record says otherwise")]
     size = space.size(shard_path)
     if size is None:
         return [(shard_path, "missing")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from manifests.errors import FlawsmithError
 
 ASIDE = ".part"
+_ORPHAN = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(ASIDE)}$")
 
 
 class WorkspaceError(FlawsmithError):
@@ -114,13 +116,13 @@ class Workspace:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self.write_bytes(name, sink.getvalue())
 
     def read_table(self, name: str) -> pa.Table:
         try:
-            return pq.read_table(io.BytesIO(self.read_bytes(name)))
-        except pa.ArrowInvalid as error:
+            return pq.read_table(io.BytesIO(self.read_bytes(name)), page_checksum_verification=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise WorkspaceError(
                 f"{self.path(name)} is damaged ({error}); `flawsmith verify` lists what is, "
                 "`flawsmith run` repairs it"
@@ -138,7 +140,10 @@ class Workspace:
         self.write_bytes(name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
 
     def read_yaml(self, name: str) -> Any:
-        return yaml.safe_load(self.read_bytes(name))
+        try:
+            return yaml.safe_load(self.read_bytes(name))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise WorkspaceError(f"{self.path(name)} is damaged: {error}; restore it") from error
 
     # -- rounds -----------------------------------------------------------------------------------------
 
@@ -182,8 +187,7 @@ class Workspace:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            for orphan in root.rglob(f"*{ASIDE}"):
-                orphan.unlink(missing_ok=True)
+            _sweep(root)
             yield
 
 
@@ -194,6 +198,14 @@ def part(folder: str, round_: int, index: int, suffix: str) -> str:
 
 def round_file(round_: int, name: str) -> str:
     return f"rounds/{round_:03d}/{name}"
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed writers left, and nothing else that a user may keep in the same folder."""
+    folders = [root.glob("*"), (root / "rounds").rglob("*"), (root / "report").rglob("*")]
+    for path in (path for paths in folders for path in paths):
+        if _ORPHAN.search(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _fsync_folder(path: str) -> None:

@@ -351,17 +351,15 @@ def make(rows):
     ]
 
 
-def strata(images, sides):
-    """(category, side, defects) -> split -> groups, written anew as the oracle."""
+def dealt(images, sides):
+    """(category, side) -> split -> groups, written anew as the oracle."""
     groups = {}
     for image, side in zip(images, sides, strict=True):
-        groups.setdefault((image.category, side, image.group), []).append(image)
+        groups.setdefault((image.category, side, image.group), set()).add(image.split)
     result = {}
-    for (category, side, group), members in groups.items():
-        splits = {member.split for member in members}
+    for (category, side, group), splits in groups.items():
         assert len(splits) == 1, f"group {group} fell apart"
-        defects = frozenset(member.defect for member in members) if side == "test" else None
-        result.setdefault((category, side, defects), Counter())[splits.pop()] += 1
+        result.setdefault((category, side), Counter())[splits.pop()] += 1
     return result
 
 
@@ -370,7 +368,7 @@ def strata(images, sides):
 def test_splits_are_fair_atomic_and_independent_of_order(rows, order: random.Random):
     images = make(rows)
     placed = assign_splits(images)
-    for (_, side, _), counts in strata(placed, [image.split for image in images]).items():
+    for (_, side), counts in dealt(placed, [image.split for image in images]).items():
         total = counts.total()
         if side == "test":
             assert set(counts) <= {"feedback", "test"}
@@ -383,6 +381,24 @@ def test_splits_are_fair_atomic_and_independent_of_order(rows, order: random.Ran
     assert {i.image_id: i.split for i in assign_splits(shuffled)} == {i.image_id: i.split for i in placed}
 
 
+@given(rows=ROWS, at=st.integers(0, 79), defect=st.sampled_from(["good", "dent", "other"]))
+@settings(max_examples=100, deadline=None)
+def test_relabelling_a_judged_picture_moves_nothing(rows, at, defect):
+    images = make(rows)
+    placed = assign_splits(images)
+    if at < len(images) and images[at].split == "test":
+        images[at] = replace(images[at], defect=defect)
+    assert [image.split for image in assign_splits(images)] == [image.split for image in placed]
+
+
+def test_a_picture_that_steered_never_becomes_a_test_picture():
+    images = [picture(n, "A", "dent", "test", f"g{n}") for n in range(30)]
+    earlier = assign_splits(images)
+    regrouped = [replace(image, group=f"part{n // 3}") for n, image in enumerate(images)]
+    later = {image.image_id: image.split for image in assign_splits(regrouped, earlier)}
+    assert all(later[i.image_id] == "feedback" for i in earlier if i.split == "feedback")
+
+
 @given(rows=ROWS, keep=st.floats(0, 1))
 @settings(max_examples=100, deadline=None)
 def test_earlier_groups_keep_their_split(rows, keep):
@@ -390,7 +406,7 @@ def test_earlier_groups_keep_their_split(rows, keep):
     earlier = assign_splits(images[: int(keep * len(images))])
     later = assign_splits(images, earlier)
     assert later[: len(earlier)] == earlier
-    strata(later, [image.split for image in images])
+    dealt(later, [image.split for image in images])
 
 
 def test_many_defect_types_of_one_picture_fill_both_halves():

@@ -40,10 +40,12 @@ def test_one_writer_and_a_dead_one_leaves_no_lock(tmp_path):
             pass
         other.kill()
     (tmp_path / "rounds").mkdir()
-    orphan = tmp_path / "rounds" / "x.tar.123.part"
+    orphan = tmp_path / "rounds" / f"x.tar.{'0' * 32}.part"
     orphan.write_bytes(b"half")
+    mine = tmp_path / "film.mkv.part"
+    mine.write_bytes(b"a user's own")
     with space.writing():
-        assert not orphan.exists()
+        assert not orphan.exists() and mine.exists()
 
 
 def test_an_unwritable_workspace_is_named(tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +20,10 @@ from generation.gates import Gates
 from manifests.errors import UsageError
 from manifests.recipes import AreaRange, CountRange, GeneratorSettings, UnitRange
 from manifests.sources import SourceSettings
+
+if TYPE_CHECKING:
+    from detectors.protocol import Method
+    from detectors.protocol import Settings as DetectorSettings
 
 
 class Settings(BaseModel):
@@ -73,7 +77,23 @@ class Cluster(Settings):
 
 class Detector(Settings):
     name: str = "onenip"
+    preset: str | None = Field(None, description="published settings to start from, e.g. paper")
     settings: dict[str, Any] = Field(default_factory=dict, description="the detector's own settings")
+
+    def resolved(self) -> tuple[Method, DetectorSettings]:
+        """The method and its settings: its defaults, then the preset, then ``settings``.
+
+        Raises:
+            UsageError: no such detector or preset.
+            pydantic.ValidationError: a setting is unknown or wrong.
+        """
+        from detectors import protocol
+
+        method = protocol.get(self.name)
+        if self.preset is not None and self.preset not in method.presets:
+            raise UsageError(f"no preset {self.preset!r}; {self.name} has {', '.join(method.presets)}")
+        preset = method.presets[self.preset] if self.preset is not None else {}
+        return method, method.settings.model_validate({**preset, **self.settings})
 
 
 class Evaluation(Settings):
@@ -143,6 +163,7 @@ def parse_config(raw: Any, *, name: str, folder: Path | None = None) -> Config:
 
 def _check(config: Config) -> list[str]:
     """What types alone cannot say: known names, and settings that need each other."""
+    from detectors import protocol
     from generation import registry
 
     problems = []
@@ -162,15 +183,13 @@ def _check(config: Config) -> list[str]:
             )
     if generators and not any(s.share > 0 for s in config.generation.generators.values()):
         problems.append("generation.generators: no generator has a share above 0")
-    from detectors import protocol
-
     try:
-        method = protocol.get(config.detector.name)
-        method.settings.model_validate(config.detector.settings)
+        config.detector.resolved()
     except UsageError as error:
-        problems.append(f"detector.name: {error}")
+        problems.append(f"detector: {error}")
     except ValidationError as error:
-        problems.append(explain(error, config.detector.settings, "detector.settings", method.settings))
+        known = protocol.get(config.detector.name).settings
+        problems.append(explain(error, config.detector.settings, "detector.settings", known))
     if config.output.bits == 16 and config.output.format != "png":
         problems.append(f"output.bits: 16 needs output.format: png, found {config.output.format}")
     if config.generation.location == "roi" and not any(source.roi for source in config.source):

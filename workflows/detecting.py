@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from detectors.protocol import Detector, get
+from detectors.protocol import Detector
 from generation.backbones import square
 from manifests.errors import FlawsmithError
 from manifests.pictures import load
@@ -64,7 +64,7 @@ def train(space: Workspace, number: int) -> None:
     with progress(f"round {number}: reading normals", None, "pictures") as advance:
         normals = _normals([i for i in images if i.split == "train" and i.defect == GOOD], max_side, advance)
         calibration = calibration_normals(round_, normals, advance)
-    settings = get(name).settings.model_validate(round_.config.detector.settings)
+    _, settings = round_.config.detector.resolved()
     with progress(f"round {number}: training {name}", settings.steps, "steps") as advance:
         detector = fit_detector(
             name,

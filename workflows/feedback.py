@@ -2,8 +2,9 @@
 
 A change is a :class:`Move`: a few numbers in [−1, 1] that tilt the wanted areas, the severities and the mix.
 A deterministic rule proposes one from what the detector missed; trials on the cheap proxy then compare it
-with the present settings and with moves near it; the best is applied. Pictures of the ``test`` split never
-come here.
+with the present settings and with moves near it; the best is applied. The trials refine the rule and cannot
+overrule it by far: they know the pictures at hand, the rule knows the detector. Pictures of the ``test``
+split never come here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from manifests.recipes import GeneratorSettings
 from manifests.schema import canonical_json
 from workflows.config import Generation
 
@@ -26,19 +26,23 @@ AREA_LIMITS = (0.0003, 0.3)
 SHIFT = 0.35  # of a range's width, the most a range moves in one round
 SHARE_FACTOR = 2.5  # the most a share is multiplied or divided by in one round
 SHARE_LIMITS = (0.04, 0.7)
+FEW_MISSED = 8  # shares move at half strength when so many defects were missed
+FEW_GROUPS = 8  # parts with masked defects below which nothing is concluded from sizes or contrasts
+MARGIN = 0.005  # of the objective; a smaller gain of a trial counts as noise
+REACH = 0.35  # how far from the rule's proposal a trial may go, each number
 
 
 @dataclass(frozen=True)
 class Found:
     """One real defect of the feedback split and whether the detector found it.
 
-    ``area`` is its share of the picture and ``contrast`` its difference to the surroundings in units of their
-    local variation; both NaN where there is no mask. ``hit`` is in [0, 1]: the share of it above the alarm
-    threshold.
+    ``group`` names the part it is on: defects of one part are no independent evidence. ``area`` is its share
+    of the picture and ``contrast`` its difference to the surroundings in units of their local variation; both
+    NaN where there is no mask. ``hit`` is in [0, 1]: the share of it above the alarm threshold.
     """
 
     category: str
-    defect: str
+    group: str
     area: float
     contrast: float
     hit: float
@@ -94,10 +98,11 @@ def propose(found: Sequence[Found], learnable: Mapping[str, float]) -> tuple[Mov
     area, reasons["area"] = _tilt(found, "area", "size")
     severity, reasons["severity"] = _tilt(found, "contrast", "contrast")
     missed = sum(1 for item in found if item.hit < 0.5)
+    trust = missed / (missed + FEW_MISSED)
     shares = {}
     mean = float(np.mean(list(learnable.values()))) if learnable else 0.0
     for name, value in learnable.items():
-        shares[name] = float(np.clip(2 * (value - mean), -1, 1)) if missed else 0.0
+        shares[name] = float(np.clip(2 * trust * (value - mean), -1, 1))
         reasons[f"share.{name}"] = (
             f"learning from {name} alone, the proxy finds {value:.0%} of the {missed} missed defects "
             f"(mean of the generators {mean:.0%})"
@@ -108,39 +113,60 @@ def propose(found: Sequence[Found], learnable: Mapping[str, float]) -> tuple[Mov
 
 
 def _tilt(found: Sequence[Found], attribute: str, word: str) -> tuple[float, str]:
-    """(tilt, reason): the correlation of a miss with log ``attribute``, 0 if chance explains it."""
-    rows = [(math.log(getattr(f, attribute)), f.hit) for f in found if getattr(f, attribute) > 0]
-    if len(rows) < 8:
-        return 0.0, f"{len(rows)} defects with a mask: too few to judge by {word}"
-    values, hits = np.array(rows).T
+    """(tilt, reason): the correlation of a miss with log ``attribute``, 0 if chance explains it.
+
+    One value a group (the means of its defects), compared within its category, so that neither many specks
+    on one part nor one hard category pass for evidence.
+    """
+    parts: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for item in found:
+        value = getattr(item, attribute)
+        if value > 0:  # NaN and 0 say nothing
+            parts.setdefault((item.category, item.group), []).append((math.log(value), item.hit))
+    if len(parts) < FEW_GROUPS:
+        return 0.0, f"{len(parts)} parts with masked defects: too few to judge by {word}"
+    means = np.array([np.mean(rows, axis=0) for rows in parts.values()])
+    names = [category for category, _ in parts]
+    centred = means.copy()
+    for name in set(names):
+        own = [other == name for other in names]
+        centred[own] -= means[own].mean(axis=0)
+    values, hits = centred.T
     if values.std() < 1e-9 or hits.std() < 1e-9:
         return 0.0, f"found and missed defects do not differ in {word}"
-    r = float(np.corrcoef(values, 1 - hits)[0, 1])
-    z = r * math.sqrt(len(rows) - 1)
-    typical = [math.exp(np.average(values, weights=w + 1e-9)) for w in (1 - hits, hits)]
-    facts = (
-        f"missed defects have a typical {word} of {typical[0]:.3g}, found ones {typical[1]:.3g} (z {z:+.1f})"
-    )
+    r = float(np.corrcoef(values, -hits)[0, 1])
+    z = r * math.sqrt(max(len(parts) - len(set(names)), 1))
+    typical = [math.exp(np.average(means[:, 0], weights=w + 1e-9)) for w in (1 - means[:, 1], means[:, 1])]
+    facts = f"typical {word} of missed defects {typical[0]:.3g}, of found ones {typical[1]:.3g} (z {z:+.1f})"
     if abs(z) < SIGNIFICANT:
         return 0.0, f"{facts}: no more than chance"
     return float(np.clip(r, -1, 1)), facts
 
 
 def apply_move(generation: Generation, move: Move) -> Generation:
-    """The settings after a move. Ranges keep their width on their scale unless a limit stops them."""
+    """The settings after a move; the same settings after none. Ranges keep their width on their scale unless
+    a limit stops them, and present values beyond a limit stay allowed."""
+    if not any(move.as_dict().values()):
+        return generation
+    smallest = math.log(min(AREA_LIMITS[0], generation.area[0]))
+    largest = math.log(max(AREA_LIMITS[1], generation.area[1]))
     low, high = (math.log(value) for value in generation.area)
     step = SHIFT * move.area * max(high - low, 0.5)
-    smallest, largest = (math.log(value) for value in AREA_LIMITS)
     area = tuple(float(np.exp(np.clip(value + step, smallest, largest))) for value in (low, high))
     step = SHIFT * move.severity * max(generation.severity[1] - generation.severity[0], 0.2)
     severity = tuple(float(np.clip(value + step, 0, 1)) for value in generation.severity)
     used = {name: s.share for name, s in generation.generators.items() if s.share > 0}
-    moved = {name: share * SHARE_FACTOR ** move.shares.get(name, 0.0) for name, share in used.items()}
+    before = {name: share / sum(used.values()) for name, share in used.items()}
+    moved = {name: share * SHARE_FACTOR ** move.shares.get(name, 0.0) for name, share in before.items()}
     total = sum(moved.values())
-    lowest, highest = SHARE_LIMITS if len(used) > 1 else (0.0, 1.0)
-    shares = {name: float(np.clip(value / total, lowest, highest)) for name, value in moved.items()}
+    shares = {
+        name: float(
+            np.clip(value / total, min(SHARE_LIMITS[0], before[name]), max(SHARE_LIMITS[1], before[name]))
+        )
+        for name, value in moved.items()
+    }
     generators = {
-        name: GeneratorSettings(**{**settings.model_dump(), "share": round(shares.get(name, 0.0), 4)})
+        name: settings.model_copy(update={"share": round(shares.get(name, 0.0), 4)})
         for name, settings in generation.generators.items()
     }
     return generation.model_copy(
@@ -203,9 +229,13 @@ def search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rule = Move(proposal.area, proposal.severity, {name: proposal.shares.get(name, 0.0) for name in names})
+    # Wide enough to hold the present settings (all 0), which every study starts from.
     space: dict[str, Any] = {
-        name: optuna.distributions.FloatDistribution(-1.0, 1.0)
-        for name in ("area", "severity", *(f"share.{name}" for name in names))
+        name: optuna.distributions.FloatDistribution(
+            max(-1.0, min(0.0, value - REACH)), min(1.0, max(0.0, value + REACH))
+        )
+        for name, value in rule.as_dict().items()
     }
     done = list(earlier)
     while len(done) < trials:
@@ -222,10 +252,7 @@ def search(
         if at == 0:
             origin, move = "current", Move(shares=dict.fromkeys(names, 0.0))
         elif at == 1:
-            origin = "rule"
-            move = Move(
-                proposal.area, proposal.severity, {name: proposal.shares.get(name, 0.0) for name in names}
-            )
+            origin, move = "rule", rule
         else:
             origin, move = "sampler", Move.from_dict(study.ask(space).params)
         value = value_of(move)
@@ -242,41 +269,53 @@ def decide(
 ) -> tuple[Generation, list[Decision]]:
     """Settings of the next round and the reason of every change.
 
-    The best trial wins; a tie goes to the earliest, so to the present settings before the rule's before the
-    sampler's. Without trials (nothing to judge by) the rule's proposal is applied as it is.
+    The best trial is taken if it gains at least ``MARGIN`` over the present settings. Otherwise the rule's
+    proposal is, unless the proxy finds it worse by as much; then everything stays. Without trials (nothing
+    to judge by) the rule's proposal is applied as it is.
     """
-    if trials:
-        best = max(trials, key=lambda trial: (trial.value, -trial.trial))
-        move = Move.from_dict(json.loads(best.params))
-        current = trials[0].value
-        outcome = (
-            f"best of {len(trials)} proxy trials, from the {best.origin}: {best.value:.4f} against "
-            f"{current:.4f} for the present settings"
-        )
-    else:
-        move, outcome = proposal, "the rule's proposal; the proxy had nothing to judge by"
+    move, verdict = _chosen(trials, proposal)
     after = apply_move(generation, move)
-    decisions = [
-        Decision(
-            name,
-            str(list(getattr(generation, name))),
-            str(list(getattr(after, name))),
-            f"{reasons.get(name, 'no rule')}; {outcome}",
-        )
+    total = sum(settings.share for settings in generation.generators.values())
+    rows = [
+        (name, name, str(list(getattr(generation, name))), str(list(getattr(after, name))))
         for name in ("area", "severity")
     ]
-    total = sum(s.share for s in generation.generators.values())
-    for name, settings in after.generators.items():
-        before = generation.generators[name].share / total
-        if before == 0 and settings.share == 0:
-            continue
-        key = f"share.{name}"
-        decisions.append(
-            Decision(
-                f"generators.{name}.share",
-                f"{before:.4f}",
-                f"{settings.share:.4f}",
-                f"{reasons.get(key, 'no rule')}; {outcome}",
-            )
+    new_total = sum(settings.share for settings in after.generators.values())
+    rows += [
+        (
+            f"generators.{name}.share",
+            f"share.{name}",
+            f"{generation.generators[name].share / total:.4f}",
+            f"{settings.share / new_total:.4f}",
         )
+        for name, settings in after.generators.items()
+        if settings.share > 0
+    ]
+    asked, taken = proposal.as_dict(), move.as_dict()
+    decisions = [
+        Decision(
+            setting,
+            before,
+            then,
+            f"{reasons.get(key, 'no rule')}; the rule asks for {asked.get(key, 0.0):+.2f}, "
+            f"taken is {taken.get(key, 0.0):+.2f}: {verdict}",
+        )
+        for setting, key, before, then in rows
+    ]
     return after, decisions
+
+
+def _chosen(trials: Sequence[Trial], proposal: Move) -> tuple[Move, str]:
+    if not trials:
+        return proposal, "the proxy had nothing to judge by"
+    best = max(trials, key=lambda trial: (trial.value, -trial.trial))
+    current, rule = trials[0].value, trials[min(1, len(trials) - 1)].value
+    if best.value - current >= MARGIN:
+        move = Move.from_dict(json.loads(best.params))
+        return move, f"best of {len(trials)} proxy trials, {best.value:.4f} against {current:.4f} at present"
+    if current - rule >= MARGIN:
+        return (
+            Move(),
+            f"the proxy finds the rule worse, {rule:.4f} against {current:.4f}, and no trial better",
+        )
+    return proposal, f"no proxy trial differs from the present settings ({current:.4f}) by {MARGIN} or more"

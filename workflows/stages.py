@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from generation import registry
 from generation.masks import resolve_location
 from generation.protocol import Generator, Source
-from generation.synthesis import Outcome, synthesise
+from generation.synthesis import Outcome, attempt, batch_of, synthesise
 from manifests import pictures, shards
 from manifests.recipes import Pool, Trait, plan_shard, pool_from, shard_count
 from manifests.schema import (
@@ -457,28 +457,21 @@ def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
 def _remake(
     round_: Round, recipes: dict[str, Recipe], rows: dict[str, dict[str, Any]], sample_id: str
 ) -> dict[str, bytes]:
-    """One accepted attempt again, in the batch in which it was made: those of its planned batch that were
-    still without an accepted picture at that attempt."""
-    from generation.synthesis import attempt
-
-    wanted = recipes[sample_id]
-    tries = rows[sample_id]["attempts"]
-    batch = [
-        recipe
-        for recipe in recipes.values()
-        if (recipe.generator, recipe.batch) == (wanted.generator, wanted.batch)
-        and rows[recipe.sample_id]["attempts"] >= tries
-    ]
-    cache = round_.pictures
+    """The accepted attempt at a sample again, in the batch in which it was made."""
+    generator = recipes[sample_id].generator
+    own = [recipe for recipe in recipes.values() if recipe.generator == generator]
+    attempts = [rows[recipe.sample_id]["attempts"] for recipe in own]
+    index = [recipe.sample_id for recipe in own].index(sample_id)
+    batch = batch_of(own, attempts, index)
+    cache = PictureCache(round_)
     outcomes = attempt(
-        batch,
+        [own[i] for i in batch],
         cache.source,
-        registry.get(wanted.generator),
-        load_model(wanted.generator, wanted.params),
-        tries - 1,
+        registry.get(generator),
+        load_model(generator, own[index].params),
+        attempts[index] - 1,
     )
-    outcome = outcomes[[recipe.sample_id for recipe in batch].index(sample_id)]
-    return _members(outcome, round_, cache)
+    return _members(outcomes[batch.index(index)], round_, cache)
 
 
 def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, int]:

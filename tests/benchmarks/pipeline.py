@@ -31,7 +31,7 @@ from manifests.workspace import Workspace
 from tests.benchmarks.peers import run_timed
 from workflows import rounds
 from workflows.cluster import make_round
-from workflows.config import Cluster, Config, Output, parse_config
+from workflows.config import Cluster, Config, Output
 from workflows.demo import write_drawn
 from workflows.stages import round_from
 
@@ -95,7 +95,7 @@ def measure_run(pictures: Path, samples: int, shard_size: int, workers: int) -> 
 
 def _config(pictures: Path, samples: int, shard_size: int) -> Config:
     raw = {"source": str(pictures), "samples": samples, "output": {"shard_size": shard_size}}
-    return parse_config(raw, name="benchmark")
+    return Config.model_validate(raw)
 
 
 def _cpu_seconds() -> float:
