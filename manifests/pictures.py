@@ -345,7 +345,7 @@ def load(image: Image, bits: int = 8, max_side: int | None = None) -> np.ndarray
         pixels = apply_window(pixels, image.window or (0, 65535), bits)
     elif bits == 16:
         pixels = pixels.astype(np.uint16) * np.uint16(257)
-    return _shrink(pixels, max_side)
+    return shrink(pixels, max_side)
 
 
 def load_mask(image: Image, max_side: int | None = None) -> np.ndarray:
@@ -371,7 +371,7 @@ def load_mask(image: Image, max_side: int | None = None) -> np.ndarray:
     mask = decode_mask(read_bytes(image.mask_path), name=image.mask_path, shape=shape, orientation=turned)
     if _shrunk(shape, max_side) == shape:
         return mask
-    share = _shrink(mask.astype(np.float32)[:, :, None], max_side)[:, :, 0]
+    share = shrink(mask.astype(np.float32)[:, :, None], max_side)[:, :, 0]
     small = share >= 0.5
     return small if small.any() else share > 0
 
@@ -431,7 +431,7 @@ def _shrunk(shape: tuple[int, int], max_side: int | None) -> tuple[int, int]:
     return max(1, round(shape[0] * max_side / longest)), max(1, round(shape[1] * max_side / longest))
 
 
-def _shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
+def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
     height, width = _shrunk(pixels.shape[:2], max_side)
     if (height, width) == pixels.shape[:2]:
         return pixels

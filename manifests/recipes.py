@@ -172,6 +172,20 @@ def plan_shard(
     return recipes
 
 
+def check_donors(
+    generators: Mapping[str, GeneratorSettings], traits: Mapping[str, Trait], pool: Pool
+) -> None:
+    """Asks for every donor that any plan could need, so that a plan cannot fail half-way.
+
+    Raises:
+        UsageError: as :func:`plan_shard`.
+    """
+    for name, settings in generators.items():
+        if settings.share > 0:
+            for pictures in pool.normals.values():
+                _donors(traits[name].donors, name, pictures[0], pool, 0.0)
+
+
 def _donors(kind: Donors, generator: str, image: Image, pool: Pool, draw: float) -> tuple[str, ...]:
     if kind == "none":
         return ()

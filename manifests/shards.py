@@ -39,19 +39,24 @@ def pack(samples: Iterable[tuple[str, dict[str, bytes]]]) -> Packed:
     Raises:
         ValueError: a key or an extension that WebDataset would split wrongly.
     """
-    sink = io.BytesIO()
+    pieces: list[bytes] = []
     offsets, checksums = [], []
-    with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            if "." in key or "/" in key:
-                raise ValueError(f"sample key {key!r} must hold neither dots nor slashes")
-            offsets.append(tar.offset)
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size, info.mode = len(data), 0o644
-                tar.addfile(info, io.BytesIO(data))
-            checksums.append(checksum(members))
-    return Packed(sink.getvalue(), tuple(offsets), tuple(checksums))
+    size = 0
+    for key, members in samples:
+        if "." in key or "/" in key:
+            raise ValueError(f"sample key {key!r} must hold neither dots nor slashes")
+        offsets.append(size)
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mode = len(data), 0o644
+            padding = -len(data) % tarfile.BLOCKSIZE
+            pieces += (info.tobuf(tarfile.USTAR_FORMAT), data, b"\0" * padding)
+            size += tarfile.BLOCKSIZE + len(data) + padding
+        checksums.append(checksum(members))
+    # The end mark: two empty blocks, and zeros up to a whole record, as tar programs write it.
+    end = 2 * tarfile.BLOCKSIZE
+    pieces.append(b"\0" * (end + -(size + end) % tarfile.RECORDSIZE))
+    return Packed(b"".join(pieces), tuple(offsets), tuple(checksums))
 
 
 def checksum(members: dict[str, bytes]) -> str:

@@ -33,17 +33,22 @@ def verify_round(
     space: Workspace, number: int, shard_count: int, progress: Callable[[int], None] = lambda count: None
 ) -> list[Finding]:
     """Truncated, damaged, missing and extra shards, and samples without a member, of one round."""
-    findings = []
-    planned = {f"part-{shard:05d}" for shard in range(shard_count)}
-    for folder, suffix in (("shards", "tar"), ("samples", "parquet"), ("recipes", "parquet")):
-        for name in space.names(f"rounds/{number:03d}/{folder}"):
-            if name.removesuffix(f".{suffix}") not in planned or not name.endswith(f".{suffix}"):
-                path = f"rounds/{number:03d}/{folder}/{name}"
-                findings.append(Finding(number, -1, path, "extra: not in the plan"))
+    extra = extra_files(space, number, shard_count)
+    findings = [Finding(number, -1, path, "extra: not in the plan") for path in extra]
     for shard in range(shard_count):
         findings += [Finding(number, shard, *problem) for problem in _shard_problems(space, number, shard)]
         progress(1)
     return findings
+
+
+def extra_files(space: Workspace, number: int, shard_count: int) -> list[str]:
+    """Files in a round's shard, sample and recipe folders that no planned shard has."""
+    extra = []
+    for folder, suffix in (("shards", "tar"), ("samples", "parquet"), ("recipes", "parquet")):
+        planned = {f"part-{shard:05d}.{suffix}" for shard in range(shard_count)}
+        names = space.names(f"rounds/{number:03d}/{folder}")
+        extra += [f"rounds/{number:03d}/{folder}/{name}" for name in names if name not in planned]
+    return extra
 
 
 def _shard_problems(space: Workspace, number: int, shard: int) -> list[tuple[str, str]]:

@@ -148,7 +148,7 @@ def test_replay_makes_the_same_bytes(undisturbed):
     assert len(by_generator) == len(GENERATION["generators"])
     for sample_id in by_generator.values():
         result = replay(undisturbed, sample_id)
-        assert (result["identical"], result["pixels_differ"]) == (True, 0), sample_id
+        assert (result["identical"], result["differ"]) == (True, 0), sample_id
 
 
 # -- the same bytes however they are made ---------------------------------------------------------------

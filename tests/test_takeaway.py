@@ -449,6 +449,7 @@ def brightness_detector():
 
 def test_predict_goes_on_after_unreadable_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "load", lambda folder, device: brightness_detector())
+    monkeypatch.setattr(predict, "read_config", lambda folder: {})
     folder = tmp_path / "new" / "lower"
     folder.mkdir(parents=True)
     levels = dict(zip("abcdefghijklmnopqrstuvwxyz", range(0, 255, 10), strict=False))
@@ -494,18 +495,16 @@ def test_predict_maps_16_bits_as_in_training_or_says_why_not(tmp_path, monkeypat
     monkeypatch.setattr(predict, "load", lambda folder, device: brightness_detector())
     picture = tmp_path / "deep.png"
     picture.write_bytes(pictures.encode(np.full((16, 16, 1), 3000, np.uint16), "png"))
-    checkpoint = tmp_path / "ws" / "rounds" / "000" / "detectors" / "onenip"
-    (row,) = predict.predict(checkpoint, [picture], tmp_path / "out")
-    assert "grey levels that the detector was trained on are not known" in row["error"]
-    image = Image("id", "p.png", "", "bolt", "good", None, 16, 16, "L", 16, "p", "train")
-    windowed = to_table([vars_of(image) | {"window_low": 2000, "window_high": 4000}], IMAGES)
-    Workspace(str(tmp_path / "ws")).write_table("images.parquet", windowed)
-    (row,) = predict.predict(checkpoint, [picture], tmp_path / "out")
+    monkeypatch.setattr(predict, "read_config", lambda folder: {"notes": {"window": None}})
+    (row,) = predict.predict(tmp_path, [picture], tmp_path / "out")
+    assert "not trained on 16-bit pictures of one window" in row["error"]
+    notes = {"window": [2000, 4000], "max_side": 8, "thresholds": {"bolt": 0.4}}
+    monkeypatch.setattr(predict, "read_config", lambda folder: {"notes": notes})
+    (row,) = predict.predict(tmp_path, [picture], tmp_path / "out")
     assert row["score"] == pytest.approx(0.5, abs=0.01)
-
-
-def vars_of(image):
-    return {name: getattr(image, name) for name in Image.__dataclass_fields__}
+    assert (row["threshold"], row["anomalous"]) == (0.4, True)
+    with pytest.raises(UsageError, match="--category nut: the detector was trained on bolt"):
+        predict.predict(tmp_path, [picture], tmp_path / "out", category="nut")
 
 
 def test_predict_without_pictures_is_a_usage_error(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,13 @@ class CheckpointError(FlawsmithError):
 
 
 def save(
-    folder: str | Path, name: str, detector: Detector, *, seed: int, licences: Sequence[str] = ()
+    folder: str | Path,
+    name: str,
+    detector: Detector,
+    *,
+    seed: int,
+    licences: Sequence[str] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a trained, calibrated detector. Each file appears whole or not at all, ``config.yaml`` last.
 
@@ -38,6 +44,7 @@ def save(
         name: of the detector in the registry.
         seed: of the training.
         licences: of the pictures it was trained on.
+        notes: plain facts about the training that whoever uses the detector may need.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +56,7 @@ def save(
         "calibration": dict(detector.calibration),
         "seed": seed,
         "licences": sorted(set(licences)),
+        "notes": dict(notes or {}),
         "versions": {package: _version(package) for package in PACKAGES},
     }
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()}

@@ -14,7 +14,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from manifests.pictures import decode, decode_mask, open_file
 from manifests.shards import IMAGE_FORMATS, ShardError
 
-_REMEDY = "`flawsmith verify` shows what else is damaged, `flawsmith run` makes it again"
+_REMEDY = "`flawsmith verify` notes all that is damaged, then `flawsmith run` makes it again"
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,11 @@ def _members(path: str) -> Iterator[dict[str, Any]]:
         with open_file(path) as stream:
             yield from group_by_keys(tar_file_expander([{"url": path, "stream": stream}]))
     except FileNotFoundError as error:
-        raise ShardError(f"{path} is missing; `flawsmith run` makes it again") from error
+        raise ShardError(f"{path} is missing; {_REMEDY}") from error
     except Exception as error:
         if isinstance(error, ShardError):
             raise
-        raise ShardError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); `flawsmith run` makes it again"
-        ) from error
+        raise ShardError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
 
 
 def _sample(path: str, members: dict[str, Any]) -> Sample | None:

@@ -127,11 +127,13 @@ class Judged:
         residual: N×h×w×C.
         labels: bool N, True = anomalous.
         masks: bool N×(4h)×(4w), or None where the category has no masks.
+        ignore: bool N×(4h)×(4w), True where nothing counts.
     """
 
     residual: np.ndarray
     labels: np.ndarray
     masks: np.ndarray | None
+    ignore: np.ndarray
 
 
 def objective(evidence: Evidence, weights: np.ndarray, judged: Mapping[str, Judged]) -> float:
@@ -144,10 +146,11 @@ def objective(evidence: Evidence, weights: np.ndarray, judged: Mapping[str, Judg
         for group in judged.values():
             maps = score_maps(group.residual, evidence.scale, head)
             if group.masks is not None:
-                found = pixel_metrics(list(maps), list(group.masks))
+                found = pixel_metrics(list(maps), list(group.masks), list(group.ignore))
                 values.append((found["pixel_ap"] + found["aupro"]) / 2)
             else:
-                values.append(image_metrics(maps.max(axis=(1, 2)), group.labels)["image_ap"])
+                counted = np.where(group.ignore, maps.min(), maps)
+                values.append(image_metrics(counted.max(axis=(1, 2)), group.labels)["image_ap"])
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else float("nan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -90,10 +91,12 @@ def run(
     ] = False,
 ) -> None:
     """Everything: samples, detector, figures, and the next round's settings. Goes on where it stopped."""
+    from workflows.config import check_detector
     from workflows.loop import run as run_loop
     from workflows.upkeep import estimate
 
     settings = _configure(config, rounds, scheduler)
+    check_detector(settings, str(config))
     if dry_run:
         typer.echo(estimate(settings))
         return
@@ -181,7 +184,9 @@ def verify(workspace: WorkspaceArgument) -> None:
     """Read every shard and name what is truncated, damaged, missing or extra; `run` then repairs it."""
     from workflows.upkeep import verify as verify_workspace
 
-    findings = verify_workspace(_existing(workspace))
+    space = _existing(workspace)
+    with space.writing():
+        findings = verify_workspace(space)
     for finding in findings:
         typer.echo(f"{finding.path}: {finding.what}")
     typer.echo(
@@ -247,8 +252,8 @@ def replay(
         typer.echo(f"{sample_id}: the same bytes as in {result['path']}")
         return
     typer.echo(
-        f"{sample_id}: differs from {result['path']}: {result['pixels_differ']} pixels of the picture, "
-        f"by {result['largest']} levels at most"
+        f"{sample_id}: differs from {result['path']}: {result['differ']} pixels or tokens, "
+        f"by {result['largest']:g} at most; see `fingerprint` in shards.parquet for the versions that made it"
     )
     raise typer.Exit(FAILED)
 
@@ -274,11 +279,14 @@ def predict(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a trained detector")],
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURES", help="files or folders")],
     out: Annotated[Path, typer.Option(help="folder for scores and heat maps")] = Path("predictions"),
+    category: Annotated[
+        str | None, typer.Option(help="of the pictures, if the detector knows several: its threshold decides")
+    ] = None,
 ) -> None:
     """Score pictures with a trained detector; writes scores and heat maps."""
     from workflows.predict import predict as predict_pictures
 
-    rows = predict_pictures(checkpoint, pictures, out)
+    rows = predict_pictures(checkpoint, pictures, out, category=category)
     failed = [row for row in rows if row.get("error")]
     for row in rows:
         typer.echo(
@@ -292,7 +300,9 @@ def predict(
 @config_app.command("check", epilog="Example: flawsmith config check config.yaml")
 def config_check(config: ConfigPath) -> None:
     """Check a configuration; every problem is listed."""
-    _configure(config)
+    from workflows.config import check_detector
+
+    check_detector(_configure(config), str(config))
     typer.echo(f"{config}: fine")
 
 
@@ -392,7 +402,8 @@ def main() -> NoReturn:
             sys.exit(USAGE)
         sys.exit(PARTIAL if type(error).__name__ == "PartialResult" else FAILED)
     except OSError as error:
-        typer.echo(f"flawsmith: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
+        remedy = "; make room and run the same command again" if error.errno == errno.ENOSPC else ""
+        typer.echo(f"flawsmith: {error.filename or 'writing'}: {error.strerror or error}{remedy}", err=True)
         sys.exit(FAILED)
     except KeyboardInterrupt:
         typer.echo("flawsmith: interrupted; the same command goes on where it stopped", err=True)

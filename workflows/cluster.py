@@ -129,48 +129,73 @@ def make_round(
         FlawsmithError: the disk is full, or an error that no retry mends. Finished shards stay.
     """
     digest = settings_hash(space, number)
-    records: list[dict[str, Any]] = []
-    errors: dict[int, str] = {}
     with open_client(settings) as client:
         client.register_plugin(Prepare(space.url, number, digest))
-        waiting = iter(todo)
-        running = as_completed()
-        shard_of: dict[Any, int] = {}
-
-        def submit() -> None:
-            shard = next(waiting, None)
-            if shard is not None:
-                job = Job(space.url, number, shard, digest)
-                future = client.submit(
-                    make_shard,
-                    job,
-                    key=f"shard-{digest[:8]}-{number}-{shard}-{time.time_ns()}",
-                    retries=RETRIES,
-                    pure=False,
-                )
-                shard_of[future.key] = shard
-                running.add(future)
-
         window = 2 * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-        for _ in range(window):
-            submit()
-        for future in running:
-            shard = shard_of.pop(future.key)
-            if future.status == "finished":
-                record = future.result()
-                records.append(record)
-                progress(record)
-            else:
-                error = future.exception()
-                if _is_fatal(error):
-                    raise _explain(error, space) from error
-                errors[shard] = f"{type(error).__name__}: {error}"
-            future.release()
-            submit()
+        try:
+            return _submit_all(client, space, number, todo, digest, window, progress)
+        finally:
+            client.unregister_worker_plugin(Prepare.name)
+
+
+def _submit_all(
+    client: Client,
+    space: Workspace,
+    number: int,
+    todo: list[int],
+    digest: str,
+    window: int,
+    progress: Callable[[dict[str, Any]], None],
+) -> RoundResult:
+    records: list[dict[str, Any]] = []
+    errors: dict[int, str] = {}
+    waiting = iter(todo)
+    running = as_completed()
+    shard_of: dict[Any, int] = {}
+
+    def submit() -> None:
+        shard = next(waiting, None)
+        if shard is not None:
+            job = Job(space.url, number, shard, digest)
+            future = client.submit(
+                _run_job,
+                job,
+                key=f"shard-{digest[:8]}-{number}-{shard}-{time.time_ns()}",
+                retries=RETRIES,
+                pure=False,
+            )
+            shard_of[future.key] = shard
+            running.add(future)
+
+    for _ in range(window):
+        submit()
+    for future in running:
+        shard = shard_of.pop(future.key)
+        if future.status == "finished":
+            record = future.result()
+            if isinstance(record, BaseException):
+                raise _explain(record, space) from record
+            records.append(record)
+            progress(record)
+        else:
+            error = future.exception()
+            errors[shard] = f"{type(error).__name__}: {error}"
+        future.release()
+        submit()
     return RoundResult(records, errors)
 
 
-def _is_fatal(error: BaseException | None) -> bool:
+def _run_job(job: Job) -> dict[str, Any] | BaseException:
+    """The task. An error that no retry mends is handed back as a value, for Dask retries what is raised."""
+    try:
+        return make_shard(job)
+    except (FlawsmithError, OSError) as error:
+        if _is_fatal(error):
+            return error
+        raise
+
+
+def _is_fatal(error: BaseException) -> bool:
     return isinstance(error, FlawsmithError) or getattr(error, "errno", None) in (
         errno.ENOSPC,
         errno.EDQUOT,
@@ -180,7 +205,7 @@ def _is_fatal(error: BaseException | None) -> bool:
     )
 
 
-def _explain(error: BaseException | None, space: Workspace) -> FlawsmithError:
+def _explain(error: BaseException, space: Workspace) -> FlawsmithError:
     if isinstance(error, FlawsmithError):
         return error
     return FlawsmithError(

@@ -163,7 +163,6 @@ def parse_config(raw: Any, *, name: str, folder: Path | None = None) -> Config:
 
 def _check(config: Config) -> list[str]:
     """What types alone cannot say: known names, and settings that need each other."""
-    from detectors import protocol
     from generation import registry
 
     problems = []
@@ -183,18 +182,31 @@ def _check(config: Config) -> list[str]:
             )
     if generators and not any(s.share > 0 for s in config.generation.generators.values()):
         problems.append("generation.generators: no generator has a share above 0")
-    try:
-        config.detector.resolved()
-    except UsageError as error:
-        problems.append(f"detector: {error}")
-    except ValidationError as error:
-        known = protocol.get(config.detector.name).settings
-        problems.append(explain(error, config.detector.settings, "detector.settings", known))
     if config.output.bits == 16 and config.output.format != "png":
         problems.append(f"output.bits: 16 needs output.format: png, found {config.output.format}")
     if config.generation.location == "roi" and not any(source.roi for source in config.source):
         problems.append("generation.location: roi, but no source names a region of interest (source.roi)")
     return problems
+
+
+def check_detector(config: Config, name: str) -> None:
+    """Checks the detector's settings. Apart from the rest, because it imports torch, which planning and
+    making samples do without.
+
+    Raises:
+        UsageError: the detector, its preset or one of its settings is not known.
+    """
+    from detectors import protocol
+
+    try:
+        config.detector.resolved()
+    except UsageError as error:
+        raise UsageError(f"{name}: detector: {error}") from None
+    except ValidationError as error:
+        known = protocol.get(config.detector.name).settings
+        raise UsageError(
+            explain(error, config.detector.settings, f"{name}: detector.settings", known)
+        ) from None
 
 
 def _resolve(config: Config, folder: Path) -> Config:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+
+class Advance(Protocol):
+    def __call__(self, count: int, total: int | None = None, /) -> None: ...
+
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -27,8 +33,8 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(title: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """A bar for ``total`` pieces of work; the yielded function adds finished ones.
+def progress(title: str, total: int | None, unit: str = "") -> Iterator[Advance]:
+    """A bar for ``total`` pieces of work; the yielded function adds finished ones (and may say the total).
 
     Where standard error is no terminal (logs), a line is written at the end only.
     """
@@ -44,8 +50,8 @@ def progress(title: str, total: int | None, unit: str = "") -> Iterator[Callable
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total)
 
-        def advance(count: int) -> None:
-            bar.advance(task, count)
+        def advance(count: int, total: int | None = None) -> None:
+            bar.update(task, advance=count, total=total)
 
         yield advance
 

@@ -36,6 +36,7 @@ FOUND = pa.schema(
         ("image_id", pa.string()),
         ("category", pa.string()),
         ("defect", pa.string()),
+        ("group", pa.string()),
         ("component", pa.int32()),  # label in the mask at the detector's size; 0 = the whole picture
         ("area", pa.float64()),  # share of the picture; NaN without a mask
         ("contrast", pa.float64()),
@@ -48,39 +49,69 @@ def checkpoint_folder(number: int, name: str) -> str:
     return f"rounds/{number:03d}/detectors/{name}"
 
 
-def train(space: Workspace, number: int) -> None:
-    """Trains the round's detector from its shards and the train split's normals; skipped if it is there.
+def train(space: Workspace, number: int) -> bool:
+    """Trains the round's detector from its shards and the train split's normals; whether it did.
+
+    Skipped if a detector is there that can be loaded and that no later veto concerns. A new detector makes
+    the old one's figures void, so they are removed.
 
     Raises:
         UsageError: the settings are wrong, or there is nothing to train on.
     """
     round_ = open_round(space, number)
     name = round_.config.detector.name
-    folder = checkpoint_folder(number, name)
-    if space.exists(f"{folder}/{checkpoints.CONFIG}"):
-        return
-    images = list(round_.images.values())
+    vetoed = sorted(sample_id for sample_id in vetoes(space) if sample_id.startswith(f"{number:03d}-"))
+    if _is_current(space, number, vetoed):
+        say(f"round {number}: {name} is trained")
+        return False
     max_side = round_.config.output.max_side
+    images = [image for image in round_.images.values() if image.split == "train" and image.defect == GOOD]
     with progress(f"round {number}: reading normals", None, "pictures") as advance:
-        normals = _normals([i for i in images if i.split == "train" and i.defect == GOOD], max_side, advance)
+        normals = _normals(images, max_side, advance)
         calibration = calibration_normals(round_, normals, advance)
     _, settings = round_.config.detector.resolved()
     with progress(f"round {number}: training {name}", settings.steps, "steps") as advance:
         detector = fit_detector(
             name,
             settings,
-            (sample for at, sample in enumerate(samples_of(space, number)) if at % HELD_OUT),
+            (sample for sample in samples_of(space, number) if not held_out(sample.sample_id)),
             normals,
             calibration,
             seed=round_.config.seed,
             device=_device(),
             on_step=lambda _step, _steps, _losses: advance(1),
         )
-    licences = [image.licence for image in images if image.licence]
+    for stale in ("found.parquet", "metrics.parquet", "scores.parquet"):
+        space.remove(round_file(number, stale))
+    licences = [image.licence for image in round_.images.values() if image.licence]
+    thresholds = alarm_thresholds(round_, detector, calibration)
+    windows = {image.window for image in round_.images.values() if image.window}
+    notes = {
+        "max_side": max_side,
+        "window": list(windows.pop()) if len(windows) == 1 else None,
+        "vetoed": vetoed,
+        "thresholds": {category: score for category, (score, _) in thresholds.items()},
+        "map_thresholds": {category: value for category, (_, value) in thresholds.items()},
+    }
+    folder = checkpoint_folder(number, name)
     with tempfile.TemporaryDirectory() as aside:
-        checkpoints.save(aside, name, detector, seed=round_.config.seed, licences=licences)
+        checkpoints.save(aside, name, detector, seed=round_.config.seed, licences=licences, notes=notes)
         for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
             space.write_bytes(f"{folder}/{file}", (Path(aside) / file).read_bytes())
+    return True
+
+
+def _is_current(space: Workspace, number: int, vetoed: list[str]) -> bool:
+    try:
+        _, notes = load_detector(space, number)
+    except FlawsmithError:
+        return False
+    return notes.get("vetoed") == vetoed
+
+
+def held_out(sample_id: str) -> bool:
+    """Whether a sample is kept from training; by its place in the plan, so that vetoes move nothing."""
+    return int(sample_id.rsplit("-", 1)[-1]) % HELD_OUT == 0
 
 
 def samples_of(space: Workspace, number: int) -> Iterator[Sample]:
@@ -119,8 +150,8 @@ def _normals(images: Sequence[Image], max_side: int | None, advance: Any) -> lis
     return normals
 
 
-def load_detector(space: Workspace, number: int) -> Detector:
-    """The trained detector of a round.
+def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, Any]]:
+    """The trained detector of a round, and the notes of its training.
 
     Raises:
         FlawsmithError: it is not there or cannot be used.
@@ -132,34 +163,38 @@ def load_detector(space: Workspace, number: int) -> Detector:
     with tempfile.TemporaryDirectory() as aside:
         for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
             (Path(aside) / file).write_bytes(space.read_bytes(f"{folder}/{file}"))
-        return checkpoints.load(aside, _device())
+        return checkpoints.load(aside, _device()), checkpoints.read_config(aside).get("notes", {})
 
 
 # -- judging --------------------------------------------------------------------------------------------
 
 
-def evaluate(space: Workspace, number: int) -> None:
-    """Judges a round's detector on the feedback split and on held-out samples; skipped if it was.
+def evaluate(space: Workspace, number: int) -> bool:
+    """Judges a round's detector on the feedback split and on held-out samples; whether it did.
 
-    Writes ``scores.parquet``, ``metrics.parquet`` and ``found.parquet`` (what was found of each defect) of
-    the round, and the aggregates to the history.
+    Writes ``scores.parquet``, ``metrics.parquet`` and the aggregates to the history; ``found.parquet`` (what
+    was found of each defect) comes last and is the mark that the round was judged.
     """
     if space.exists(round_file(number, "found.parquet")):
-        return
+        return False
     round_ = open_round(space, number)
-    detector = load_detector(space, number)
+    detector, notes = load_detector(space, number)
     judged = _judge(round_, detector, "feedback", f"round {number}: judging feedback pictures")
     metric_rows = _write_figures(space, round_, judged, "feedback")
-    held_out = _judge_samples(space, round_, detector)
-    _write_figures(space, round_, held_out, "heldout_synthetic")
-    found = what_was_found(round_, judged, alarm_thresholds(round_, detector))
-    space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
+    _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic")
     means = {r["metric"]: r["value"] for r in metric_rows if r["category"] == "mean" and r["size"] == "all"}
     remember(space, number, "metric", {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()})
+    thresholds = {
+        category: (score, notes["map_thresholds"][category])
+        for category, score in notes["thresholds"].items()
+    }
+    found = what_was_found(round_, judged, thresholds)
+    space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
+    return True
 
 
 def evaluate_final(space: Workspace) -> None:
-    """Scores the test split for every trained round that was not scored yet, and logs that it looked."""
+    """Scores the test split for every judged round that was not scored yet, and logs each look."""
     for number in space.rounds():
         round_ = open_round(space, number)
         metrics = round_file(number, "metrics.parquet")
@@ -169,16 +204,11 @@ def evaluate_final(space: Workspace) -> None:
         if "test" in space.read_table(metrics)["split"].to_pylist():
             say(f"round {number}: the test split was scored before; the stored figures stand")
             continue
-        detector = load_detector(space, number)
+        detector, _ = load_detector(space, number)
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
-        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        look = {
-            "round": number,
-            "when": when,
-            "pictures": len(judged),
-            "detector": round_.config.detector.name,
-        }
-        space.append_table("looks.parquet", pa.Table.from_pylist([look]), {"round": number})
+        look = {"round": number, "when": when, "pictures": len(judged)}
+        space.append_table("looks.parquet", pa.Table.from_pylist([look]), {"round": number, "when": when})
         _write_figures(space, round_, judged, "test")
 
 
@@ -191,7 +221,7 @@ def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Ju
 def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[Judged]:
     """The samples kept from training beside the calibration normals: synthetic figures, labelled so."""
     size = detector.settings.size
-    held = [sample for at, sample in enumerate(samples_of(space, round_.number)) if at % HELD_OUT == 0]
+    held = [sample for sample in samples_of(space, round_.number) if held_out(sample.sample_id)]
     found = predict(detector, [s.image for s in held], [s.category for s in held])
     judged = []
     for sample, (score, scores) in zip(held, found, strict=True):
@@ -219,21 +249,17 @@ def _write_figures(space: Workspace, round_: Round, judged: list[Judged], split:
         warnings.simplefilter("ignore")  # undefined figures give no row, which the tables show as "–"
         rows = figures(judged, **labels, resamples=round_.config.evaluation.resamples)
     replace = {"split": split}
-    space.append_table(round_file(round_.number, "metrics.parquet"), to_table(rows, METRICS), replace)
     scores = to_table(score_rows(judged, **labels), SCORES)
     space.append_table(round_file(round_.number, "scores.parquet"), scores, replace)
+    space.append_table(round_file(round_.number, "metrics.parquet"), to_table(rows, METRICS), replace)
     return rows
 
 
-def alarm_thresholds(round_: Round, detector: Detector) -> dict[str, tuple[float, float]]:
+def alarm_thresholds(
+    round_: Round, detector: Detector, normals: Sequence[Normal]
+) -> dict[str, tuple[float, float]]:
     """By category: the stated quantile of calibration normals' (picture scores, map values)."""
     quantile = round_.config.evaluation.quantile
-    train_normals = _normals(
-        [picture for own in round_.pool.normals.values() for picture in own[:FEW]],
-        round_.config.output.max_side,
-        lambda _count: None,
-    )
-    normals = calibration_normals(round_, train_normals, lambda _count: None)
     found = list(predict(detector, [n.pixels for n in normals], [n.category for n in normals]))
     thresholds = {}
     for category in sorted({normal.category for normal in normals}):
@@ -256,6 +282,7 @@ def what_was_found(
             continue
         image = entry.image
         row = {"image_id": image.image_id, "category": image.category, "defect": image.defect}
+        row["group"] = image.group
         on_picture, on_map = thresholds[image.category]
         if entry.mask is None:
             hit = float(entry.score > on_picture)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from manifests.workspace import Workspace, round_file
 from workflows.config import Config
 from workflows.console import say
-from workflows.rounds import begin, generate, open_round, remember, write_settings
+from workflows.rounds import begin, damaged_shards, generate, open_round, remember, write_settings
+from workflows.stages import read_settings
 from workflows.tables import rounds_table
 
 
@@ -27,7 +27,10 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
 
     with space.writing():
         number = begin(config, space, new_round=new_round)
-        first = space.read_yaml(round_file(number, "settings.yaml"))["first"]
+        _, _, first = read_settings(space, number)
+        for earlier in space.rounds():
+            if earlier < first and damaged_shards(space, earlier):
+                generate(space, earlier, config.cluster)
         for number in range(first, first + config.rounds):
             _run_round(config, space, number, last=number + 1 == first + config.rounds)
         say(f"report: {space.path(write_report(space))}")
@@ -45,31 +48,25 @@ def _run_round(config: Config, space: Workspace, number: int, *, last: bool) -> 
         _timed(space, number, "feedback", lambda: next_round(config, space, number))
 
 
-def next_round(config: Config, space: Workspace, number: int) -> None:
-    """The settings of the round after ``number``: decided by feedback, or the same again."""
+def next_round(config: Config, space: Workspace, number: int) -> bool:
+    """The settings of the next round: decided by feedback, or the same again; whether it wrote them."""
     from workflows import steering
 
     if config.feedback.enabled:
-        steering.feedback(space, number)
-    elif not space.exists(round_file(number + 1, "settings.yaml")):
-        first = space.read_yaml(round_file(number, "settings.yaml"))["first"]
-        write_settings(space, number + 1, config, open_round(space, number).generation, first=first)
-
-
-def _timed(space: Workspace, number: int, stage: str, work: Callable[[], Any]) -> None:
-    """Runs a stage and keeps its seconds in the history; a stage that was skipped keeps its old figure."""
-    started = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - started
-    if seconds > 1 or not _has(space, number, f"seconds.{stage}"):
-        remember(space, number, f"seconds.{stage}", {stage: f"{seconds:.1f}"})
-
-
-def _has(space: Workspace, number: int, kind: str) -> bool:
-    if not space.exists("history.parquet"):
+        return steering.feedback(space, number)
+    if space.exists(round_file(number + 1, "settings.yaml")):
         return False
-    rows = space.read_table("history.parquet").to_pylist()
-    return any(row["round"] == number and row["kind"] == kind for row in rows)
+    _, generation, first = read_settings(space, number)
+    write_settings(space, number + 1, config, generation, first=first)
+    return True
+
+
+def _timed(space: Workspace, number: int, stage: str, work: Callable[[], bool]) -> None:
+    """Runs a stage and keeps its seconds in the history, unless the stage was skipped."""
+    started = time.perf_counter()
+    if work():
+        seconds = time.perf_counter() - started
+        remember(space, number, f"seconds.{stage}", {stage: f"{seconds:.1f}"})
 
 
 def _remember_yield(space: Workspace, number: int) -> None:

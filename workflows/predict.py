@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from detectors.protocol import Detector
 from manifests.errors import PictureError, UsageError
-from manifests.pictures import EXTENSIONS, apply_window, decode, encode, read_bytes
-from manifests.schema import images_from
-from manifests.workspace import Workspace
-from training.checkpoints import load
+from manifests.pictures import EXTENSIONS, apply_window, decode, encode, read_bytes, shrink
+from training.checkpoints import load, read_config
 from training.evaluation import at_size
 from training.evaluation import predict as score_pictures
+from workflows.console import progress
 from workflows.contact import outline
 from workflows.export import safe_names
 
@@ -28,7 +28,7 @@ Window = tuple[int, int]
 
 
 def predict(
-    checkpoint: Path, pictures: Sequence[Path], out: Path, *, device: str = "cpu"
+    checkpoint: Path, pictures: Sequence[Path], out: Path, *, category: str | None = None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Scores pictures and writes, below ``out``, ``scores.csv`` and for each picture two files:
 
@@ -38,13 +38,13 @@ def predict(
       do).
     * ``NAME.npy``: the raw map, float32 at the detector's input size, without pickle.
 
-    16-bit pictures need the window of grey levels of the pictures trained on; it is read from the workspace
-    that holds the checkpoint.
+    Pictures are read as those trained on were: the same window of grey levels, the same largest side.
 
     Args:
         checkpoint: folder of a trained detector.
         pictures: files, or folders whose pictures are taken, subfolders included.
         out: made if need be; files of the same name are replaced.
+        category: of the pictures, for a detector of several; its own threshold then decides.
 
     Returns:
         One row a picture in the order given, as in ``scores.csv``: ``path``, ``score``, ``threshold``,
@@ -58,8 +58,10 @@ def predict(
     files = _files(pictures)
     paths = [path for path, _ in files]
     detector = load(checkpoint, device)
-    threshold = float(detector.calibration["threshold"])
-    window = _window(checkpoint)
+    notes = read_config(checkpoint).get("notes", {})
+    category = category or (detector.categories[0] if len(detector.categories) == 1 else None)
+    threshold = _threshold(category, notes, detector)
+    window = tuple(notes["window"]) if notes.get("window") else None
     names = safe_names([name for _, name in files])
     rows = [dict.fromkeys(FIELDS) | {"path": str(path)} for path in paths]
     waiting: deque[tuple[int, np.ndarray]] = deque()
@@ -67,7 +69,7 @@ def predict(
     def readable() -> Iterator[np.ndarray]:
         for index, path in enumerate(paths):
             try:
-                pixels = _read(path, window)
+                pixels = _read(path, window, notes.get("max_side"))
             except (PictureError, OSError) as error:
                 rows[index]["error"] = str(error)
                 continue
@@ -75,20 +77,21 @@ def predict(
             yield pixels
 
     out.mkdir(parents=True, exist_ok=True)
-    only = detector.categories[0] if len(detector.categories) == 1 else None
-    categories = [only] * len(paths) if only else None
-    for score, scores in score_pictures(detector, readable(), categories):
-        index, pixels = waiting.popleft()
-        heat, raw = out / f"{names[index]}.png", out / f"{names[index]}.npy"
-        heat.write_bytes(encode(overlay(pixels, scores, threshold), "png"))
-        np.save(raw, scores.astype(np.float32), allow_pickle=False)
-        rows[index] |= {
-            "score": score,
-            "threshold": threshold,
-            "anomalous": score > threshold,
-            "heat_map": str(heat),
-            "map": str(raw),
-        }
+    categories = [category] * len(paths) if category else None
+    with progress("scoring", len(paths), "pictures") as advance:
+        for score, scores in score_pictures(detector, readable(), categories):
+            index, pixels = waiting.popleft()
+            advance(1)
+            heat, raw = out / f"{names[index]}.png", out / f"{names[index]}.npy"
+            heat.write_bytes(encode(overlay(pixels, scores, threshold), "png"))
+            np.save(raw, scores.astype(np.float32), allow_pickle=False)
+            rows[index] |= {
+                "score": score,
+                "threshold": threshold,
+                "anomalous": score > threshold,
+                "heat_map": str(heat),
+                "map": str(raw),
+            }
     with open(out / "scores.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
@@ -130,25 +133,25 @@ def _files(given: Sequence[Path]) -> list[tuple[Path, str]]:
     return files
 
 
-def _window(checkpoint: Path) -> Window | None:
-    """The one window of grey levels of the workspace's 16-bit pictures; None if there is no one window."""
-    parents = checkpoint.absolute().parents  # WORKSPACE/rounds/000/detectors/onenip
-    if len(parents) < 4:
-        return None
-    space = Workspace(str(parents[3]))
-    if not space.exists("images.parquet"):
-        return None
-    windows = {image.window for image in images_from(space.read_table("images.parquet")) if image.window}
-    return windows.pop() if len(windows) == 1 else None
+def _threshold(category: str | None, notes: Mapping[str, Any], detector: Detector) -> float:
+    """The category's alarm threshold, or the one over all categories if none is named."""
+    thresholds = notes.get("thresholds", {})
+    if category is None:
+        return float(detector.calibration["threshold"])
+    if category not in detector.categories:
+        raise UsageError(
+            f"--category {category}: the detector was trained on {', '.join(detector.categories)}"
+        )
+    return float(thresholds.get(category, detector.calibration["threshold"]))
 
 
-def _read(path: Path, window: Window | None) -> np.ndarray:
+def _read(path: Path, window: Window | None, max_side: int | None) -> np.ndarray:
     pixels = decode(read_bytes(str(path)), name=str(path)).pixels
     if pixels.dtype == np.uint8:
-        return pixels
+        return shrink(pixels, max_side)
     if window is None:
         raise PictureError(
-            f"{path}: 16 bits, but the grey levels that the detector was trained on are not known; leave the "
-            "checkpoint in its workspace, or convert the picture to 8 bits as the training pictures were"
+            f"{path}: 16 bits, but the detector was not trained on 16-bit pictures of one window of grey "
+            "levels; convert the picture to 8 bits as the training pictures were"
         )
-    return apply_window(pixels, window, 8)
+    return shrink(apply_window(pixels, window, 8), max_side)

@@ -41,8 +41,9 @@ SPLITS = {
         "Real pictures that the loop may look at: they decide the next round's settings.",
     ),
     "heldout_synthetic": (
-        "Figures on generators left out of training",
-        "Synthetic pictures, because no real defect is labelled.",
+        "Figures on samples kept from training (synthetic)",
+        "Every tenth sample, of the same generators, beside calibration normals: a check that the detector "
+        "learned what it was shown, no measure of real defects. By generator, as defect type.",
     ),
     "test": (
         "Final figures on the test split",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import pyarrow as pa
-
 from manifests.errors import FlawsmithError, UsageError
+from manifests.recipes import check_donors
 from manifests.schema import (
     HISTORY,
     IMAGES,
@@ -18,11 +17,12 @@ from manifests.schema import (
     to_table,
 )
 from manifests.sources import Scan, scan, scan_textures
+from manifests.verify import extra_files
 from manifests.workspace import Workspace, part, round_file
 from workflows.cluster import make_round, unfinished
 from workflows.config import Cluster, Config, Generation, differences
 from workflows.console import progress, say
-from workflows.stages import Round, load_round, settings_hash
+from workflows.stages import PICTURE_TABLES, Round, load_round, read_settings, round_from, settings_hash
 
 
 class PartialResult(FlawsmithError):
@@ -43,27 +43,35 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
     """
     rounds = space.rounds()
     if rounds:
-        stored = Config.model_validate(space.read_yaml(round_file(rounds[-1], "settings.yaml"))["config"])
+        stored, _, _ = read_settings(space, rounds[-1])
         changed = differences(stored.identity(), config.identity())
-        if not new_round and changed:
+        unfinished = not space.exists(round_file(rounds[-1], "found.parquet"))
+        if not changed and (unfinished or not new_round):
+            return rounds[-1]
+        if not new_round:
             listed = "\n  ".join(changed)
             raise UsageError(
                 f"the workspace {space.path('')} was made with other settings:\n  {listed}\n"
                 "Go on with the old ones, choose another workspace, or start a round with these: --new-round"
             )
-        if not new_round:
-            return rounds[-1]
-    previous = images_from(space.read_table("images.parquet")) if space.exists("images.parquet") else []
-    found = read_sources(config, previous)
+    previous = space.read_table("images.parquet") if space.exists("images.parquet") else to_table([], IMAGES)
+    found = read_sources(config, images_from(previous))
     for problem in found.problems:
         say(f"{problem.level}: {problem.path}: {problem.what}; {problem.remedy}")
     if found.fatal:
         raise UsageError("the sources cannot be used as they are (see above); nothing was started")
-    space.write_table("images.parquet", to_table(found.images, IMAGES))
-    if config.generation.textures:
-        textures = scan_textures(config.generation.textures)
-        space.write_table("textures.parquet", to_table(textures, IMAGES))
+    textures = scan_textures(config.generation.textures) if config.generation.textures else []
     number = rounds[-1] + 1 if rounds else 0
+    round_ = round_from(number, config, config.generation, found.images, textures)
+    check_donors(config.generation.generators, round_.traits, round_.pool)
+
+    # Earlier rounds keep the pictures they were made from: each configuration has tables of its own, and the
+    # workspace's holds all pictures that were ever used. The settings come last; they make the round exist.
+    for name, table in zip(PICTURE_TABLES, (found.images, textures), strict=True):
+        space.write_table(round_file(number, name), to_table(table, IMAGES))
+    known = {image.image_id for image in found.images}
+    gone = [row for row in previous.to_pylist() if row["image_id"] not in known]
+    space.write_table("images.parquet", to_table([*found.images, *gone], IMAGES))
     write_settings(space, number, config, config.generation, first=number)
     for licence, count in sorted(Counter(image.licence for image in found.images if image.licence).items()):
         say(f"licence of {count} pictures: {licence}")
@@ -71,12 +79,13 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
 
 
 def read_sources(config: Config, previous: list[Image]) -> Scan:
+    """Every picture of the sources, read once, with the problems found."""
     with progress("reading pictures", None, "pictures") as advance:
         done = 0
 
         def report(count: int, total: int) -> None:
             nonlocal done
-            advance(count - done)
+            advance(count - done, total)
             done = count
 
         return scan(config.source, previous, report)
@@ -117,8 +126,8 @@ def plan(space: Workspace, number: int) -> int:
     return total
 
 
-def generate(space: Workspace, number: int, cluster: Cluster) -> pa.Table:
-    """Makes the shards of a round that are not there; returns ``shards.parquet``.
+def generate(space: Workspace, number: int, cluster: Cluster) -> bool:
+    """Makes the shards of a round that are not there, and ``shards.parquet``; whether there was any to make.
 
     Raises:
         PartialResult: some shards failed after all retries; running again tries them again.
@@ -142,6 +151,11 @@ def generate(space: Workspace, number: int, cluster: Cluster) -> pa.Table:
             )
         records, errors = records + result.records, result.errors
     records.sort(key=lambda record: record["shard"])
+    if {record["fingerprint"] for record in records} - {round_.fingerprint()}:
+        say(
+            f"round {number}: some shards were made by other versions of the packages (shards.parquet, "
+            "column fingerprint); they are kept, and replay of their samples may differ"
+        )
     space.write_table(round_file(number, "shards.parquet"), to_table(records, SHARDS))
     sweep(space, number, round_.shard_count)
     if errors:
@@ -166,7 +180,7 @@ def generate(space: Workspace, number: int, cluster: Cluster) -> pa.Table:
             + ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
             + ". Loosen generation.gates, or widen generation.area and generation.severity"
         )
-    return space.read_table(round_file(number, "shards.parquet"))
+    return bool(todo)
 
 
 def damaged_shards(space: Workspace, number: int) -> set[int]:
@@ -176,12 +190,10 @@ def damaged_shards(space: Workspace, number: int) -> set[int]:
 
 
 def sweep(space: Workspace, number: int, count: int) -> None:
-    """Removes shards beyond the plan: an extra file under shards/ would be read by whoever globs it."""
-    planned = {part("shards", number, shard, "tar").rsplit("/", 1)[-1] for shard in range(count)}
-    for name in space.names(f"rounds/{number:03d}/shards"):
-        if name.startswith("part-") and name.endswith(".tar") and name not in planned:
-            say(f"round {number}: removing shards/{name}, which is not in the plan")
-            space.remove(f"rounds/{number:03d}/shards/{name}")
+    """Removes files beyond the plan: an extra shard would be read by whoever globs the folder."""
+    for name in extra_files(space, number, count):
+        say(f"round {number}: removing {name}, which is not in the plan")
+        space.remove(name)
 
 
 def accepted_samples(space: Workspace, number: int) -> list[dict[str, Any]]:

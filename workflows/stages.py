@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from generation import registry
 from generation.masks import resolve_location
@@ -41,6 +42,7 @@ from manifests.workspace import Workspace, WorkspaceError, part, round_file
 from workflows.config import Config, Generation
 
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
+PICTURE_TABLES = ("images.parquet", "textures.parquet")  # in the folder of a configuration's first round
 PACKAGES = ("flawsmith", "numpy", "opencv-python-headless", "pillow", "scipy")
 MODEL_PACKAGES = ("torch", "timm", "diffusers", "transformers", "open_clip_torch")
 
@@ -65,6 +67,7 @@ class Round:
     generation: Generation
     pool: Pool
     images: dict[str, Image]
+    textures: dict[str, Image]
     traits: dict[str, Trait]
 
     @cached_property
@@ -137,8 +140,28 @@ def round_from(
     images: Sequence[Image],
     textures: Sequence[Image],
 ) -> Round:
-    by_id = {image.image_id: image for image in [*textures, *images]}
-    return Round(number, config, generation, pool_from(images, textures), by_id, traits_of(generation))
+    return Round(
+        number,
+        config,
+        generation,
+        pool_from(images, textures),
+        {image.image_id: image for image in images},
+        {texture.image_id: texture for texture in textures},
+        traits_of(generation),
+    )
+
+
+def _inputs(space: Workspace, number: int) -> list[bytes]:
+    """The settings of a round and the tables of the pictures that its configuration began with."""
+    settings = space.read_bytes(round_file(number, "settings.yaml"))
+    first = space.read_yaml(round_file(number, "settings.yaml"))["first"]
+    return [settings, *(space.read_bytes(round_file(first, name)) for name in PICTURE_TABLES)]
+
+
+def settings_hash(space: Workspace, number: int) -> str:
+    """sha256 over everything that :func:`load_round` reads."""
+    digests = [hashlib.sha256(data).digest() for data in _inputs(space, number)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 @lru_cache(maxsize=2)
@@ -146,21 +169,32 @@ def load_round(workspace: str, number: int, settings: str) -> Round:
     """Reads a round's settings and pictures; cached a process.
 
     Raises:
-        WorkspaceError: the settings changed since the job was made.
+        WorkspaceError: the settings changed since the job was made, or are not of this version.
     """
     space = Workspace(workspace)
-    raw = space.read_bytes(round_file(number, "settings.yaml"))
-    if hashlib.sha256(raw).hexdigest() != settings:
-        raise WorkspaceError(f"round {number}: settings.yaml changed while the run was under way; run again")
-    stored = space.read_yaml(round_file(number, "settings.yaml"))
-    config = Config.model_validate(stored["config"])
-    images = images_from(space.read_table("images.parquet"))
-    textures = images_from(space.read_table("textures.parquet")) if space.exists("textures.parquet") else []
-    return round_from(number, config, Generation.model_validate(stored["generation"]), images, textures)
+    if settings_hash(space, number) != settings:
+        raise WorkspaceError(f"round {number}: its settings changed while the run was under way; run again")
+    config, generation, first = read_settings(space, number)
+    images, textures = (images_from(space.read_table(round_file(first, name))) for name in PICTURE_TABLES)
+    return round_from(number, config, generation, images, textures)
 
 
-def settings_hash(space: Workspace, number: int) -> str:
-    return hashlib.sha256(space.read_bytes(round_file(number, "settings.yaml"))).hexdigest()
+def read_settings(space: Workspace, number: int) -> tuple[Config, Generation, int]:
+    """(configuration, generation settings of the round, round at which the configuration began).
+
+    Raises:
+        WorkspaceError: the file is missing, damaged, or was written by another version.
+    """
+    name = round_file(number, "settings.yaml")
+    stored = space.read_yaml(name)
+    try:
+        config = Config.model_validate(stored["config"])
+        return config, Generation.model_validate(stored["generation"]), int(stored["first"])
+    except (ValidationError, KeyError, TypeError) as error:
+        raise WorkspaceError(
+            f"{space.path(name)} does not fit this version of flawsmith: {error}; use the version that wrote "
+            "it, or another workspace"
+        ) from error
 
 
 # -- one shard ------------------------------------------------------------------------------------------
@@ -258,7 +292,12 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
 def load_model(generator: str, params: str) -> Any:
     """The generator's model, loaded once a process; None if it needs none."""
     found = registry.get(generator)
-    return found.load(json.loads(params), _device()) if found.load is not None else None
+    if found.load is None:
+        return None
+    import torch
+
+    torch.set_num_threads(1)  # part of what makes a model's bytes equal
+    return found.load(json.loads(params), _device())
 
 
 class PictureCache:
@@ -283,11 +322,14 @@ class PictureCache:
         donors = tuple(_channels(self.pixels(donor), pixels.shape[2]) for donor in recipe.donors)
         return Source(pixels, self.allowed(recipe.image_id, recipe.location), donors)
 
+    def _image(self, image_id: str) -> Image:
+        return self._round.images.get(image_id) or self._round.textures[image_id]
+
     def pixels(self, image_id: str) -> np.ndarray:
         output = self._round.config.output
         return self._get(
             ("pixels", image_id),
-            lambda: pictures.load(self._round.images[image_id], bits=output.bits, max_side=output.max_side),
+            lambda: pictures.load(self._image(image_id), bits=output.bits, max_side=output.max_side),
         )
 
     def allowed(self, image_id: str, location: str) -> np.ndarray:
@@ -418,17 +460,17 @@ def shard_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | 
     try:
         with space.fs.open(space.path(part("samples", number, shard, "parquet")), "rb") as file:
             metadata = pq.read_schema(file).metadata or {}
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None
-    raw = metadata.get(shards.SHARD_KEY)
-    return json.loads(raw) if raw else None
+        raw = metadata.get(shards.SHARD_KEY)
+        return json.loads(raw) if raw else None
+    except (OSError, pa.ArrowException, ValueError):
+        return None  # missing or damaged: not finished either way
 
 
 def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
     """Makes an accepted sample again from its stored recipe and compares.
 
-    Returns ``{"identical": bool, "pixels_differ": int, "largest": int, "path": str}``: whether the members
-    are equal byte for byte, how many pixels of the picture differ and by how many levels at most.
+    Returns ``{"identical": bool, "differ": int, "largest": float, "path": str}``: whether the members are
+    equal byte for byte, how many pixels (feature tokens) differ and by how much at most.
 
     Raises:
         WorkspaceError: no such accepted sample.
@@ -448,7 +490,7 @@ def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
     differ, largest = _compare(stored, members)
     return {
         "identical": shards.checksum(members) == row["checksum"] == shards.checksum(stored),
-        "pixels_differ": differ,
+        "differ": differ,
         "largest": largest,
         "path": space.path(path),
     }
@@ -464,6 +506,7 @@ def _remake(
     index = [recipe.sample_id for recipe in own].index(sample_id)
     batch = batch_of(own, attempts, index)
     cache = PictureCache(round_)
+    prepare_process()
     outcomes = attempt(
         [own[i] for i in batch],
         cache.source,
@@ -471,17 +514,26 @@ def _remake(
         load_model(generator, own[index].params),
         attempts[index] - 1,
     )
-    return _members(outcomes[batch.index(index)], round_, cache)
+    outcome = outcomes[batch.index(index)]
+    if outcome.status == "failed":
+        raise WorkspaceError(f"sample {sample_id} cannot be made again: {outcome.reason}")
+    return _members(outcome, round_, cache)
 
 
-def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, int]:
+def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, float]:
+    """(places that differ, largest difference) over the pictures or features of two samples."""
     for name, data in stored.items():
-        if name.startswith("image."):
-            old = pictures.decode(data, name=f"stored {name}").pixels.astype(int)
-            new = pictures.decode(made[name], name=f"replayed {name}").pixels.astype(int)
-            difference = np.abs(old - new).max(axis=2)
-            return int(np.count_nonzero(difference)), int(difference.max())
-    return 0, 0
+        if name.startswith("image.") or name == "feature.npy":
+            old, new = (_array(name, members).astype(float) for members in ({name: data}, made))
+            difference = np.abs(old - new).max(axis=0 if name == "feature.npy" else 2)
+            return int(np.count_nonzero(difference)), float(difference.max())
+    return 0, 0.0
+
+
+def _array(name: str, members: dict[str, bytes]) -> np.ndarray:
+    if name == "feature.npy":
+        return np.load(io.BytesIO(members[name]), allow_pickle=False)
+    return pictures.decode(members[name], name=name).pixels
 
 
 def _parse_id(sample_id: str) -> tuple[int, int]:

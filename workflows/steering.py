@@ -16,13 +16,13 @@ from manifests.schema import DECISIONS, GOOD, TRIALS, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import proxy
 from training.components import label_components
-from training.evaluation import truth
+from training.evaluation import ignored, truth
 from training.fitting import CHUNK, chunks
 from workflows.console import progress, say
 from workflows.detecting import samples_of
 from workflows.feedback import Found, Move, Trial, decide, propose, sample_weights, search
 from workflows.rounds import open_round, write_settings
-from workflows.stages import Round
+from workflows.stages import Round, read_settings
 
 SIZE = 224  # side of the proxy's pictures
 MOST_SAMPLES, MOST_NORMALS, MOST_JUDGED = 600, 48, 120  # the last two a category
@@ -38,7 +38,9 @@ class Table:
         generators, areas, severities: of the samples, one each; areas and severities as wanted.
         judged: real feedback pictures by category.
         samples, masks: the samples' residuals and masks, for the case without labelled anomalies.
-        normals: residuals of calibration normals by category.
+        thresholds_from: residuals of calibration normals by category; the proxy's alarms are set on them and
+            nothing else is.
+        label_size: side of the masks in which defects were counted (the detector's input).
         images: the feedback pictures behind ``judged``, in order.
     """
 
@@ -49,25 +51,27 @@ class Table:
     judged: dict[str, proxy.Judged]
     samples: list[np.ndarray]
     masks: list[np.ndarray]
-    normals: dict[str, np.ndarray]
+    thresholds_from: dict[str, np.ndarray]
+    label_size: int
     images: dict[str, list[Image]]
 
 
-def feedback(space: Workspace, number: int) -> None:
-    """Writes the next round's settings, the trials and the decisions; skipped if the next round is there.
+def feedback(space: Workspace, number: int) -> bool:
+    """Writes the next round's settings, the trials and the decisions; whether it did: skipped if the next
+    round is there.
 
     Raises:
         FlawsmithError: the round was not evaluated yet.
     """
     if space.exists(round_file(number + 1, "settings.yaml")):
-        return
+        return False
     if not space.exists(round_file(number, "found.parquet")):
         raise FlawsmithError(f"round {number} was not evaluated yet: `flawsmith evaluate` does it")
     round_ = open_round(space, number)
-    stored = space.read_yaml(round_file(number, "settings.yaml"))
+    _, _, first = read_settings(space, number)
     found_rows = space.read_table(round_file(number, "found.parquet")).to_pylist()
     found = [
-        Found(row["category"], row["defect"], row["area"], row["contrast"], row["hit"]) for row in found_rows
+        Found(row["category"], row["group"], row["area"], row["contrast"], row["hit"]) for row in found_rows
     ]
     with progress(f"round {number}: features for the proxy", None, "pictures") as advance:
         table = prepare(space, round_, advance)
@@ -98,8 +102,9 @@ def feedback(space: Workspace, number: int) -> None:
     generation, decisions = decide(round_.generation, trials, proposal, reasons)
     rows = [{"round": number, **asdict(decision)} for decision in decisions]
     space.write_table(round_file(number, "decisions.parquet"), to_table(rows, DECISIONS))
-    write_settings(space, number + 1, round_.config, generation, first=stored["first"])
+    write_settings(space, number + 1, round_.config, generation, first=first)
     say(explain(space, number))
+    return True
 
 
 def explain(space: Workspace, number: int) -> str:
@@ -121,7 +126,7 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
     backbone = load_backbone()
     rng = np.random.default_rng(np.random.SeedSequence(round_.config.seed, spawn_key=(round_.number, 1)))
     max_side = round_.config.output.max_side
-    banks, normals = {}, {}
+    banks, negatives, thresholds_from = {}, [], {}
     for category, pictures in round_.pool.normals.items():
         own = _evenly(pictures, MOST_NORMALS)
         held = [
@@ -129,11 +134,15 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
             for image in round_.images.values()
             if image.category == category and image.split == "calibration" and image.defect == GOOD
         ][:MOST_NORMALS]
-        if len(held) < 2 and len(own) > 1:  # too few: half of the train pictures stand in
-            own, held = own[::2], [*held, *own[1::2]]
-        held = held or own
-        banks[category] = proxy.normal_bank(_features(backbone, own, max_side, advance), rng)
-        normals[category] = proxy.residuals(_features(backbone, held, max_side, advance), banks[category])
+        # Half of the train normals are the bank, the other half are what the head learns as normal.
+        banks[category] = proxy.normal_bank(_features(backbone, own[::2], max_side, advance), rng)
+        others = _features(backbone, own[1::2] or own, max_side, advance)
+        negatives.append(proxy.residuals(others, banks[category]))
+        thresholds_from[category] = (
+            proxy.residuals(_features(backbone, held, max_side, advance), banks[category])
+            if held
+            else negatives[-1]
+        )
     samples, masks, kept = [], [], []
     accepted = sum(
         row["accepted"] for row in space.read_table(round_file(round_.number, "shards.parquet")).to_pylist()
@@ -147,7 +156,11 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
             masks.append(sample.mask)
             kept.append(sample)
         advance(len(chunk))
-    evidence = proxy.gather(samples, masks, np.concatenate(list(normals.values())))
+    if not samples:
+        raise FlawsmithError(
+            f"round {round_.number}: every sample was rejected by hand; nothing to learn from"
+        )
+    evidence = proxy.gather(samples, masks, np.concatenate(negatives))
     judged, images = {}, {}
     for category in round_.pool.normals:
         own_images = [i for i in round_.images.values() if i.category == category and i.split == "feedback"]
@@ -160,7 +173,10 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
         grid = (residual.shape[1], residual.shape[2])
         with_masks = [proxy.shrink_mask(t, grid) for t in truths if t is not None]
         masked = np.stack(with_masks) if len(with_masks) == len(own_images) else None
-        judged[category] = proxy.Judged(residual, labels, masked)
+        skipped = [ignored(image, SIZE) for image in own_images]
+        nothing = np.zeros((SIZE, SIZE), bool)
+        ignore = np.stack([proxy.shrink_mask(nothing if i is None else i, grid) for i in skipped])
+        judged[category] = proxy.Judged(residual, labels, masked, ignore)
         images[category] = own_images
     return Table(
         evidence,
@@ -170,7 +186,8 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
         judged,
         samples,
         [proxy.shrink_mask(mask, samples[0].shape[:2]) for mask in masks],
-        normals,
+        thresholds_from,
+        round_.config.detector.resolved()[1].size,
         images,
     )
 
@@ -199,13 +216,13 @@ def _learnable(table: Table, names: Sequence[str], found: Sequence[dict[str, Any
         head = proxy.solve(table.evidence, (table.generators == name).astype(float))
         hits: list[bool] = []
         for category, group in table.judged.items():
-            normal = proxy.score_maps(table.normals[category], table.evidence.scale, head)
+            normal = proxy.score_maps(table.thresholds_from[category], table.evidence.scale, head)
             on_map = np.quantile(normal, FALSE_ALARMS)
             on_picture = np.quantile(normal.max(axis=(1, 2)), FALSE_ALARMS)
             maps = proxy.score_maps(group.residual, table.evidence.scale, head)
             for image, scores in zip(table.images[category], maps, strict=True):
                 for row in missed.get(image.image_id, []):
-                    mask = truth(image, SIZE) if row["component"] else None
+                    mask = truth(image, table.label_size) if row["component"] else None
                     if mask is not None:
                         labels, _ = label_components(mask)
                         place = proxy.shrink_mask(labels == row["component"], group.residual.shape[1:3])

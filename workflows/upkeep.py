@@ -8,15 +8,16 @@ import tempfile
 
 import pyarrow as pa
 
-from manifests.errors import UsageError
+from manifests.errors import FlawsmithError, UsageError
 from manifests.schema import IMAGES, to_table
 from manifests.sources import scan_textures
 from manifests.verify import DAMAGED, Finding, verify_round
-from manifests.workspace import Workspace, round_file
+from manifests.workspace import Workspace, WorkspaceError, round_file
 from workflows.config import Config
 from workflows.console import progress
+from workflows.detecting import load_detector
 from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
-from workflows.stages import Job, make_shard, round_from, settings_hash
+from workflows.stages import PICTURE_TABLES, Job, make_shard, round_from, settings_hash
 
 PROBE = 32  # samples that a dry run makes to measure their cost
 
@@ -26,7 +27,8 @@ def verify(space: Workspace) -> list[Finding]:
     findings = []
     for number in space.rounds():
         round_ = open_round(space, number)
-        if not space.names(f"rounds/{number:03d}/samples"):
+        started = space.names(f"rounds/{number:03d}/samples")
+        if not started and not space.exists(round_file(number, "shards.parquet")):
             continue  # nothing was made yet
         with progress(f"round {number}: verifying", round_.shard_count, "shards") as advance:
             found = verify_round(space, number, round_.shard_count, advance)
@@ -36,7 +38,24 @@ def verify(space: Workspace) -> list[Finding]:
             space.write_table(name, pa.Table.from_pylist(bad, schema=DAMAGED))
         else:
             space.remove(name)
-        findings += found
+        findings += [*found, *_damaged_files(space, number)]
+    return findings
+
+
+def _damaged_files(space: Workspace, number: int) -> list[Finding]:
+    """Tables and detectors of a round that cannot be read."""
+    findings = []
+    tables = [name for name in space.names(f"rounds/{number:03d}") if name.endswith(".parquet")]
+    for name in tables:
+        try:
+            space.read_table(round_file(number, name))
+        except WorkspaceError as error:
+            findings.append(Finding(number, -1, round_file(number, name), f"damaged: {error}"))
+    if space.names(f"rounds/{number:03d}/detectors"):
+        try:
+            load_detector(space, number)
+        except FlawsmithError as error:
+            findings.append(Finding(number, -1, f"rounds/{number:03d}/detectors", str(error)))
     return findings
 
 
@@ -79,9 +98,8 @@ def estimate(config: Config) -> str:
             update={"samples": PROBE, "output": config.output.model_copy(update={"shard_size": PROBE})}
         )
         space = Workspace(folder)
-        space.write_table("images.parquet", to_table(found.images, IMAGES))
-        if textures:
-            space.write_table("textures.parquet", to_table(textures, IMAGES))
+        for name, table in zip(PICTURE_TABLES, (found.images, textures), strict=True):
+            space.write_table(round_file(0, name), to_table(table, IMAGES))
         write_settings(space, 0, probe, probe.generation, first=0)
         record = make_shard(Job(space.url, 0, 0, settings_hash(space, 0)))
     each = record["seconds"] / PROBE
