@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from manifests.errors import UsageError
 from manifests.workspace import Workspace
+from workflows import rounds
 from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
 from workflows.loop import run
-from workflows.upkeep import review
+from workflows.stages import replay
+from workflows.upkeep import review, verify
 
 SMALL = {
     "samples": 24,
@@ -71,9 +74,11 @@ def test_the_loop_closes(finished):
 
 def test_running_again_changes_nothing(finished, pictures):
     root = Path(finished.url)
-    before = {p: p.stat().st_mtime_ns for p in root.glob("rounds/*/*/*") if p.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in root.glob("rounds/**/*") if path.is_file()}
+    history = finished.read_table("history.parquet").to_pylist()
     loop(pictures, root)
-    assert {p: p.stat().st_mtime_ns for p in root.glob("rounds/*/*/*") if p.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in root.glob("rounds/**/*") if path.is_file()} == before
+    assert sorted(map(str, finished.read_table("history.parquet").to_pylist())) == sorted(map(str, history))
 
 
 def test_labels_of_the_test_split_touch_nothing_but_the_final_figures(finished, pictures, tmp_path):
@@ -123,6 +128,57 @@ def test_a_veto_is_honoured_by_training(finished, pictures, tmp_path):
     ids = [sample.sample_id for sample in samples_of(space, 0)]
     review(space, ids[:2])
     assert [sample.sample_id for sample in samples_of(space, 0)] == ids[2:]
+    weights = {n: space.read_bytes(f"rounds/00{n}/detectors/onenip/model.safetensors") for n in (0, 1)}
+    loop(pictures, copy)
+    again = {n: space.read_bytes(f"rounds/00{n}/detectors/onenip/model.safetensors") for n in (0, 1)}
+    assert again[0] != weights[0], "a detector that learned from a rejected sample must be trained again"
+    assert again[1] == weights[1]
+    assert space.exists("rounds/000/found.parquet"), "and judged again"
+
+
+def test_a_damaged_detector_is_named_and_trained_again(finished, pictures, tmp_path):
+    copy = tmp_path / "w"
+    shutil.copytree(finished.url, copy)
+    space = Workspace(str(copy))
+    name = "rounds/001/detectors/onenip/model.safetensors"
+    whole = space.read_bytes(name)
+    space.write_bytes(name, whole[: len(whole) // 2])
+    assert any("detectors" in finding.path for finding in verify(space))
+    loop(pictures, copy)
+    assert space.read_bytes(name) == whole
+
+
+def test_a_new_round_leaves_earlier_rounds_as_they_were(finished, pictures, tmp_path):
+    """A picture is removed and the settings change: round 0 can still be replayed and repaired."""
+    copy, fewer = tmp_path / "w", tmp_path / "fewer"
+    shutil.copytree(finished.url, copy)
+    shutil.copytree(pictures, fewer)
+    removed = sorted((fewer / "ring/train/good").glob("*.png"))[0]
+    removed.unlink()
+    space = Workspace(str(copy))
+    config = parse_config({"source": str(fewer), **SMALL}, name="test", folder=tmp_path)
+    with pytest.raises(UsageError, match=r"(?s)source\.0\.path: .*--new-round"):
+        rounds.begin(config, space, new_round=False)
+    assert rounds.begin(config, space, new_round=True) == 2
+    assert rounds.begin(config, space, new_round=True) == 2, "an unfinished new round goes on"
+    assert space.read_table("images.parquet").num_rows == finished.read_table("images.parquet").num_rows
+    accepted = rounds.accepted_samples(space, 0)
+    assert all(replay(space, row["sample_id"])["identical"] for row in accepted)
+
+
+def test_textures_are_no_normals(pictures, tmp_path):
+    textures = tmp_path / "textures"
+    textures.mkdir()
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+        cv2.imwrite(str(textures / f"{seed}.png"), pixels)
+    generators = {"perlin": {"params": {"texture": "folder"}}}
+    changes = {"rounds": 1, "generation": {"generators": generators, "textures": str(textures)}}
+    space = loop(pictures, tmp_path / "w", **changes)
+    config = space.read_yaml("rounds/000/detectors/onenip/config.yaml")
+    assert config["categories"] == ["ring"]
+    donors = {d for row in rounds.accepted_samples(space, 0) for d in row["donors"]}
+    assert donors == set(space.read_table("rounds/000/textures.parquet")["image_id"].to_pylist())
 
 
 def test_without_labelled_anomalies_the_loop_goes_on(pictures, tmp_path):

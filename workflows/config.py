@@ -269,6 +269,8 @@ def to_yaml(config: BaseModel) -> str:
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
     """``place: old → new`` for every leaf in which two settings trees differ."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line

@@ -156,7 +156,8 @@ def generate(space: Workspace, number: int, cluster: Cluster) -> bool:
             f"round {number}: some shards were made by other versions of the packages (shards.parquet, "
             "column fingerprint); they are kept, and replay of their samples may differ"
         )
-    space.write_table(round_file(number, "shards.parquet"), to_table(records, SHARDS))
+    if todo or not space.exists(round_file(number, "shards.parquet")):
+        space.write_table(round_file(number, "shards.parquet"), to_table(records, SHARDS))
     sweep(space, number, round_.shard_count)
     if errors:
         listed = "\n  ".join(f"shard {shard}: {text}" for shard, text in sorted(errors.items()))
