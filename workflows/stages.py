@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -33,6 +33,7 @@ from manifests.schema import (
     SAMPLES,
     Image,
     Recipe,
+    as_row,
     canonical_json,
     images_from,
     recipes_from,
@@ -407,12 +408,12 @@ def _members(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str, 
         "contrast": outcome.contrast,
         "area": outcome.mask_area,
     }
-    members["json"] = shards.sample_json(asdict(recipe), scores, provenance)
+    members["json"] = shards.sample_json(as_row(recipe), scores, provenance)
     return members
 
 
 def _row(outcome: Outcome, offset: int, checksum: str) -> dict[str, Any]:
-    recipe = asdict(outcome.recipe)
+    recipe = as_row(outcome.recipe)
     return {
         **recipe,
         "wanted_area": recipe["area"],
