@@ -71,7 +71,7 @@ SAMPLES = pa.schema(
         ("contrast", pa.float64()),
         ("attempts", pa.int32()),
         ("offset", pa.int64()),  # of the sample's first tar header, in bytes; -1 if not accepted
-        ("checksum", pa.string()),  # sha256 of the sample's members, in tar order
+        ("checksum", pa.string()),  # CRC-32 of the sample's members, in tar order
         ("seconds", pa.float64()),
         ("device", pa.string()),
         ("versions", pa.string()),

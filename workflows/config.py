@@ -60,7 +60,7 @@ class Generation(Settings):
 class Output(Settings):
     """How shards are written."""
 
-    shard_size: int = Field(64, ge=1, le=100_000, description="samples a shard")
+    shard_size: int = Field(128, ge=1, le=100_000, description="samples a shard")
     format: Literal["webp", "png", "jpg"] = Field("webp", description="webp and png are lossless")
     bits: Literal[8, 16] = Field(8, description="16 needs format: png")
     max_side: int | None = Field(1024, ge=32, description="larger pictures are shrunk to this; null: never")

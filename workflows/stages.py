@@ -490,7 +490,7 @@ def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
     members = _remake(round_, recipes, rows, sample_id)
     differ, largest = _compare(stored, members)
     return {
-        "identical": shards.checksum(members) == row["checksum"] == shards.checksum(stored),
+        "identical": members == stored and shards.checksum(stored) == row["checksum"],
         "differ": differ,
         "largest": largest,
         "path": space.path(path),
