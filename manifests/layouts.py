@@ -110,7 +110,7 @@ def recognise(path: str) -> Layout:
     files = 0
     pictures = shards = False
     for folder, names in walk(path):
-        if folder.parts[-2:] == ("train", GOOD):
+        if _is_category(folder, Path(path)):
             return "mvtec"
         files += len(names)
         pictures = pictures or any(_is_picture(name) for name in names)
@@ -122,6 +122,11 @@ def recognise(path: str) -> Layout:
         f"files (webdataset), pictures ({', '.join(sorted(EXTENSIONS))}) or a path that ends in "
         f"{', '.join(LISTS)}; correct the path"
     )
+
+
+def _is_category(folder: Path, top: Path) -> bool:
+    """Whether ``folder`` is the train/good of a category that lies in ``top``, which may be the category."""
+    return folder.parts[-2:] == ("train", GOOD) and folder.parent.parent.is_relative_to(top)
 
 
 def walk(path: str | Path) -> Iterator[tuple[Path, list[str]]]:
@@ -177,17 +182,20 @@ def _ignored(path: str, counts: Counter[str]) -> list[Problem]:
 
 def _list_folder(path: str, category: str | None) -> Listing:
     ignored: Counter[str] = Counter()
-    name = category or Path(path).name
+    folder = Path(path)
+    # The good pictures alone of a category: train/good would be no name for it.
+    own = folder.parent.parent if folder.parts[-2:] == ("train", GOOD) else folder
+    name = category or own.name
     found = [
-        Found(str(Path(path) / file), file.as_posix(), name, GOOD, "train")
-        for file in _pictures_below(Path(path), Path(), ignored)
+        Found(str(folder / file), file.as_posix(), name, GOOD, "train")
+        for file in _pictures_below(folder, Path(), ignored)
     ]
     return Listing(found, _ignored(path, ignored))
 
 
 def _list_mvtec(path: str, category: str | None) -> Listing:
     top = Path(path)
-    roots = [folder.parent.parent for folder, _ in walk(top) if folder.parts[-2:] == ("train", GOOD)]
+    roots = [folder.parent.parent for folder, _ in walk(top) if _is_category(folder, top)]
     if not roots:
         raise UsageError(
             f"{path}: no folder train/{GOOD} below it; correct the path or choose another layout"

@@ -414,3 +414,13 @@ def test_many_defect_types_of_one_picture_fill_both_halves():
     assert Counter(image.split for image in assign_splits(images)) == {"feedback": 5, "test": 5}
     fixed = [replace(images[0], split="test"), *images[1:]]
     assert assign_splits(fixed, final=frozenset({"id0"}))[0].split == "test"
+
+
+def test_the_good_pictures_alone_of_a_category_are_a_flat_folder(tmp_path):
+    for name in ("train/good/a.png", "train/good/b.png", "test/dent/c.png"):
+        file = tmp_path / "bolt" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(len(list(tmp_path.rglob("*")))).integers(0, 256, (16, 16, 1), np.uint8)
+        file.write_bytes(pictures.encode(pixels, "png"))
+    found = scan([SourceSettings(path=str(tmp_path / "bolt" / "train" / "good"))])
+    assert [(image.category, image.defect) for image in found.images] == [("bolt", "good")] * 2

@@ -133,7 +133,9 @@ def collect(detector: Detector, samples: Iterable[Sample], normals: Sequence[Nor
             masks.append(small_mask(sample.mask, size))
         synthetic.append(extract(detector, [sample.image for sample in chunk]))
     if not synthetic:
-        raise UsageError("no accepted samples with a picture to train on; `flawsmith generate` makes some")
+        raise UsageError(
+            "no accepted samples with a picture to train on; give a generator of pictures a share above 0"
+        )
     alone = [index for image_id, index in place.items() if image_id not in used]
     all_normals = torch.cat(features)
     return Examples(

@@ -16,8 +16,11 @@ from distributed import Client, LocalCluster, WorkerPlugin, as_completed
 from manifests.errors import FlawsmithError
 from manifests.workspace import Workspace
 from workflows.config import Cluster
+from workflows.console import say
 from workflows.stages import (
     Job,
+    Round,
+    generators_of,
     load_model,
     load_round,
     make_shard,
@@ -131,20 +134,34 @@ def make_round(
     digest = settings_hash(space, number)
     with open_client(settings) as client:
         client.register_plugin(Prepare(space.url, number, digest))
-        window = 2 * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        if not workers:
+            say("no worker has joined the scheduler yet; waiting for `dask worker` to do so")
+        window = 2 * max(1, len(workers))
+        round_ = load_round(space.url, number, digest)
         try:
-            return _submit_all(client, space, number, todo, digest, window, progress)
+            return _submit_all(
+                client, space, round_, todo, digest, window, _resources(round_, workers), progress
+            )
         finally:
             client.unregister_worker_plugin(Prepare.name)
+
+
+def _resources(round_: Round, workers: dict[str, Any]) -> dict[str, float]:
+    """One GPU a task, if a generator of the mix wants one and workers offer any (`--resources GPU=1`)."""
+    wanted = any(generator.gpu for generator in generators_of(round_.generation))
+    offered = any("GPU" in worker.get("resources", {}) for worker in workers.values())
+    return {"GPU": 1} if wanted and offered else {}
 
 
 def _submit_all(
     client: Client,
     space: Workspace,
-    number: int,
+    round_: Round,
     todo: list[int],
     digest: str,
     window: int,
+    resources: dict[str, float],
     progress: Callable[[dict[str, Any]], None],
 ) -> RoundResult:
     records: list[dict[str, Any]] = []
@@ -156,11 +173,12 @@ def _submit_all(
     def submit() -> None:
         shard = next(waiting, None)
         if shard is not None:
-            job = Job(space.url, number, shard, digest)
+            job = Job(space.url, round_.number, shard, digest)
             future = client.submit(
                 _run_job,
                 job,
-                key=f"shard-{digest[:8]}-{number}-{shard}-{time.time_ns()}",
+                key=f"shard-{digest[:8]}-{round_.number}-{shard}-{time.time_ns()}",
+                resources=resources,
                 retries=RETRIES,
                 pure=False,
             )
