@@ -122,7 +122,7 @@ def _resampled(
 
 def _estimates(names: Sequence[str], values: dict[str, float], parts: list[Figures]) -> dict[str, Estimate]:
     return {
-        name: Estimate(values[name], np.concatenate([part[k] for part in parts]))
+        name: Estimate(values[name], np.concatenate([np.empty(0), *(part[k] for part in parts)]))
         for k, name in enumerate(names)
     }
 
