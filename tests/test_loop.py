@@ -15,7 +15,7 @@ from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
 from workflows.loop import run
-from workflows.stages import replay
+from workflows.replaying import replay
 from workflows.upkeep import review, verify
 
 SMALL = {

@@ -27,7 +27,8 @@ from manifests.workspace import Workspace, part
 from workflows import rounds
 from workflows.cluster import make_round
 from workflows.config import Cluster, Config, parse_config
-from workflows.stages import Job, make_shard, replay, settings_hash
+from workflows.replaying import replay
+from workflows.stages import Job, make_shard, settings_hash
 from workflows.upkeep import verify
 
 SAMPLES, SIZE, SHARDS = 120, 10, 12

@@ -245,7 +245,7 @@ def replay(
     sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="as in the shards and captions")],
 ) -> None:
     """Make a sample again from its recipe and compare the bytes."""
-    from workflows.stages import replay as replay_sample
+    from workflows.replaying import replay as replay_sample
 
     result = replay_sample(_existing(workspace), sample_id)
     if result["identical"]:

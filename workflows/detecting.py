@@ -26,7 +26,7 @@ from training.fitting import train as fit_detector
 from training.loading import Sample, ShardFile, read_samples, small_mask
 from workflows.console import progress, say
 from workflows.rounds import open_round, remember, vetoes
-from workflows.stages import Round
+from workflows.stages import Round, device
 
 FEW = 5  # below so many calibration normals, augmented train pictures serve too
 HELD_OUT = 10  # one sample in so many is kept from training, to be judged as heldout_synthetic
@@ -78,7 +78,7 @@ def train(space: Workspace, number: int) -> bool:
             normals,
             calibration,
             seed=round_.config.seed,
-            device=_device(),
+            device=device(),
             on_step=lambda _step, _steps, _losses: advance(1),
         )
     for stale in ("found.parquet", "metrics.parquet", "scores.parquet"):
@@ -163,7 +163,7 @@ def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, An
     with tempfile.TemporaryDirectory() as aside:
         for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
             (Path(aside) / file).write_bytes(space.read_bytes(f"{folder}/{file}"))
-        return checkpoints.load(aside, _device()), checkpoints.read_config(aside).get("notes", {})
+        return checkpoints.load(aside, device()), checkpoints.read_config(aside).get("notes", {})
 
 
 # -- judging --------------------------------------------------------------------------------------------
@@ -303,9 +303,3 @@ def what_was_found(
                 }
             )
     return rows
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from generation import registry
 from generation.masks import resolve_location
 from generation.protocol import Generator, Source
-from generation.synthesis import Outcome, attempt, batch_of, synthesise
+from generation.synthesis import Outcome, synthesise
 from manifests import pictures, shards
 from manifests.recipes import Pool, Trait, plan_shard, pool_from, shard_count
 from manifests.schema import (
@@ -36,7 +36,6 @@ from manifests.schema import (
     as_row,
     canonical_json,
     images_from,
-    recipes_from,
     to_table,
 )
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
@@ -112,7 +111,7 @@ class Round:
                 "output": self.config.output.model_dump(mode="json"),
                 "generation": self.generation.model_dump(mode="json"),
                 "models": models,
-                "device": _device() if models else "cpu",
+                "device": device() if models else "cpu",
                 "threads": 1,
                 "packages": {name: _version(name) for name in packages},
             }
@@ -283,7 +282,7 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
         )
         for outcome in outcomes:
             started = time.perf_counter()
-            members = _members(outcome, round_, cache) if outcome.status == "accepted" else {}
+            members = members_of(outcome, round_, cache) if outcome.status == "accepted" else {}
             light = Outcome(**{**vars(outcome), "pixels": None, "mask": None, "feature": None})
             made[outcome.recipe.sample_id] = Made(light, members, time.perf_counter() - started)
     return [made[recipe.sample_id] for recipe in recipes]
@@ -298,7 +297,7 @@ def load_model(generator: str, params: str) -> Any:
     import torch
 
     torch.set_num_threads(1)  # part of what makes a model's bytes equal
-    return found.load(json.loads(params), _device())
+    return found.load(json.loads(params), device())
 
 
 class PictureCache:
@@ -377,7 +376,7 @@ def _channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     return np.rint(pixels.mean(axis=2, keepdims=True)).astype(pixels.dtype)
 
 
-def _members(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str, bytes]:
+def members_of(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str, bytes]:
     """The members of an accepted sample, in the order in which they lie in the tar."""
     recipe, output = outcome.recipe, round_.config.output
     image = round_.images[recipe.image_id]
@@ -427,7 +426,7 @@ def _row(outcome: Outcome, offset: int, checksum: str) -> dict[str, Any]:
         "offset": offset,
         "checksum": checksum,
         "seconds": outcome.seconds,
-        "device": _device() if registry.get(outcome.recipe.generator).load is not None else "cpu",
+        "device": device() if registry.get(outcome.recipe.generator).load is not None else "cpu",
         "versions": _versions(),
     }
 
@@ -446,7 +445,7 @@ def _version(package: str) -> str:
 
 
 @cache
-def _device() -> str:
+def device() -> str:
     """What models run on; decided once a process."""
     import torch
 
@@ -465,85 +464,6 @@ def shard_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | 
         return json.loads(raw) if raw else None
     except (OSError, pa.ArrowException, ValueError):
         return None  # missing or damaged: not finished either way
-
-
-def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
-    """Makes an accepted sample again from its stored recipe and compares.
-
-    Returns ``{"identical": bool, "differ": int, "largest": float, "path": str}``: whether the members are
-    equal byte for byte, how many pixels (feature tokens) differ and by how much at most.
-
-    Raises:
-        WorkspaceError: no such accepted sample.
-    """
-    number, shard = _parse_id(sample_id)
-    table = space.read_table(part("samples", number, shard, "parquet"))
-    rows = {row["sample_id"]: row for row in table.to_pylist()}
-    row = rows.get(sample_id)
-    if row is None or row["status"] != "accepted":
-        state = "is not in the workspace" if row is None else f"was {row['status']} ({row['reason']})"
-        raise WorkspaceError(f"sample {sample_id} {state}; only accepted samples can be replayed")
-    round_ = load_round(space.url, number, settings_hash(space, number))
-    path = part("shards", number, shard, "tar")
-    stored = dict(shards.unpack(space.read_bytes(path), space.path(path)))[sample_id]
-    recipes = {recipe.sample_id: recipe for recipe in recipes_from(table)}
-    members = _remake(round_, recipes, rows, sample_id)
-    differ, largest = _compare(stored, members)
-    return {
-        "identical": members == stored and shards.checksum(stored) == row["checksum"],
-        "differ": differ,
-        "largest": largest,
-        "path": space.path(path),
-    }
-
-
-def _remake(
-    round_: Round, recipes: dict[str, Recipe], rows: dict[str, dict[str, Any]], sample_id: str
-) -> dict[str, bytes]:
-    """The accepted attempt at a sample again, in the batch in which it was made."""
-    generator = recipes[sample_id].generator
-    own = [recipe for recipe in recipes.values() if recipe.generator == generator]
-    attempts = [rows[recipe.sample_id]["attempts"] for recipe in own]
-    index = [recipe.sample_id for recipe in own].index(sample_id)
-    batch = batch_of(own, attempts, index)
-    cache = PictureCache(round_)
-    prepare_process()
-    outcomes = attempt(
-        [own[i] for i in batch],
-        cache.source,
-        registry.get(generator),
-        load_model(generator, own[index].params),
-        attempts[index] - 1,
-    )
-    outcome = outcomes[batch.index(index)]
-    if outcome.status == "failed":
-        raise WorkspaceError(f"sample {sample_id} cannot be made again: {outcome.reason}")
-    return _members(outcome, round_, cache)
-
-
-def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, float]:
-    """(places that differ, largest difference) over the pictures or features of two samples."""
-    for name, data in stored.items():
-        if name.startswith("image.") or name == "feature.npy":
-            old, new = (_array(name, members).astype(float) for members in ({name: data}, made))
-            difference = np.abs(old - new).max(axis=0 if name == "feature.npy" else 2)
-            return int(np.count_nonzero(difference)), float(difference.max())
-    return 0, 0.0
-
-
-def _array(name: str, members: dict[str, bytes]) -> np.ndarray:
-    if name == "feature.npy":
-        return np.load(io.BytesIO(members[name]), allow_pickle=False)
-    return pictures.decode(members[name], name=name).pixels
-
-
-def _parse_id(sample_id: str) -> tuple[int, int]:
-    parts = sample_id.split("-")
-    if len(parts) != 3 or not all(piece.isdigit() for piece in parts):
-        raise WorkspaceError(
-            f"{sample_id!r} is no sample id; they read ROUND-SHARD-INDEX, e.g. 000-00001-00042"
-        )
-    return int(parts[0]), int(parts[1])
 
 
 def prepare_process(threads: int = 1) -> None:
