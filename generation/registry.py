@@ -23,6 +23,7 @@ BUILT_IN = {
     "poisson": "generation.poisson:GENERATOR",
     "frequency": "generation.frequency:GENERATOR",
     "feature": "generation.feature:GENERATOR",
+    "cut": "generation.cut.generator:GENERATOR",
 }
 
 

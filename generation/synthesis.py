@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from time import perf_counter
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class Outcome:
         feature: the features, reset to the clean ones outside the mask; None for pictures.
         mask: uint8, 0 or 255, H×W (features: h×w); None where the last attempt gave none.
         leak, hollow, contrast, mask_area: measures of the last attempt; NaN where it gave none.
+        measures: the generator's own figures of the last attempt.
         attempts: how often it was drawn.
         seconds: time spent on it; the time of a batch is shared equally.
     """
@@ -55,6 +56,7 @@ class Outcome:
     hollow: float = math.nan
     contrast: float = math.nan
     mask_area: float = math.nan
+    measures: Mapping[str, float] = field(default_factory=dict)
     attempts: int = 1
     seconds: float = 0.0
 
@@ -184,7 +186,7 @@ def _judged(made: _Made, gates: Gates, signatures: Signatures) -> Outcome:
     if composite is None:
         return made.outcome
     earlier = [signature for image_id, signature in signatures if image_id == recipe.image_id]
-    reason = judge(composite, recipe.area, gates, earlier)
+    reason = judge(composite, recipe.area, gates, earlier, made.outcome.measures)
     if reason:
         return replace(made.outcome, status="rejected", reason=reason)
     signatures.append((recipe.image_id, composite.signature))
@@ -253,7 +255,7 @@ def _composed(recipe: Recipe, source: Source, edit: Edit | FeatureEdit | Excepti
             content: dict[str, Any] = {"feature": feature}
         else:
             composite = compose(source.pixels, edit)
-            content = {"pixels": composite.content}
+            content = {"pixels": composite.content, "measures": dict(edit.measures)}
     except Exception as error:
         return _failed(recipe, _deterministic(error))
     outcome = Outcome(

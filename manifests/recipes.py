@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from manifests.errors import UsageError
 from manifests.schema import GOOD, Image, Recipe
+from manifests.wording import DRAWS, Prompts
 
 Donors = Literal["none", "texture", "normal"]
 
@@ -45,7 +46,9 @@ class GeneratorSettings(BaseModel):
 
     share: Share = Field(1.0, description="weight in the mix; 0 leaves the generator out")
     defect: str | None = Field(None, description="word for the defect; default: the generator's own")
-    prompt: str = Field("", description="short text of the anomaly (text-to-image generators)")
+    prompt: str = Field(
+        "", description="short text of the anomaly (text-to-image generators); may hold {object}"
+    )
     detail: str = Field("", description="detailed description of the anomaly (text-to-image generators)")
     params: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
 
@@ -54,13 +57,16 @@ class GeneratorSettings(BaseModel):
 class Trait:
     """What planning must know of a generator: made from the registry by the caller.
 
-    ``params`` is the full, validated settings as canonical JSON.
+    ``params`` is the full, validated settings as canonical JSON. ``prompts`` words the recipes (defect,
+    prompt and detail), with what the configuration says of them already in it; None: the configuration's own
+    are taken as they are.
     """
 
     donors: Donors
     defect: str
     batch_size: int
     params: str
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,12 @@ def plan_shard(
     Generators appear in proportion to their shares (systematic sampling, so that even a small shard keeps
     the mix), categories equally often in expectation, area log-uniformly, severity and count uniformly in
     their ranges. All numbers come from ``SeedSequence(seed, spawn_key=(round, shard))``; each recipe carries
-    a seed of its own, from which every attempt spawns its stream.
+    a seed of its own, from which every attempt spawns its stream. Prompts are drawn from a stream of their
+    own (spawn key ``(round, shard, 0)``), so that no other number depends on whether there are any.
 
     Raises:
-        UsageError: no generator has a share, or a generator needs donors that the pool lacks.
+        UsageError: no generator has a share, a generator needs donors that the pool lacks, or its prompts
+            leave out a category.
     """
     size = min(shard_size, samples - shard * shard_size)
     if size <= 0:
@@ -136,6 +144,10 @@ def plan_shard(
     severities = rng.uniform(severity[0], severity[1], size)
     counts = rng.integers(count[0], count[1] + 1, size)
     seeds = rng.integers(2**63 - 1, size=size)
+    word_draws: list[list[float]] = []
+    if any(traits[name].prompts is not None for name in names):
+        words = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard, 0)))
+        word_draws = words.random((size, DRAWS)).tolist()
 
     used = dict.fromkeys(names, 0)
     first_batch = {name: at * size for at, name in enumerate(names)}
@@ -147,6 +159,11 @@ def plan_shard(
         category = categories[category_draw[index]]
         pictures = pool.normals[category]
         image = pictures[int(picture_draw[index] * len(pictures))]
+        defect, prompt, detail = settings.defect or trait.defect, settings.prompt, settings.detail
+        if trait.prompts is not None:
+            defect, prompt, detail = trait.prompts.words(
+                category, areas[index], severities[index], word_draws[index]
+            )
         recipes.append(
             Recipe(
                 sample_id=f"{round_:03d}-{shard:05d}-{index:05d}",
@@ -154,9 +171,9 @@ def plan_shard(
                 image_id=image.image_id,
                 category=category,
                 generator=name,
-                defect=settings.defect or trait.defect,
-                prompt=settings.prompt,
-                detail=settings.detail,
+                defect=defect,
+                prompt=prompt,
+                detail=detail,
                 area=float(areas[index]),
                 severity=float(severities[index]),
                 count=int(counts[index]),
@@ -184,6 +201,24 @@ def check_donors(
         if settings.share > 0:
             for pictures in pool.normals.values():
                 _donors(traits[name].donors, name, pictures[0], pool, 0.0)
+
+
+def check_prompts(
+    generators: Mapping[str, GeneratorSettings], traits: Mapping[str, Trait], pool: Pool
+) -> None:
+    """Asks for the prompts of every category, so that a plan cannot fail half-way.
+
+    Raises:
+        UsageError: as :func:`plan_shard`.
+    """
+    for name, settings in generators.items():
+        prompts = traits[name].prompts
+        if settings.share > 0 and prompts is not None:
+            for category in pool.normals:
+                try:
+                    prompts.of(category)
+                except UsageError as error:
+                    raise UsageError(f"generation.generators.{name}: {error}") from None
 
 
 def _donors(kind: Donors, generator: str, image: Image, pool: Pool, draw: float) -> tuple[str, ...]:

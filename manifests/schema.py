@@ -69,6 +69,7 @@ SAMPLES = pa.schema(
         ("leak", pa.float64()),
         ("hollow", pa.float64()),
         ("contrast", pa.float64()),
+        ("measures", pa.string()),  # json: the generator's own figures of the last attempt, empty if none
         ("attempts", pa.int32()),
         ("offset", pa.int64()),  # of the sample's first tar header, in bytes; -1 if not accepted
         ("checksum", pa.string()),  # CRC-32 of the sample's members, in tar order

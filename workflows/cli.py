@@ -297,6 +297,31 @@ def predict(
     raise typer.Exit(PARTIAL if failed and len(failed) < len(rows) else FAILED if failed else OK)
 
 
+@app.command(
+    epilog="Example: flawsmith prompts bottle metal_nut --endpoint http://localhost:8000/v1 --model NAME "
+    "--out prompts.json, then generation.generators.cut.params.bank: prompts.json"
+)
+def prompts(
+    categories: Annotated[
+        list[str], typer.Argument(metavar="CATEGORY...", help="as the pictures' source names them")
+    ],
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="an OpenAI-compatible chat endpoint, e.g. http://host:8000/v1")
+    ],
+    model: Annotated[str, typer.Option(metavar="NAME", help="the language model, as the endpoint calls it")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="prompt bank to write (.json)")],
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="environment variable that holds the key")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds for one answer")] = 120.0,
+) -> None:
+    """Let a language model write a prompt bank for your categories; everything it answers is checked."""
+    from workflows.prompting import write_bank
+
+    bank = write_bank(categories, endpoint, model, out, key_variable=api_key_env, timeout=timeout)
+    typer.echo(f"{out}: {len(bank.entries)} entries for {len(set(categories))} categories")
+
+
 @config_app.command("check", epilog="Example: flawsmith config check config.yaml")
 def config_check(config: ConfigPath) -> None:
     """Check a configuration; every problem is listed."""

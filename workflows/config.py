@@ -158,7 +158,11 @@ def parse_config(raw: Any, *, name: str, folder: Path | None = None) -> Config:
     problems = _check(config)
     if problems:
         raise UsageError("\n".join(f"{name}: {problem}" for problem in problems))
-    return _resolve(config, folder) if folder is not None else config
+    resolved = _resolve(config, folder) if folder is not None else config
+    problems = _check_prompts(resolved)
+    if problems:
+        raise UsageError("\n".join(f"{name}: {problem}" for problem in problems))
+    return resolved
 
 
 def _check(config: Config) -> list[str]:
@@ -189,6 +193,21 @@ def _check(config: Config) -> list[str]:
     return problems
 
 
+def _check_prompts(config: Config) -> list[str]:
+    """What is wrong with the prompt banks that generators name; after their paths are known."""
+    from generation import registry
+
+    problems = []
+    for key, settings in config.generation.generators.items():
+        generator = registry.get(key)
+        if generator.prompts is not None:
+            try:
+                generator.prompts(generator.params.model_validate(settings.params), settings)
+            except UsageError as error:
+                problems.append(f"generation.generators.{key}: {error}")
+    return problems
+
+
 def check_detector(config: Config, name: str) -> None:
     """Checks the detector's settings. Apart from the rest, because it imports torch, which planning and
     making samples do without.
@@ -210,6 +229,9 @@ def check_detector(config: Config, name: str) -> None:
 
 
 def _resolve(config: Config, folder: Path) -> Config:
+    from generation import registry
+    from generation.protocol import PATH
+
     def absolute(value: str | None) -> str | None:
         if value is None or "://" in value:
             return value
@@ -221,7 +243,20 @@ def _resolve(config: Config, folder: Path) -> Config:
         )
         for source in config.source
     )
-    generation = config.generation.model_copy(update={"textures": absolute(config.generation.textures)})
+
+    def placed(key: str, settings: GeneratorSettings) -> GeneratorSettings:
+        fields = registry.get(key).params.model_fields
+        paths = {
+            name: absolute(settings.params[name])
+            for name, field in fields.items()
+            if field.json_schema_extra == PATH and name in settings.params
+        }
+        return settings.model_copy(update={"params": {**settings.params, **paths}}) if paths else settings
+
+    generators = {key: placed(key, settings) for key, settings in config.generation.generators.items()}
+    generation = config.generation.model_copy(
+        update={"textures": absolute(config.generation.textures), "generators": generators}
+    )
     return config.model_copy(update={"source": sources, "generation": generation})
 
 

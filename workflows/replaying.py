@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from generation import registry
 from generation.synthesis import attempt, batch_of
 from manifests import pictures, shards
-from manifests.schema import Recipe, recipes_from
+from manifests.schema import Recipe, canonical_json, recipes_from
 from manifests.workspace import Workspace, WorkspaceError, part
 from workflows.stages import (
     PictureCache,
@@ -65,7 +67,7 @@ def _remake(
     cache = PictureCache(round_)
     prepare_process()
     outcomes = attempt(
-        [own[i] for i in batch],
+        [as_made(own[i], rows[own[i].sample_id]) for i in batch],
         cache.source,
         registry.get(generator),
         load_model(generator, own[index].params),
@@ -75,6 +77,14 @@ def _remake(
     if outcome.status == "failed":
         raise WorkspaceError(f"sample {sample_id} cannot be made again: {outcome.reason}")
     return members_of(outcome, round_, cache)
+
+
+def as_made(recipe: Recipe, row: dict[str, Any]) -> Recipe:
+    """The recipe, with the smaller batch that its row tells of where memory ran out."""
+    batch = json.loads(row["measures"] or "{}").get("batch")
+    if batch is None:
+        return recipe
+    return replace(recipe, params=canonical_json({**recipe.settings(), "batch": int(batch)}))
 
 
 def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, float]:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from manifests.errors import FlawsmithError, UsageError
-from manifests.recipes import check_donors
+from manifests.recipes import check_donors, check_prompts
 from manifests.schema import (
     HISTORY,
     IMAGES,
@@ -22,7 +22,17 @@ from manifests.workspace import Workspace, part, round_file
 from workflows.cluster import make_round, unfinished
 from workflows.config import Cluster, Config, Generation, differences
 from workflows.console import progress, say
-from workflows.stages import PICTURE_TABLES, Round, load_round, read_settings, round_from, settings_hash
+from workflows.stages import (
+    PICTURE_TABLES,
+    PROMPTS,
+    Round,
+    load_round,
+    prompts_bytes,
+    read_settings,
+    round_from,
+    settings_hash,
+    traits_of,
+)
 
 
 class PartialResult(FlawsmithError):
@@ -35,7 +45,7 @@ class PartialResult(FlawsmithError):
 def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
     """Makes the workspace ready for a configuration; returns the number of the latest round.
 
-    The first time, it reads every picture of the sources. Later it only compares settings.
+    The first time, it reads every picture of the sources. Later it only compares settings and prompts.
 
     Raises:
         UsageError: the workspace was made with other settings (they are listed), or the sources have a
@@ -43,8 +53,16 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
     """
     rounds = space.rounds()
     if rounds:
-        stored, _, _ = read_settings(space, rounds[-1])
+        stored, _, first = read_settings(space, rounds[-1])
         changed = differences(stored.identity(), config.identity())
+        if not changed and _prompts_changed(space, first, config.generation):
+            if new_round:
+                changed = [f"{PROMPTS}: the prompts changed"]
+            else:
+                say(
+                    f"the prompts are no longer those in {space.path(round_file(first, PROMPTS))}, which "
+                    "this run keeps to; --new-round starts a round with the new ones"
+                )
         unfinished = not space.exists(round_file(rounds[-1], "found.parquet"))
         if not changed and (unfinished or not new_round):
             return rounds[-1]
@@ -64,6 +82,7 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
     number = rounds[-1] + 1 if rounds else 0
     round_ = round_from(number, config, config.generation, found.images, textures)
     check_donors(config.generation.generators, round_.traits, round_.pool)
+    check_prompts(config.generation.generators, round_.traits, round_.pool)
 
     # Earlier rounds keep the pictures they were made from: each configuration has tables of its own, and the
     # workspace's holds all pictures that were ever used. The settings come last; they make the round exist.
@@ -72,10 +91,19 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
     known = {image.image_id for image in found.images}
     gone = [row for row in previous.to_pylist() if row["image_id"] not in known]
     space.write_table("images.parquet", to_table([*found.images, *gone], IMAGES))
+    if prompts := prompts_bytes(round_.traits):
+        space.write_bytes(round_file(number, PROMPTS), prompts)
+    else:
+        space.remove(round_file(number, PROMPTS))  # of a start that was broken off before its settings
     write_settings(space, number, config, config.generation, first=number)
     for licence, count in sorted(Counter(image.licence for image in found.images if image.licence).items()):
         say(f"licence of {count} pictures: {licence}")
     return number
+
+
+def _prompts_changed(space: Workspace, first: int, generation: Generation) -> bool:
+    name = round_file(first, PROMPTS)
+    return space.exists(name) and space.read_bytes(name) != prompts_bytes(traits_of(generation))
 
 
 def read_sources(config: Config, previous: list[Image]) -> Scan:

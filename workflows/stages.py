@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any
@@ -38,11 +38,13 @@ from manifests.schema import (
     images_from,
     to_table,
 )
+from manifests.wording import Prompts, from_plain, to_plain
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
 from workflows.config import Config, Generation
 
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
 PICTURE_TABLES = ("images.parquet", "textures.parquet")  # in the folder of a configuration's first round
+PROMPTS = "prompts.json"  # there too, if a generator of the configuration has prompts
 PACKAGES = ("flawsmith", "numpy", "opencv-python-headless", "pillow", "scipy")
 MODEL_PACKAGES = ("torch", "timm", "diffusers", "transformers", "open_clip_torch")
 
@@ -104,8 +106,10 @@ class Round:
             if registry.get(name).load is not None
         }
         packages = PACKAGES + (MODEL_PACKAGES if models else ())
+        prompts = prompts_bytes(self.traits)
         return canonical_json(
             {
+                **({"prompts": hashlib.sha256(prompts).hexdigest()} if prompts else {}),
                 "seed": self.config.seed,
                 "samples": self.config.samples,
                 "output": self.config.output.model_dump(mode="json"),
@@ -118,19 +122,53 @@ class Round:
         )
 
 
-def traits_of(generation: Generation) -> dict[str, Trait]:
-    """What planning must know of each generator in the mix."""
+def traits_of(generation: Generation, stored: Mapping[str, Prompts] | None = None) -> dict[str, Trait]:
+    """What planning must know of each generator in the mix.
+
+    Args:
+        stored: prompts that a workspace keeps, by generator; those that it lacks are read from their bank.
+
+    Raises:
+        UsageError: a prompt bank cannot be read, or does not hold what the configuration asks for.
+    """
     traits = {}
     for name, settings in generation.generators.items():
         generator = registry.get(name)
         params = generator.params.model_validate(settings.params)
+        prompts = (stored or {}).get(name)
+        if prompts is None and generator.prompts is not None:
+            prompts = generator.prompts(params, settings)
         traits[name] = Trait(
             donors=generator.donors(params) if callable(generator.donors) else generator.donors,
             defect=generator.defect,
-            batch_size=generator.batch_size,
-            params=canonical_json(params.model_dump(mode="json")),
+            batch_size=generator.batch_size(params)
+            if callable(generator.batch_size)
+            else generator.batch_size,
+            params=canonical_json({**params.model_dump(mode="json"), **(prompts.params if prompts else {})}),
+            prompts=prompts,
         )
     return traits
+
+
+def prompts_bytes(traits: Mapping[str, Trait]) -> bytes:
+    """Content of ``prompts.json``: what the recipes of each generator are worded with; b"" if none is."""
+    prompts = {name: to_plain(trait.prompts) for name, trait in traits.items() if trait.prompts is not None}
+    return canonical_json(prompts).encode() if prompts else b""
+
+
+def stored_prompts(space: Workspace, first: int) -> dict[str, Prompts]:
+    """Prompts by generator, as the configuration that began with round ``first`` found them.
+
+    Raises:
+        WorkspaceError: the file is damaged.
+    """
+    name = round_file(first, PROMPTS)
+    if not space.exists(name):
+        return {}
+    try:
+        return {key: from_plain(value) for key, value in json.loads(space.read_bytes(name)).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WorkspaceError(f"{space.path(name)} is damaged: {error}; restore it") from error
 
 
 def round_from(
@@ -139,7 +177,9 @@ def round_from(
     generation: Generation,
     images: Sequence[Image],
     textures: Sequence[Image],
+    prompts: Mapping[str, Prompts] | None = None,
 ) -> Round:
+    """``prompts``: see :func:`traits_of`."""
     return Round(
         number,
         config,
@@ -147,15 +187,16 @@ def round_from(
         pool_from(images, textures),
         {image.image_id: image for image in images},
         {texture.image_id: texture for texture in textures},
-        traits_of(generation),
+        traits_of(generation, prompts),
     )
 
 
 def _inputs(space: Workspace, number: int) -> list[bytes]:
-    """The settings of a round and the tables of the pictures that its configuration began with."""
+    """The settings of a round, and the pictures and prompts that its configuration began with."""
     settings = space.read_bytes(round_file(number, "settings.yaml"))
     first = space.read_yaml(round_file(number, "settings.yaml"))["first"]
-    return [settings, *(space.read_bytes(round_file(first, name)) for name in PICTURE_TABLES)]
+    worded = [PROMPTS] if space.exists(round_file(first, PROMPTS)) else []
+    return [settings, *(space.read_bytes(round_file(first, name)) for name in [*PICTURE_TABLES, *worded])]
 
 
 def settings_hash(space: Workspace, number: int) -> str:
@@ -166,7 +207,7 @@ def settings_hash(space: Workspace, number: int) -> str:
 
 @lru_cache(maxsize=2)
 def load_round(workspace: str, number: int, settings: str) -> Round:
-    """Reads a round's settings and pictures; cached a process.
+    """Reads a round's settings, pictures and prompts; cached a process.
 
     Raises:
         WorkspaceError: the settings changed since the job was made, or are not of this version.
@@ -176,7 +217,7 @@ def load_round(workspace: str, number: int, settings: str) -> Round:
         raise WorkspaceError(f"round {number}: its settings changed while the run was under way; run again")
     config, generation, first = read_settings(space, number)
     images, textures = (images_from(space.read_table(round_file(first, name))) for name in PICTURE_TABLES)
-    return round_from(number, config, generation, images, textures)
+    return round_from(number, config, generation, images, textures, stored_prompts(space, first))
 
 
 def read_settings(space: Workspace, number: int) -> tuple[Config, Generation, int]:
@@ -406,6 +447,7 @@ def members_of(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str
         "hollow": outcome.hollow,
         "contrast": outcome.contrast,
         "area": outcome.mask_area,
+        **outcome.measures,
     }
     members["json"] = shards.sample_json(as_row(recipe), scores, provenance)
     return members
@@ -422,6 +464,7 @@ def _row(outcome: Outcome, offset: int, checksum: str) -> dict[str, Any]:
         "leak": outcome.leak,
         "hollow": outcome.hollow,
         "contrast": outcome.contrast,
+        "measures": canonical_json(dict(outcome.measures)) if outcome.measures else "",
         "attempts": outcome.attempts,
         "offset": offset,
         "checksum": checksum,

@@ -1,0 +1,230 @@
+"""Twin chains: an anomaly and its normal counterpart, denoised side by side from one partly noised picture.
+
+Both start from the same noised latents of the normal picture (core.md 1.3) and are denoised by DDIM with the
+same guidance, one towards the anomaly prompt and one towards the normal prompt (1.16). What differs between
+the two decoded pictures is the anomaly: neither the autoencoder's blur nor the model's idea of the material.
+Attention- and prompt-guided steps act on the anomaly chain alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generation.cut.attention import MapReader, anomaly_map, words_of
+from generation.cut.clip import Clip
+from generation.cut.guidance import align, attention_step, refine
+from generation.cut.models import StableDiffusion
+from generation.cut.settings import CutParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One chain.
+
+    Attributes:
+        image: float32 in [0, 1], side×side×3; the normal picture, sides multiples of ``sd.stride``.
+        location: bool, side×side; where the anomaly may be.
+        normal, prompt, detail: the three prompts (core.md 1.10).
+        word: the anomaly word, as it stands in ``prompt``.
+        seed: of the noise.
+    """
+
+    image: np.ndarray
+    location: np.ndarray
+    normal: str
+    prompt: str
+    detail: str
+    word: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Attributes: ``anomaly``, ``normal`` float32 in [0, 1], side×side×3, decoded; ``attention`` float32 in
+    [0, 1], side×side, the word's map averaged over the last part of the chain; ``trace`` figures of the
+    chain: ``attention`` objective at its end, ``cosine`` to the detailed description (NaN without CLIP)."""
+
+    anomaly: np.ndarray
+    normal: np.ndarray
+    attention: np.ndarray
+    trace: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def sample(
+    requests: Sequence[Request],
+    sd: StableDiffusion,
+    reader: MapReader,
+    clip: Clip | None,
+    settings: CutParams,
+) -> list[Twins]:
+    """Runs the chains of one batch.
+
+    Work a step and chain: two to four evaluations of the UNet (``settings.twin``), at every n-th step a pass
+    that stops after the last attention layer read, and in the last part one pass through decoder and CLIP.
+
+    Args:
+        requests: pictures of one size.
+        reader: attached to ``sd``.
+        clip: of the refinement; None leaves it out.
+
+    Returns:
+        One pair a request. A sample's result depends on the others in the batch by rounding only.
+    """
+    image = _tensor([request.image for request in requests]).permute(0, 3, 1, 2)
+    location = F.adaptive_max_pool2d(
+        _tensor([request.location.astype(np.float32) for request in requests])[:, None],
+        [side // sd.factor for side in image.shape[-2:]],
+    )[:, 0].to(sd.device)
+    source = sd.encode(image)
+    noise = torch.stack([_noise(request.seed, source.shape[1:]) for request in requests]).to(sd.device)
+    times = timesteps(len(sd.alphas), settings.steps, settings.gamma)
+    text = _texts(sd, requests, settings)
+    words = words_of(sd, [r.prompt for r in requests], [r.word for r in requests])
+    details = clip.text([r.detail for r in requests]) if clip is not None else None
+
+    alpha = sd.alphas.float()
+    first = alpha[times[0]] if len(times) else torch.tensor(1.0)
+    anomaly = normal = first.sqrt() * source + (1 - first).sqrt() * noise
+    start, held, cosine = (
+        None,
+        torch.full((len(requests),), float("nan")),
+        torch.full((len(requests),), float("nan")),
+    )
+    maps: list[Tensor] = []
+    late = len(times) - max(1, round(settings.window * len(times)))
+    for index, time in enumerate(times):
+        at = torch.full((len(requests),), time, device=sd.device)
+        if settings.attention and index % settings.every == 0:
+            for _ in range(settings.inner):
+                anomaly, start, held = attention_step(
+                    reader, anomaly, at, text.prompt, words, location,
+                    settings.attention, index / len(times), settings.reach, start,
+                )  # fmt: skip
+        wanted = index >= late
+        out_anomaly, out_normal, found = _evaluate(reader, anomaly, normal, at, text, settings, read=wanted)
+        if found is not None:
+            maps.append(anomaly_map(found, words))
+        here = alpha[time]
+        following = alpha[times[index + 1]] if index + 1 < len(times) else alpha[0]
+        clean, direction = _split(sd, anomaly, out_anomaly, here)
+        if clip is not None and details is not None and settings.refinement and wanted:
+            clean, cosine = refine(sd, clip, clean, details, location, settings.refinement)
+        anomaly = following.sqrt() * clean + (1 - following).sqrt() * direction
+        clean, direction = _split(sd, normal, out_normal, here)
+        normal = following.sqrt() * clean + (1 - following).sqrt() * direction
+        # Outside the location both chains are one (latent blending at the level just reached, core.md 1.8).
+        anomaly = location[:, None] * anomaly + (1 - location[:, None]) * normal
+
+    decoded = torch.cat([sd.decode(anomaly[i : i + 1]) for i in range(len(requests))]).clamp(0, 1)
+    twin = torch.cat([sd.decode(normal[i : i + 1]) for i in range(len(requests))]).clamp(0, 1)
+    attention = torch.stack(maps).mean(dim=0) if maps else location
+    attention = F.interpolate(attention[:, None], image.shape[-2:], mode="bilinear", align_corners=False)[
+        :, 0
+    ]
+    return [
+        Twins(
+            _array(decoded[i].permute(1, 2, 0)),
+            _array(twin[i].permute(1, 2, 0)),
+            _array(attention[i].clamp(0, 1)),
+            {"attention": float(held[i]), "cosine": float(cosine[i])},
+        )
+        for i in range(len(requests))
+    ]
+
+
+def timesteps(trained: int, steps: int, gamma: float) -> list[int]:
+    """The executed timesteps, descending: the last int(T·γ) of T evenly spaced ones (core.md 1.3)."""
+    spaced = [index * (trained // steps) + (1 if steps < trained else 0) for index in range(steps)]
+    return spaced[: int(steps * gamma)][::-1]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Embeddings, N×tokens×d each; ``empty`` only where guidance is against the empty prompt."""
+
+    prompt: Tensor
+    normal: Tensor
+    empty: Tensor | None
+
+
+def _texts(sd: StableDiffusion, requests: Sequence[Request], settings: CutParams) -> _Text:
+    """The embeddings of a batch; equal prompts are encoded once."""
+    prompts, normals = [r.prompt for r in requests], [r.normal for r in requests]
+    details = [r.detail for r in requests] if settings.align else []
+    extra = [""] if settings.twin == "empty" else []
+    unique = sorted({*prompts, *normals, *details, *extra})
+    table = dict(zip(unique, sd.embed(unique), strict=True))
+    prompt, normal = (torch.stack([table[text] for text in texts]) for texts in (prompts, normals))
+    if details:
+        words = words_of(sd, prompts, [r.word for r in requests])
+        detail = torch.stack([table[text] for text in details])
+        prompt = align(prompt, normal, detail, words, (_spoken(sd, normals), _spoken(sd, details)))
+    empty = table[""][None].expand_as(prompt) if extra else None
+    return _Text(prompt, normal, empty)
+
+
+def _spoken(sd: StableDiffusion, texts: Sequence[str]) -> Tensor:
+    spoken = torch.zeros((len(texts), sd.context), dtype=torch.bool)
+    for row, ids in enumerate(sd.tokenizer(list(texts))["input_ids"]):
+        spoken[row, 1 : len(ids) - 1] = True
+    return spoken.to(sd.device)
+
+
+def _evaluate(
+    reader: MapReader,
+    anomaly: Tensor,
+    normal: Tensor,
+    at: Tensor,
+    text: _Text,
+    settings: CutParams,
+    *,
+    read: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Guided outputs of both chains in one pass, and the maps of the anomaly prompt if wanted."""
+    count = len(anomaly)
+    parts = {
+        "shared": [(anomaly, text.prompt), (normal, text.normal)],
+        "normal": [(anomaly, text.prompt), (normal, text.normal), (anomaly, text.normal)],
+        "empty": [(anomaly, text.prompt), (normal, text.normal), (anomaly, text.empty), (normal, text.empty)],
+    }[settings.twin]
+    latents = torch.cat([z for z, _ in parts])
+    texts = torch.cat([e for _, e in parts if e is not None])
+    output, maps = reader.predict(latents, at.repeat(len(parts)), texts, slice(0, count if read else 0))
+    found = output.float().chunk(len(parts))
+    weight = settings.guidance
+    if settings.twin == "empty":
+        guided = found[2] + weight * (found[0] - found[2])
+        twin = found[3] + weight * (found[1] - found[3])
+    else:
+        base = found[2] if settings.twin == "normal" else found[1]
+        guided = base + weight * (found[0] - base)
+        twin = found[1]
+    return guided, twin, maps if read else None
+
+
+def _split(sd: StableDiffusion, latents: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """The predicted clean latents x̂₀ and noise of an evaluation (core.md 1.8)."""
+    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    if sd.prediction == "epsilon":
+        return (latents - spread * output) / signal, output
+    return signal * latents - spread * output, signal * output + spread * latents
+
+
+def _noise(seed: int, shape: torch.Size) -> Tensor:
+    """The noise of one sample, on the CPU so that every device gets the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _tensor(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()

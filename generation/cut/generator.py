@@ -1,0 +1,284 @@
+"""CUT: training-free anomalies by Stable Diffusion, as a generator (core.md section 1).
+
+A crop around each spot is brought to the model's size, its twin chains are run, and their difference is added
+to the untouched pixels: small defects keep their detail, and outside the mask nothing changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from generation.compose import local_variation
+from generation.cut.prompts import Texts, prompts_of, texts_of
+from generation.cut.settings import CutParams
+from generation.masks import blobs
+from generation.protocol import Box, Edit, Generator, Source
+from manifests.schema import Recipe
+
+if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not wait for it
+    from generation.cut.attention import MapReader
+    from generation.cut.clip import Clip
+    from generation.cut.models import StableDiffusion
+    from generation.cut.residual import Anomaly
+
+ROOM = 2.2  # area of the place that is given to an anomaly, over the area of the mask that is wanted
+SMALLEST_CROP = 48  # pixels; below it a crop shows too little to be a material
+QUIET = 4.0  # levels; a picture's variation counts at least that much
+FAINT, BOLD = 1.6, 6.0  # contrast asked for at severity 0 and 1, in local variations; the gate stands at 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """Attributes: ``judge`` measures the CLIP gain; it may be ``clip`` itself, or None."""
+
+    sd: StableDiffusion
+    reader: MapReader
+    clip: Clip | None
+    judge: Clip | None
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One anomaly: its crop, the allowed places in it (bool, h×w), its size in pixels, the seed of its noise."""
+
+    crop: Box
+    allowed: np.ndarray
+    wanted: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class CutDraw:
+    spots: tuple[Spot, ...]
+    texts: Texts
+    word: str
+    severity: float
+    settings: CutParams
+
+
+def load(params: Mapping[str, Any], device: str) -> Model:
+    """The checkpoint, its map reader and the CLIP models, ready on ``device``.
+
+    Raises:
+        ModelError: a model cannot be loaded; the message says how to mend it.
+    """
+    from generation.cut.attention import MapReader
+    from generation.cut.clip import load_clip
+    from generation.cut.models import load_sd
+
+    settings = CutParams(**params)
+    sd = load_sd(settings.model, device, settings.dtype)
+    clip = load_clip(settings.clip, device) if settings.clip else None
+    judge = load_clip(settings.judge, device) if settings.judge else clip
+    return Model(sd, MapReader(sd), clip, judge)
+
+
+def identify(params: Mapping[str, Any]) -> dict[str, str]:
+    """Id, revision, weights and licence of every model a sample depends on, for provenance."""
+    from generation.cut.clip import identify_clip
+    from generation.cut.models import identify as identify_sd
+
+    settings = CutParams(**params)
+    found = identify_sd(settings.model)
+    for role, name in (("clip", settings.clip), ("judge", settings.judge)):
+        if name:
+            found |= {f"{role}_{key}": value for key, value in identify_clip(name).items()}
+    return found
+
+
+def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutDraw:
+    """The places and noises of a recipe's spots, and its texts.
+
+    Raises:
+        UsageError: the prompt holds no anomaly word.
+        Undrawable: no room for a spot.
+    """
+    settings = CutParams(**recipe.settings())
+    texts, word = texts_of(recipe)
+    wanted = recipe.area * source.allowed.size / recipe.count
+    spots = [_spot(rng, source.allowed, wanted, settings) for _ in range(recipe.count)]
+    return CutDraw(tuple(spots), texts, word, recipe.severity, settings)
+
+
+def _spot(rng: np.random.Generator, allowed: np.ndarray, wanted: float, settings: CutParams) -> Spot:
+    if settings.free:
+        box, region = (0, allowed.shape[0], 0, allowed.shape[1]), allowed
+    else:
+        room = min(ROOM * wanted, 0.9 * int(allowed.sum()))
+        box, region = blobs(rng, allowed, max(room, 1.0) / allowed.size, 1)
+    crop = crop_around(box, allowed.shape, settings.zoom)
+    inside = np.zeros((crop[1] - crop[0], crop[3] - crop[2]), np.bool_)
+    inside[box[0] - crop[0] : box[1] - crop[0], box[2] - crop[2] : box[3] - crop[2]] = region
+    return Spot(crop, inside, wanted, int(rng.integers(2**63)))
+
+
+def crop_around(box: Box, shape: tuple[int, ...], zoom: float) -> Box:
+    """A square around a box, which takes ``zoom`` of its side, moved into the picture and cut to it."""
+    side = max(round(max(box[1] - box[0], box[3] - box[2]) / zoom), SMALLEST_CROP)
+    corners: list[int] = []
+    for low, high, full in ((box[0], box[1], shape[0]), (box[2], box[3], shape[1])):
+        length = min(side, full)
+        start = min(max((low + high - length) // 2, 0), full - length)
+        corners += [start, start + length]
+    return corners[0], corners[1], corners[2], corners[3]
+
+
+def apply(sources: Sequence[Source], draws: Sequence[CutDraw], model: Model) -> list[Edit]:
+    """Every spot's chain, in batches of ``settings.batch`` chains, and the edits they give.
+
+    Where memory runs out, the whole batch is made again with half as many chains at a time; the smaller
+    number is in the edit's measures, and replay uses it.
+    """
+    import torch
+
+    batch = draws[0].settings.batch
+    while True:
+        try:
+            return _apply(sources, draws, model, batch)
+        except (torch.OutOfMemoryError, MemoryError):
+            if batch == 1:
+                raise
+            batch //= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _apply(sources: Sequence[Source], draws: Sequence[CutDraw], model: Model, batch: int) -> list[Edit]:
+    from generation.cut.chain import Request, sample
+    from generation.cut.residual import compose_twins
+
+    tasks = [(i, spot) for i, one in enumerate(draws) for spot in one.spots]
+    requests = [
+        Request(
+            *_fitted(sources[i].crop(spot.crop), spot.allowed, model.sd, draws[i].settings),
+            draws[i].texts.normal,
+            draws[i].texts.prompt,
+            draws[i].texts.detail,
+            draws[i].word,
+            spot.seed,
+        )
+        for i, spot in tasks
+    ]
+    twins: dict[int, Any] = {}
+    order = sorted(range(len(tasks)), key=lambda k: requests[k].image.shape)
+    for _, same in groupby(order, key=lambda k: requests[k].image.shape):
+        alike = list(same)
+        for at in range(0, len(alike), batch):
+            chosen = alike[at : at + batch]
+            found = sample(
+                [requests[k] for k in chosen], model.sd, model.reader, model.clip, draws[0].settings
+            )
+            twins |= dict(zip(chosen, found, strict=True))
+    edits = []
+    for i, (source, one) in enumerate(zip(sources, draws, strict=True)):
+        mine = [k for k, (owner, _) in enumerate(tasks) if owner == i]
+        anomalies = []
+        for k in mine:
+            spot = tasks[k][1]
+            contrast = _contrast(source, spot, one.severity)
+            crop = source.crop(spot.crop)
+            anomalies.append(compose_twins(crop, twins[k], spot.allowed, spot.wanted, contrast, one.settings))
+        traces = [twins[k].trace for k in mine]
+        edits.append(_merged(source, one, anomalies, traces, model, batch))
+    return edits
+
+
+def _contrast(source: Source, spot: Spot, severity: float) -> float:
+    """The mean change that a severity asks for, in [0, 1]."""
+    variation = local_variation(source.pixels, spot.crop, spot.allowed.view(np.uint8))
+    return (FAINT + (BOLD - FAINT) * severity) * max(variation, QUIET) / 255
+
+
+def _fitted(
+    crop: np.ndarray, allowed: np.ndarray, sd: StableDiffusion, settings: CutParams
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop and its allowed places at the model's size: about ``size``² pixels, its aspect kept as nearly as
+    multiples of the stride allow, three channels."""
+    size = settings.size or sd.size
+    height, width = crop.shape[:2]
+    ratio = math.sqrt(height / width)
+    tall, wide = (max(1, round(size * factor / sd.stride)) * sd.stride for factor in (ratio, 1 / ratio))
+    way = cv2.INTER_AREA if height >= tall and width >= wide else cv2.INTER_CUBIC
+    picture = cv2.resize(np.ascontiguousarray(crop), (wide, tall), interpolation=way).reshape(tall, wide, -1)
+    picture = picture if picture.shape[2] == 3 else np.repeat(picture, 3, axis=2)
+    place = cv2.resize(allowed.astype(np.float32), (wide, tall), interpolation=cv2.INTER_AREA) > 0
+    return np.clip(picture, 0, 1), place
+
+
+def _merged(
+    source: Source,
+    one: CutDraw,
+    anomalies: Sequence[Anomaly],
+    traces: Sequence[Mapping[str, float]],
+    model: Model,
+    batch: int,
+) -> Edit:
+    """The spots of one sample in one box; where two overlap, the stronger change stays."""
+    corners = np.array([spot.crop for spot in one.spots])
+    y0, x0 = corners[:, [0, 2]].min(axis=0).tolist()
+    y1, x1 = corners[:, [1, 3]].max(axis=0).tolist()
+    before = source.crop((y0, y1, x0, x1))
+    change = np.zeros_like(before)
+    region = np.zeros(before.shape[:2], np.bool_)
+    for spot, found in zip(one.spots, anomalies, strict=True):
+        part = np.s_[spot.crop[0] - y0 : spot.crop[1] - y0, spot.crop[2] - x0 : spot.crop[3] - x0]
+        new = found.patch - before[part]
+        stronger = np.abs(new).max(axis=2) > np.abs(change[part]).max(axis=2)
+        change[part] = np.where(stronger[..., None], new, change[part])
+        region[part] |= found.region
+    patch = np.clip(before + change, 0, 1)
+    measures = {
+        name: float(np.min([found.measures[name] for found in anomalies])) for name in anomalies[0].measures
+    }
+    measures["attention"] = float(np.mean([trace["attention"] for trace in traces]))
+    if model.judge is not None:
+        measures["clip_gain"] = _gain(source, one, patch, (y0, x0), model.judge)
+    if batch < one.settings.batch:
+        measures["batch"] = batch
+    kept = {name: value for name, value in measures.items() if math.isfinite(value)}
+    return Edit((y0, y1, x0, x1), patch, region, kept)
+
+
+def _gain(source: Source, one: CutDraw, patch: np.ndarray, corner: tuple[int, int], judge: Clip) -> float:
+    """Cosine to the detailed description after the edit minus before it, mean over the spots' crops."""
+    import torch
+
+    pictures = []
+    for spot in one.spots:
+        y0, y1, x0, x1 = spot.crop
+        after = patch[y0 - corner[0] : y1 - corner[0], x0 - corner[1] : x1 - corner[1]]
+        pictures += [source.crop(spot.crop), after]
+    detail = judge.text([one.texts.detail])
+    with torch.no_grad():
+        found = [
+            float(judge.similarity(torch.from_numpy(_rgb(picture)).permute(2, 0, 1)[None], detail)[0])
+            for picture in pictures
+        ]
+    return float(np.mean(found[1::2]) - np.mean(found[0::2]))
+
+
+def _rgb(picture: np.ndarray) -> np.ndarray:
+    return picture if picture.shape[2] == 3 else np.repeat(picture, 3, axis=2)
+
+
+GENERATOR = Generator(
+    name="cut",
+    family="cut",
+    summary="what a prompt says, drawn by Stable Diffusion: cracks, dents, stains, missing pieces…",
+    draw=draw,
+    apply=apply,
+    params=CutParams,
+    defect="defect",
+    load=load,
+    identify=identify,
+    batch_size=lambda params: params.batch,
+    gpu=True,
+    prompts=prompts_of,
+)

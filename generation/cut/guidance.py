@@ -1,0 +1,138 @@
+"""The two gradients that make the anomaly: attention to its word, and likeness to its description (core.md 1.5).
+
+Steps have a fixed length: each sample's gradient is divided by its root mean square over the allowed latents
+(inference: the released step sizes fit the gradients of one checkpoint; a length in latents fits any).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from generation.cut.attention import MapReader, Words, anomaly_map
+from generation.cut.clip import Clip
+from generation.cut.models import StableDiffusion
+
+ATTENTION_STEP = 0.01  # root mean square of a step at α = 1, in units of the latents' deviation
+IMAGE_STEP = 0.15  # of a refinement step at strength 1
+ALIGN_STEPS, ALIGN_RATE = 20, 0.1  # of the initial alignment, as released (core.md 1.7)
+
+
+def attention_step(
+    reader: MapReader,
+    latents: Tensor,
+    t: Tensor,
+    text: Tensor,
+    words: Words,
+    location: Tensor,
+    strength: float,
+    progress: float,
+    reach: float,
+    start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step towards a strong, localised map of the anomaly word.
+
+    L_att = 1 − max over the location; step length α_t = λ·(1 + Δ)·n_t / n_start, clipped to [0, 4λ] (core.md
+    1.5, 1.8), n = places above the map's own mean within the location. A sample whose map reaches ``reach``
+    rests.
+
+    Args:
+        latents: N×c×h×w; no gradient needed.
+        t: int64, N.
+        text: N×tokens×d of the anomaly prompts.
+        location: float32, N×h×w in {0, 1}; where the anomaly may be.
+        strength: λ.
+        progress: Δ, share of the executed chain that is done, in [0, 1].
+        start: n_start of each sample, float32, N; None at the first step.
+
+    Returns:
+        The latents, moved within the location only; n_start; the objective max A⊙m before the step, N.
+    """
+    with torch.enable_grad():
+        z = latents.detach().requires_grad_(True)
+        maps = anomaly_map(reader.maps(z, t, text), words)
+        inside = _resize(location, maps.shape[-2:])
+        held = (maps * inside).amax(dim=(1, 2))
+        (gradient,) = torch.autograd.grad(held.sum(), z)
+    found = maps.detach()
+    active = ((found > found.mean(dim=(1, 2), keepdim=True)) & (inside > 0)).sum(dim=(1, 2)).float()
+    start = active.clamp(min=1) if start is None else start
+    alpha = (strength * (1 + progress) * active / start).clamp(0, 4 * strength)
+    alpha = alpha * (held.detach() < reach)
+    step = ATTENTION_STEP * alpha[:, None, None, None] * _unit(gradient * location[:, None], location)
+    return latents + step, start, held.detach()
+
+
+def refine(
+    sd: StableDiffusion, clip: Clip, clean: Tensor, detail: Tensor, location: Tensor, strength: float
+) -> tuple[Tensor, Tensor]:
+    """One step of the predicted clean latents towards the detailed description.
+
+    L_img = 1 − cos(CLIP_text(c′), CLIP_image(decode(x̂₀))) (core.md 1.5, 1.8). The step is taken on x̂₀ itself,
+    as if the UNet did not depend on the latents: a gradient through decoder and CLIP alone (inference; the
+    manifold-preserving guidance of He et al. 2023 does the same).
+
+    Args:
+        clean: x̂₀, N×c×h×w.
+        detail: N×d, CLIP's embeddings of the descriptions.
+        location: float32, N×h×w in {0, 1}.
+
+    Returns:
+        The moved latents, and the cosine before the step, N.
+    """
+    with torch.enable_grad():
+        z = clean.detach().requires_grad_(True)
+        cosine = clip.similarity(sd.decode(z).clamp(0, 1), detail)
+        (gradient,) = torch.autograd.grad(cosine.sum(), z)
+    step = IMAGE_STEP * strength * _unit(gradient * location[:, None], location)
+    return clean + step, cosine.detach()
+
+
+def align(
+    text: Tensor, normal: Tensor, detail: Tensor, words: Words, spoken: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Moves the rows of the anomaly word in the direction "normal prompt → detailed prompt" (core.md 1.7).
+
+    The corrected form: cosine over the embedding axis between e_anom − mean(E_normal) and mean(E_detailed) −
+    mean(E_normal), means over the prompts' own tokens; twenty steps of 0.1; rows keep their length.
+
+    Args:
+        text, normal, detail: N×tokens×d, embeddings of the three prompts.
+        words: of ``text``.
+        spoken: bool, N×tokens each: the own tokens of ``normal`` and ``detail``.
+
+    Returns:
+        N×tokens×d; only rows of the anomaly word differ from ``text``.
+    """
+    start = _mean(normal, spoken[0])
+    wanted = _mean(detail, spoken[1]) - start
+    rows = words.anomaly[:, :, None] > 0
+    length = text.norm(dim=-1, keepdim=True)
+    current = text
+    for _ in range(ALIGN_STEPS):
+        with torch.enable_grad():
+            e = current.detach().requires_grad_(True)
+            cosine = torch.cosine_similarity(e - start[:, None], wanted[:, None], dim=-1)
+            (gradient,) = torch.autograd.grad((cosine * rows[:, :, 0]).sum(), e)
+        moved = current + ALIGN_RATE * length * gradient
+        current = torch.where(rows, moved * length / moved.norm(dim=-1, keepdim=True).clamp(min=1e-6), text)
+    return current
+
+
+def _mean(text: Tensor, spoken: Tensor) -> Tensor:
+    weight = spoken.float()
+    return (text * weight[:, :, None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _unit(gradient: Tensor, location: Tensor) -> Tensor:
+    """Each sample divided by its root mean square over the allowed latents; 0 stays 0."""
+    places = location.sum(dim=(1, 2)).clamp(min=1) * gradient.shape[1]
+    rms = (gradient.square().sum(dim=(1, 2, 3)) / places).sqrt()
+    return torch.where(rms[:, None, None, None] > 0, gradient / rms.clamp(min=1e-30)[:, None, None, None], 0)
+
+
+def _resize(location: Tensor, shape: torch.Size) -> Tensor:
+    """A place counts if any of its latents is allowed."""
+    if location.shape[-2:] == shape:
+        return location
+    return torch.nn.functional.adaptive_max_pool2d(location[:, None], shape)[:, 0]

@@ -1,0 +1,200 @@
+"""Prompts of a recipe: templates of a prompt bank, filled with words that follow the recipe's numbers.
+
+A template holds ``{object}`` and, if it likes, ``{size}``, ``{shape}`` and ``{severity}``. What planning
+needs of a bank is here as plain data, because a plan is made without the generator that will use it.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from manifests.errors import UsageError
+
+SLOTS = ("object", "size", "shape", "severity")
+SIZES = (("tiny",), ("small", "short"), ("medium",), ("large", "long", "wide"))
+SIZE_STEPS = (0.001, 0.01, 0.04)  # share of the picture; the first two divide the tables' sizes as well
+SEVERITIES = (("faint",), ("slight",), ("clear",), ("strong", "deep"))
+SEVERITY_STEPS = (0.25, 0.5, 0.75)
+DRAWS = 6  # numbers in [0, 1) that one recipe's words take: entry, prompt, detail, size, shape, severity
+
+_SLOT = re.compile(r"(?:\b([Aa])n? )?\{(\w+)\}")
+# Vowel letters that sound like consonants (a uniform, a used, a European, a one-way), and the reverse.
+_LIKE_CONSONANT = re.compile(r"uni(?!n|m)|us[aeib]|ut[ei]|u-|eu|ewe|one\b|once\b", re.IGNORECASE)
+_LIKE_VOWEL = re.compile(r"hour|honest|honou?r|heir|x-ray|led\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One entry of a bank, as planning uses it.
+
+    Attributes:
+        defect: the name in tables.
+        prompts, details: templates; never empty.
+        size, shape, severity: words for the slots; empty if no template has the slot. ``size`` and
+            ``severity`` hold words of ``SIZES`` and ``SEVERITIES`` only.
+        categories: the only ones it is for; empty: all.
+    """
+
+    defect: str
+    prompts: tuple[str, ...]
+    details: tuple[str, ...]
+    size: tuple[str, ...] = ()
+    shape: tuple[str, ...] = ()
+    severity: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[str, ...], ...]:
+        """Words to choose from, one tuple a step of ``SIZE_STEPS``."""
+        return _by_step(self.size, SIZES)
+
+    @cached_property
+    def severities(self) -> tuple[tuple[str, ...], ...]:
+        """Words to choose from, one tuple a step of ``SEVERITY_STEPS``."""
+        return _by_step(self.severity, SEVERITIES)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the recipes of one generator are worded with.
+
+    Attributes:
+        entries: what is drawn from, equally often.
+        nouns: what the object is called, by category; other categories see :func:`noun_of`.
+        params: settings of the generator that follow from the bank and must be in the recipe; they replace
+            those of the configuration.
+    """
+
+    entries: tuple[Wording, ...]
+    nouns: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _found(self) -> dict[str, tuple[str, tuple[Wording, ...]]]:
+        return {}
+
+    def of(self, category: str) -> tuple[str, tuple[Wording, ...]]:
+        """(noun, entries) of a category; found once.
+
+        Raises:
+            UsageError: no entry is for this category.
+        """
+        if category not in self._found:
+            entries = tuple(e for e in self.entries if not e.categories or category in e.categories)
+            if not entries:
+                named = sorted({name for entry in self.entries for name in entry.categories})
+                raise UsageError(
+                    f"no prompt is for the category {category!r}, only for {', '.join(named)}: add entries "
+                    "for it to the bank (params.bank), or entries without `categories`, which are for all"
+                )
+            self._found[category] = (self.nouns.get(category) or noun_of(category), entries)
+        return self._found[category]
+
+    def words(
+        self, category: str, area: float, severity: float, draws: Sequence[float]
+    ) -> tuple[str, str, str]:
+        """(defect, prompt, detail) of one recipe.
+
+        Args:
+            area, severity: of the recipe; see :func:`write` for the words they give.
+            draws: ``DRAWS`` numbers in [0, 1).
+        """
+        noun, entries = self.of(category)
+        entry = pick(entries, draws[0])
+        return (entry.defect, *write(entry, noun, area, severity, draws[1:]))
+
+
+def write(entry: Wording, noun: str, area: float, severity: float, draws: Sequence[float]) -> tuple[str, str]:
+    """(prompt, detail) of an entry, both with the same words.
+
+    The size word follows the area, as a share of the picture: tiny below 0.1 %, small (short) below 1 %,
+    medium below 4 %, large (long, wide) from there on. The severity word follows the severity: faint below
+    0.25, slight below 0.5, clear below 0.75, strong (deep) from there on. Where an entry lacks the word, its
+    nearest is taken.
+
+    Args:
+        draws: ``DRAWS - 1`` numbers in [0, 1): which prompt, detail, size, shape and severity word.
+    """
+    size = pick(entry.sizes[bisect_right(SIZE_STEPS, area)], draws[2])
+    shape = pick(entry.shape, draws[3])
+    strength = pick(entry.severities[bisect_right(SEVERITY_STEPS, severity)], draws[4])
+    return (
+        fill_template(pick(entry.prompts, draws[0]), noun, size, shape, strength),
+        fill_template(pick(entry.details, draws[1]), noun, size, shape, strength),
+    )
+
+
+def pick(items: Sequence[Any], draw: float) -> Any:
+    """The item at a share ``draw`` in [0, 1) of the list; "" of an empty one."""
+    return items[int(draw * len(items))] if items else ""
+
+
+@lru_cache(maxsize=2**15)
+def fill_template(template: str, noun: str, size: str = "", shape: str = "", severity: str = "") -> str:
+    """The template with its slots filled; an article right before a slot fits the word that comes after it.
+
+    >>> fill_template("a photo of a {object} with a {shape} crack on it", "metal nut", shape="irregular")
+    'a photo of a metal nut with an irregular crack on it'
+    """
+    words = {"object": noun, "size": size, "shape": shape, "severity": severity}
+
+    def word(found: re.Match[str]) -> str:
+        text = words[found[2]]
+        return text if found[1] is None else f"{found[1]}{'n' if _takes_an(text) else ''} {text}"
+
+    return _SLOT.sub(word, template)
+
+
+def _takes_an(word: str) -> bool:
+    if _LIKE_VOWEL.match(word):
+        return True
+    return word[:1].lower() in ("a", "e", "i", "o", "u") and not _LIKE_CONSONANT.match(word)
+
+
+def noun_of(category: str) -> str:
+    """What to call the object of a category: its name without digits, underscores and dashes, in lower case;
+    "object" if nothing is left.
+
+    >>> noun_of("Metal_nut-02"), noun_of("0815")
+    ('metal nut', 'object')
+    """
+    return plain(re.sub(r"\d+", " ", category)) or "object"
+
+
+def plain(name: str) -> str:
+    """A name as words: underscores, dashes and other signs become spaces, in lower case."""
+    return " ".join(re.sub(r"[\W_]+", " ", name).lower().split())
+
+
+def _by_step(words: Sequence[str], steps: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """For every step the words of the nearest step that has any; of two equally near ones, the smaller."""
+    own = [tuple(word for word in words if word in step) for step in steps]
+    known = [at for at, step in enumerate(own) if step]
+    return tuple(own[min(known, key=lambda k: (abs(k - at), k))] if known else () for at in range(len(steps)))
+
+
+def to_plain(prompts: Prompts) -> dict[str, Any]:
+    """As values of JSON."""
+    return {
+        "entries": [asdict(entry) for entry in prompts.entries],
+        "nouns": dict(prompts.nouns),
+        "params": dict(prompts.params),
+    }
+
+
+def from_plain(value: Mapping[str, Any]) -> Prompts:
+    """What :func:`to_plain` gave, also after a way through JSON.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is not of that form.
+    """
+    entries = tuple(
+        Wording(entry.pop("defect"), **{name: tuple(texts) for name, texts in entry.items()})
+        for entry in map(dict, value["entries"])
+    )
+    return Prompts(entries, dict(value["nouns"]), dict(value["params"]))

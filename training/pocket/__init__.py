@@ -1,0 +1,1 @@
+"""The embedded models: small Stable Diffusion and CLIP checkpoints, trained here from pictures drawn by code."""

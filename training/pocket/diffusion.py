@@ -1,0 +1,229 @@
+"""The pocket diffusion model: a small UNet on the autoencoder's latents, and the text encoder it listens to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from training.pocket import autoencoder, legs
+from training.pocket.captions import defect_caption, normal_caption, thing
+from training.pocket.damage import damage
+from training.pocket.pictures import SIDE, Photographs, numbered
+from training.pocket.vocabulary import Vocabulary
+
+WIDTHS = (96, 192)
+TEXT_WIDTH = 128
+BATCH = 32
+PEAK = 7e-4
+DROPPED = 0.1  # captions left empty, for classifier-free guidance
+EMPHASIS = 4.0  # weight of a latent that a defect covers, over one that it does not touch
+LOW_NOISE = 1.35  # timesteps are 1000·u^1.35: synthesis starts from partly noised pictures, seldom from noise
+MIN_SNR = 5.0  # min-SNR weighting (Hang et al. 2023)
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIDE // 8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def text_encoder(vocabulary_size: int) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=vocabulary_size - 2,
+            eos_token_id=vocabulary_size - 1,
+        )
+    )
+
+
+class Model(nn.Module):
+    """UNet and text encoder, trained together."""
+
+    def __init__(self, vocabulary_size: int):
+        super().__init__()
+        self.unet = unet()
+        self.text = text_encoder(vocabulary_size)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Encoded training pictures. ``latents`` float32 N×4×16×16, unscaled posterior means; ``cover`` float32
+    N×1×16×16, share of each cell that a defect covers; ``captions`` one a picture."""
+
+    latents: Tensor
+    cover: Tensor
+    captions: list[str]
+
+
+class Encoded(IterableDataset[Latents]):
+    """Scenes from ``start`` on: each once as it is and twice damaged, encoded by the frozen autoencoder."""
+
+    def __init__(self, seed: int, start: int, scenes: int, photos: Photographs, vae: AutoencoderKL):
+        self.seed, self.start, self.scenes, self.photos, self.vae = seed, start, scenes, photos, vae
+
+    def __iter__(self) -> Iterator[Latents]:
+        cv2.setNumThreads(0)
+        torch.set_num_threads(1)
+        number = self.start
+        while True:
+            yield self._encode(range(number, number + self.scenes))
+            number += self.scenes
+
+    @torch.inference_mode()
+    def _encode(self, numbers: range) -> Latents:
+        pictures, covers, captions = [], [], []
+        for number in numbers:
+            rng, scene = numbered(self.seed, number, self.photos)
+            noun = thing(rng, scene)
+            found = [damage(rng, scene) for _ in range(2)]
+            pictures += [scene.pixels, *(one.pixels for one in found)]
+            covers += [
+                np.zeros(scene.part.shape, np.float32),
+                *(one.mask.astype(np.float32) for one in found),
+            ]
+            captions += [normal_caption(rng, noun), *(defect_caption(rng, noun, one) for one in found)]
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            means = self.vae.encode(images).latent_dist.mean.float()
+        cover = nn.functional.avg_pool2d(torch.from_numpy(np.stack(covers))[:, None], 8)
+        return Latents(means.clone(), cover, captions)
+
+
+def frozen_autoencoder(out: Path) -> AutoencoderKL:
+    """The average of the trained autoencoder."""
+    state = legs.load(out / "autoencoder.pt")
+    assert state is not None, "the autoencoder comes first"
+    vae = autoencoder.network()
+    vae.load_state_dict(state["average"])
+    return vae.eval().requires_grad_(False)
+
+
+def measure_scaling(vae: AutoencoderKL, photos: Photographs) -> float:
+    """1 / deviation of the latents over 384 training pictures: the checkpoint's ``scaling_factor``."""
+    sample = next(iter(Encoded(987_654, 0, 128, photos, vae)))
+    return float(1 / sample.latents.std())
+
+
+def train(out: Path, steps: int, seed: int, photos: Photographs) -> Path:
+    """Trains, or goes on training, until ``steps``; returns the checkpoint ``diffusion.pt``."""
+    path = out / "diffusion.pt"
+    torch.manual_seed(seed)
+    words = Vocabulary()
+    model = Model(words.size)
+    vae = frozen_autoencoder(out)
+    state = legs.load(path)
+    scaling = state["scaling"] if state else round(measure_scaling(vae, photos), 5)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=1e-3)
+    average, step = legs.snapshot(model), 0
+    if state is not None:
+        model.load_state_dict(state["network"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, step = state["average"], state["step"]
+    alphas = DDIMScheduler.from_config(SCHEDULE).alphas_cumprod
+    threads = torch.get_num_threads()
+    scenes = 2 * BATCH // 3 + 1
+    loader = iter(
+        DataLoader(
+            Encoded(seed, step * scenes, scenes, photos, vae),
+            batch_size=None,
+            num_workers=1,
+            prefetch_factor=4,
+        )
+    )
+    torch.set_num_threads(threads)
+    started = shown = saved = time.perf_counter()
+    first_step, losses = step, []
+    while step < steps:
+        batch = next(loader)
+        stream = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        pick = torch.randperm(len(batch.captions), generator=stream)[:BATCH]
+        captions = [batch.captions[i] for i in pick.tolist()]
+        dropped = (torch.rand(BATCH, generator=stream) < DROPPED).tolist()
+        ids = words(["" if empty else caption for empty, caption in zip(dropped, captions, strict=True)])
+        clean, cover = batch.latents[pick] * scaling, batch.cover[pick]
+        for group in optimiser.param_groups:
+            group["lr"] = legs.rate(step, steps, PEAK)
+        loss = _loss(model, clean, cover, ids, alphas, stream)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        legs.blend(average, model, min(0.999, 1 - 1 / (step + 1)))
+        losses.append(loss.item())
+        now = time.perf_counter()
+        if now - shown > legs.SHOW_SECONDS or step == steps:
+            pace = (step - first_step) * BATCH / (now - started)
+            print(
+                f"diffusion {step}/{steps}  loss {sum(losses) / len(losses):.4f}  {pace:.1f} pictures/s",
+                flush=True,
+            )
+            shown, losses = now, []
+        if now - saved > legs.SAVE_SECONDS or step == steps:
+            legs.save(
+                path,
+                {
+                    "network": model.state_dict(),
+                    "average": average,
+                    "optimiser": optimiser.state_dict(),
+                    "step": step,
+                    "scaling": scaling,
+                },
+            )
+            saved = now
+    return path
+
+
+def _loss(
+    model: Model, clean: Tensor, cover: Tensor, ids: Tensor, alphas: Tensor, stream: torch.Generator
+) -> Tensor:
+    """v-prediction with min-SNR weights, heavier where the defect is."""
+    t = (1000 * torch.rand(len(clean), generator=stream) ** LOW_NOISE).long().clamp(max=999)
+    noise = torch.randn(clean.shape, generator=stream)
+    alpha = alphas[t].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    with torch.autocast("cpu", torch.bfloat16):
+        text = model.text(ids).last_hidden_state
+        found = model.unet(noisy, t, text).sample
+    snr = alpha / (1 - alpha)
+    weight = snr.clamp(max=MIN_SNR) / (snr + 1)
+    place = 1 + (EMPHASIS - 1) * cover.sqrt()
+    return (weight * place * (found.float() - wanted).square()).mean() / place.mean()
