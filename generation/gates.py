@@ -59,8 +59,9 @@ def judge(
         measures: the generator's own figures; those that no gate knows are ignored.
 
     Returns:
-        ``constant`` (the model's picture), ``no anomaly`` (the word took no hold), ``empty``, ``area``, ``leak``,
-        ``hollow``, ``contrast``, ``duplicate of the source``, ``clip``, ``duplicate of a sample``, or "".
+        ``constant`` (the model's picture), ``no anomaly`` (the word took no hold), ``empty``, ``area``,
+        ``leak``, ``hollow``, ``contrast``, ``duplicate of the source``, ``clip``,
+        ``duplicate of a sample``, or "".
     """
     for name, limit, reason in (
         ("spread", gates.spread_min, "constant"),

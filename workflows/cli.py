@@ -29,6 +29,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Check a configuration, or show it with every default.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+pocket_app = typer.Typer(
+    help="The small models that are shipped for machines without a hub.", no_args_is_help=True
+)
+app.add_typer(pocket_app, name="pocket")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `source: FOLDER` is enough")]
 WorkspaceOption = Annotated[
@@ -320,6 +324,80 @@ def prompts(
 
     bank = write_bank(categories, endpoint, model, out, key_variable=api_key_env, timeout=timeout)
     typer.echo(f"{out}: {len(bank.entries)} entries for {len(set(categories))} categories")
+
+
+@app.command(
+    "try",
+    epilog='Examples: flawsmith try plate.png --prompt "a photo of a steel plate with a scratch on it" | '
+    'flawsmith try plate.png --prompt "a photo of a plate with scorch marks" --word "scorch marks" '
+    "--mask where.png --set steps=30 --set guidance=8",
+)
+def try_(
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="a picture of a good part")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help='"a photo of a … with a …"; holds the word for the anomaly'),
+    ] = None,
+    detail: Annotated[str, typer.Option(metavar="TEXT", help="a longer description of the anomaly")] = "",
+    normal: Annotated[
+        str, typer.Option(metavar="TEXT", help="the good part; default: the prompt up to its anomaly")
+    ] = "",
+    word: Annotated[
+        str, typer.Option(metavar="WORD", help="the anomaly in the prompt; default: the one that is known")
+    ] = "",
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where the anomaly may be: what is not black")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Stable Diffusion 1.x or 2.x: pocket, folder or hub id")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(metavar="NAME", help="pocket, folder, MODEL/TAG, or none: no refinement")
+    ] = None,
+    area: Annotated[float, typer.Option(min=1e-5, max=0.5, help="wanted share of the picture")] = 0.02,
+    severity: Annotated[float, typer.Option(min=0, max=1, help="0 barely visible, 1 strongest")] = 0.7,
+    count: Annotated[int, typer.Option(min=1, max=32, help="how many spots")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="another seed, another anomaly")] = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of `cut`, as in params")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="default: PICTURE's name with -cut", show_default=False)
+    ] = None,
+) -> None:
+    """One anomaly on one picture, drawn by a diffusion model: anomaly.png, mask.png and side_by_side.png.
+
+    What an earlier try wrote in the folder is replaced; other files never are. A result that the gates of a
+    run would reject is written all the same, and the line says which gate.
+    """
+    from workflows.trying import Wish, missing_prompt, parse_settings, try_picture
+
+    if prompt is None or not prompt.strip():
+        raise missing_prompt(picture)
+    named: dict[str, str | None] = {"model": model} if model is not None else {}
+    if clip is not None:
+        named["clip"] = clip if clip.lower() != "none" else None
+    params = {**named, **parse_settings(set_ or [])}
+    wish = Wish(prompt, detail, normal, word, area, severity, count, seed, params)
+    typer.echo(try_picture(picture, wish, mask=mask, out=out))
+
+
+@pocket_app.command("train", epilog="Example: flawsmith pocket train --out pocket --textures free-textures")
+def pocket_train(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="for checkpoints and the finished sd/ and clip/")],
+    textures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="free pictures of surfaces without defects")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of pictures and weights")] = 0,
+) -> None:
+    """Train the shipped models again, from pictures that code draws. Takes about HOURS hours on two cores.
+
+    Goes on where it stopped; finished parts are skipped.
+    """
+    from training.pocket.train import train_all
+
+    sd, clip = train_all(out, textures, seed)
+    typer.echo(f"{sd} and {clip}: name them as `model` and `clip` of the generator cut")
 
 
 @config_app.command("check", epilog="Example: flawsmith config check config.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -58,3 +59,15 @@ def progress(title: str, total: int | None, unit: str = "") -> Iterator[Advance]
 
 def say(text: str) -> None:
     console.print(text, markup=False)
+
+
+@contextmanager
+def late(text: str, seconds: float = 2.0) -> Iterator[None]:
+    """Says what is going on, but only where it takes longer than ``seconds``."""
+    timer = threading.Timer(seconds, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

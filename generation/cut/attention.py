@@ -77,12 +77,18 @@ class MapReader:
 
     @contextmanager
     def _reading(self, rows: slice, *, stop: bool) -> Iterator[list[Tensor]]:
-        # Off outside of a pass: gradient checkpointing runs layers a second time during backward.
+        # Gradient checkpointing runs layers a second time during backward, when nobody reads: the layers that
+        # are read keep their activations instead.
+        again = [t for t in self._transformers if t.gradient_checkpointing]
         self._maps, self._rows, self._stop = [], rows, stop
+        for transformer in again:
+            transformer.gradient_checkpointing = False
         try:
             yield self._maps
         finally:
             self._maps, self._stop = None, False
+            for transformer in again:
+                transformer.gradient_checkpointing = True
 
     def _store(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
         if self._maps is None:
@@ -131,7 +137,7 @@ class Words:
     Attributes:
         spoken: bool, N×tokens; the prompt's own tokens: neither begin, end nor padding, which would swallow
             the softmax (core.md 7).
-        anomaly: float32, N×tokens; equal weights over the anomaly's tokens, which sum to 1.
+        anomaly: float32, N×tokens in {0, 1}; the anomaly's tokens.
     """
 
     spoken: Tensor
@@ -150,7 +156,7 @@ def words_of(sd: StableDiffusion, prompts: Sequence[str], anomalies: Sequence[st
     for row, (prompt, word, length) in enumerate(zip(prompts, anomalies, lengths, strict=True)):
         at = token_positions(sd, prompt, word)
         spoken[row, 1 : length - 1] = True
-        anomaly[row, at] = 1 / len(at)
+        anomaly[row, at] = 1
     return Words(spoken.to(sd.device), anomaly.to(sd.device))
 
 

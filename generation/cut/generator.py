@@ -24,6 +24,7 @@ from manifests.schema import Recipe
 
 if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not wait for it
     from generation.cut.attention import MapReader
+    from generation.cut.chain import Twins
     from generation.cut.clip import Clip
     from generation.cut.models import StableDiffusion
     from generation.cut.residual import Anomaly
@@ -46,7 +47,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Spot:
-    """One anomaly: its crop, the allowed places in it (bool, h×w), its size in pixels, the seed of its noise."""
+    """One anomaly: its crop, the allowed places in it (bool, h×w), its size in pixels, its noise's seed."""
 
     crop: Box
     allowed: np.ndarray
@@ -151,8 +152,14 @@ def apply(sources: Sequence[Source], draws: Sequence[CutDraw], model: Model) -> 
 
 
 def _apply(sources: Sequence[Source], draws: Sequence[CutDraw], model: Model, batch: int) -> list[Edit]:
+    return edits(sources, draws, chains(sources, draws, model, batch), model, batch)
+
+
+def chains(
+    sources: Sequence[Source], draws: Sequence[CutDraw], model: Model, batch: int
+) -> list[list[Twins]]:
+    """The twins of every spot, one list a draw; ``batch`` chains at a time, by the first draw's settings."""
     from generation.cut.chain import Request, sample
-    from generation.cut.residual import compose_twins
 
     tasks = [(i, spot) for i, one in enumerate(draws) for spot in one.spots]
     requests = [
@@ -166,7 +173,7 @@ def _apply(sources: Sequence[Source], draws: Sequence[CutDraw], model: Model, ba
         )
         for i, spot in tasks
     ]
-    twins: dict[int, Any] = {}
+    twins: dict[int, Twins] = {}
     order = sorted(range(len(tasks)), key=lambda k: requests[k].image.shape)
     for _, same in groupby(order, key=lambda k: requests[k].image.shape):
         alike = list(same)
@@ -176,18 +183,28 @@ def _apply(sources: Sequence[Source], draws: Sequence[CutDraw], model: Model, ba
                 [requests[k] for k in chosen], model.sd, model.reader, model.clip, draws[0].settings
             )
             twins |= dict(zip(chosen, found, strict=True))
-    edits = []
-    for i, (source, one) in enumerate(zip(sources, draws, strict=True)):
-        mine = [k for k, (owner, _) in enumerate(tasks) if owner == i]
+    return [[twins[k] for k, (owner, _) in enumerate(tasks) if owner == i] for i in range(len(draws))]
+
+
+def edits(
+    sources: Sequence[Source],
+    draws: Sequence[CutDraw],
+    twins: Sequence[Sequence[Twins]],
+    model: Model,
+    batch: int,
+) -> list[Edit]:
+    """The edits that the twins of :func:`chains` give."""
+    from generation.cut.residual import compose_twins
+
+    made = []
+    for source, one, mine in zip(sources, draws, twins, strict=True):
         anomalies = []
-        for k in mine:
-            spot = tasks[k][1]
+        for spot, found in zip(one.spots, mine, strict=True):
             contrast = _contrast(source, spot, one.severity)
             crop = source.crop(spot.crop)
-            anomalies.append(compose_twins(crop, twins[k], spot.allowed, spot.wanted, contrast, one.settings))
-        traces = [twins[k].trace for k in mine]
-        edits.append(_merged(source, one, anomalies, traces, model, batch))
-    return edits
+            anomalies.append(compose_twins(crop, found, spot.allowed, spot.wanted, contrast, one.settings))
+        made.append(_merged(source, one, anomalies, [found.trace for found in mine], model, batch))
+    return made
 
 
 def _contrast(source: Source, spot: Spot, severity: float) -> float:
@@ -230,7 +247,8 @@ def _merged(
     for spot, found in zip(one.spots, anomalies, strict=True):
         part = np.s_[spot.crop[0] - y0 : spot.crop[1] - y0, spot.crop[2] - x0 : spot.crop[3] - x0]
         new = found.patch - before[part]
-        stronger = np.abs(new).max(axis=2) > np.abs(change[part]).max(axis=2)
+        # Written so that NaN, which no comparison holds for, stays and fails the sample.
+        stronger = ~(np.abs(new).max(axis=2) <= np.abs(change[part]).max(axis=2))
         change[part] = np.where(stronger[..., None], new, change[part])
         region[part] |= found.region
     patch = np.clip(before + change, 0, 1)

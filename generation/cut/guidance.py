@@ -1,4 +1,4 @@
-"""The two gradients that make the anomaly: attention to its word, and likeness to its description (core.md 1.5).
+"""The two gradients that make the anomaly: attention to its word, likeness to its description (core.md 1.5).
 
 Steps have a fixed length: each sample's gradient is divided by its root mean square over the allowed latents
 (inference: the released step sizes fit the gradients of one checkpoint; a length in latents fits any).
@@ -15,6 +15,7 @@ from generation.cut.models import StableDiffusion
 
 ATTENTION_STEP = 0.01  # root mean square of a step at α = 1, in units of the latents' deviation
 IMAGE_STEP = 0.15  # of a refinement step at strength 1
+SCALE = 256.0  # of a gradient on its way through half precision; its length is normalised after
 ALIGN_STEPS, ALIGN_RATE = 20, 0.1  # of the initial alignment, as released (core.md 1.7)
 
 
@@ -53,7 +54,7 @@ def attention_step(
         maps = anomaly_map(reader.maps(z, t, text), words)
         inside = _resize(location, maps.shape[-2:])
         held = (maps * inside).amax(dim=(1, 2))
-        (gradient,) = torch.autograd.grad(held.sum(), z)
+        (gradient,) = torch.autograd.grad(SCALE * held.sum(), z)
     found = maps.detach()
     active = ((found > found.mean(dim=(1, 2), keepdim=True)) & (inside > 0)).sum(dim=(1, 2)).float()
     start = active.clamp(min=1) if start is None else start
@@ -83,7 +84,7 @@ def refine(
     with torch.enable_grad():
         z = clean.detach().requires_grad_(True)
         cosine = clip.similarity(sd.decode(z).clamp(0, 1), detail)
-        (gradient,) = torch.autograd.grad(cosine.sum(), z)
+        (gradient,) = torch.autograd.grad(SCALE * cosine.sum(), z)
     step = IMAGE_STEP * strength * _unit(gradient * location[:, None], location)
     return clean + step, cosine.detach()
 

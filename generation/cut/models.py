@@ -11,7 +11,8 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module, resources
@@ -27,6 +28,7 @@ from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from manifests.errors import FlawsmithError, UsageError
 
@@ -191,7 +193,8 @@ def load_sd(
     schedule = _component(
         source, "scheduler", lambda: DDIMScheduler.from_config(_config(source, "scheduler"))
     )
-    text_encoder = _weights(source, "text_encoder", CLIPTextModel, dtype=chosen)
+    with _without_bars():
+        text_encoder = _weights(source, "text_encoder", CLIPTextModel, dtype=chosen)
     unet = _weights(source, "unet", UNet2DConditionModel, dtype=chosen)
     vae = _weights(source, "vae", AutoencoderKL, dtype=chosen)
     tokenizer = _component(
@@ -505,6 +508,18 @@ def _component(source: _Source, part: str, load: Callable[[], Any]) -> Any:
         raise ModelError(
             f"checkpoint {source.name}: its {part} cannot be loaded ({first_line(error)}); {again}{REMEDY}"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for each network, in every worker; a caller's own choice is put back."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _is_read(file: Path) -> bool:

@@ -66,7 +66,9 @@ def compose_twins(
     if settings.composition == "paste":
         patch = crop * (1 - weight) + generated * weight
     elif settings.composition == "gradient" and min(shape) >= 4:
-        patch = crop + clone_gradients(crop, crop + gain * weight * residual, mixed=False)
+        # Where the weight reaches the crop's border, the solution is not 0 beyond it.
+        change = clone_gradients(crop, crop + gain * weight * residual, mixed=False)
+        patch = crop + np.where(weight > 0, change, 0)
     else:
         patch = crop + gain * weight * residual
     ordered = np.sort(size, axis=None)

@@ -37,12 +37,12 @@ class CutParams(PromptParams):
         gamma: γ, share of the chain that is run, from the noise level that belongs to it: larger is freer.
         guidance: weight of the anomaly prompt over the normal one.
         attention: λ, strength of the attention-guided steps; 0 leaves them out.
-        every: guided at every n-th timestep.
+        every: attention-guided at every n-th timestep.
         inner: gradient steps at each of them.
         reach: attention at which the word has taken hold and guidance rests, in [0, 1].
         align: move the anomaly word's embedding towards the detailed description first (1.7).
         refinement: strength of the prompt-guided refinement; 0 leaves it out.
-        window: share of the executed steps, at the end, in which refinement acts and attention is averaged.
+        window: share of the executed steps, at the end, in which refinement acts and attention is read.
         twin: how the normal chain is evaluated (1.16): ``normal`` (three evaluations a step), ``shared`` (two:
             the anomaly chain borrows the normal chain's), ``empty`` (four: both against the empty prompt).
         composition: ``residual`` adds the twins' difference to the source, ``gradient`` blends it by its

@@ -1,1 +1,1 @@
-"""The embedded models: small Stable Diffusion and CLIP checkpoints, trained here from pictures drawn by code."""
+"""The embedded models: a small Stable Diffusion and a small CLIP, trained from pictures that code draws."""

@@ -1,4 +1,5 @@
-"""The pocket autoencoder: an AutoencoderKL of Stable Diffusion's layout (f8, 4 channels), narrow at full resolution.
+"""The pocket autoencoder: an AutoencoderKL of Stable Diffusion's layout (f8, 4 channels), narrow where it is
+large.
 
 Two legs: first encoder and decoder together, then the decoder alone on the frozen latents, which sharpens
 pictures without changing what the diffusion model was trained on.
@@ -137,7 +138,8 @@ def train(out: Path, steps: int, seed: int, photos: Photographs, *, decoder_only
             group["lr"] = legs.rate(step, steps, peak)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
-            result = vae.decode(posterior.sample()).sample.float()
+            stream = torch.Generator().manual_seed(seed * 1_000_003 + step)  # whatever ran before this step
+            result = vae.decode(posterior.sample(stream)).sample.float()
         error = (result - images).square().mean()
         loss = (
             (result - images).abs().mean()

@@ -86,7 +86,7 @@ BANKED = 0.3  # share of captions in the words of the prompt bank, so that its s
 
 
 def banked_caption(rng: Rng, noun: str, found: Damage) -> str:
-    """A prompt or a description of the shipped bank, filled with what was drawn where the entry has the word."""
+    """A prompt or a description of the shipped bank, filled with what was drawn where it has the word."""
     entry = ENTRIES[found.defect]
     template = str(rng.choice(entry.prompts if rng.random() < 0.4 else entry.details))
     chosen = {}

@@ -1,7 +1,8 @@
 """The pocket CLIP: EfficientNet-Lite0 with ImageNet weights and a small text tower, trained to tell defects.
 
-Each picture is compared with captions of the same thing that name every defect, or none: telling the true one
-is what the model is for. A symmetric contrastive loss over the batch keeps the space usable for whole captions.
+Each picture is compared with captions of the same thing that name every defect, or none: telling the true
+one is what the model is for. A symmetric contrastive loss over the batch keeps the space usable for whole
+captions.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ PREPROCESS = {
 
 @dataclass(frozen=True)
 class Captioned:
-    """``images`` uint8 N×side×side×3; ``captions``; ``nouns``; ``labels`` int64, index of the defect, the last
-    for none."""
+    """``images`` uint8 N×side×side×3; ``captions``; ``nouns``; ``labels`` int64, index of the defect, the
+    last for none."""
 
     images: Tensor
     captions: list[str]

@@ -8,6 +8,7 @@ generators of ``generation``; it only teaches the pocket models what the words l
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ import numpy as np
 from training.pocket.materials import Rng, Scene, colour, noise, octaves
 
 VISIBLE = 3 / 255  # a change above this belongs to the defect
+SEVERITIES = ("faint", "slight", "clear", "strong", "deep")
+SEVERITY_STEPS = (0.1, 0.18, 0.35)  # mean change inside the defect, in full scale
 FLOOR = 14 / 255  # mean change below which a defect is drawn again: nobody could learn from it
 
 
@@ -58,7 +61,7 @@ def path(
     steps = np.stack([np.cos(headings), np.sin(headings)], axis=1) * 2
     points = np.concatenate([[[0.0, 0.0]], np.cumsum(steps, axis=0)])
     points -= points[count // 2]
-    return (points + [start[1], start[0]]).astype(np.float32)
+    return (points + np.array(start[::-1])).astype(np.float32)
 
 
 def stroke(side: int, points: np.ndarray, width: np.ndarray | float) -> np.ndarray:
@@ -141,7 +144,7 @@ def tinted(rng: Rng) -> tuple[np.ndarray, str]:
     return colour(rng, *ranges), word
 
 
-# -- the defects ----------------------------------------------------------------------------------------------
+# -- the defects ----------------------------------------------------------------------------------------
 
 
 def crack(rng: Rng, scene: Scene, size: float) -> Drawn:
@@ -496,19 +499,9 @@ def _words(mask: np.ndarray, area: float, level: float, shape: str, tint: str) -
         "shape": "" if shape == "long" else shape,
         "colour": tint,
         "size": size,
-        "severity": "faint"
-        if level < 0.1
-        else "slight"
-        if level < 0.18
-        else "clear"
-        if level < 0.35
-        else "deep"
-        if rng_word(ys, xs)
-        else "strong",
+        # Two words for the strongest: which one makes no difference, so the size of the mask decides.
+        "severity": SEVERITIES[
+            bisect_right(SEVERITY_STEPS, level) + (level >= SEVERITY_STEPS[-1]) * (len(ys) % 2)
+        ],
         "place": f"{rows} {columns}".strip() or "centre",
     }
-
-
-def rng_word(ys: np.ndarray, xs: np.ndarray) -> bool:
-    """A fair coin that needs no stream: two words mean the same."""
-    return bool((int(ys.sum()) + int(xs.sum())) % 2)

@@ -1,4 +1,4 @@
-"""The pocket diffusion model: a small UNet on the autoencoder's latents, and the text encoder it listens to."""
+"""The pocket diffusion model: a small UNet on the autoencoder's latents, and its text encoder."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def train(out: Path, steps: int, seed: int, photos: Photographs) -> Path:
     model = Model(words.size)
     vae = frozen_autoencoder(out)
     state = legs.load(path)
+    threads = torch.get_num_threads()
     scaling = state["scaling"] if state else round(measure_scaling(vae, photos), 5)
+    torch.set_num_threads(threads)  # encoding here set it to 1
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=1e-3)
     average, step = legs.snapshot(model), 0
     if state is not None:
@@ -157,7 +159,6 @@ def train(out: Path, steps: int, seed: int, photos: Photographs) -> Path:
         optimiser.load_state_dict(state["optimiser"])
         average, step = state["average"], state["step"]
     alphas = DDIMScheduler.from_config(SCHEDULE).alphas_cumprod
-    threads = torch.get_num_threads()
     scenes = 2 * BATCH // 3 + 1
     loader = iter(
         DataLoader(

@@ -1,4 +1,4 @@
-"""What the training legs share: a learning rate schedule, an average of the weights, checkpoints to resume from."""
+"""What the training legs share: a schedule, an average of the weights, checkpoints to resume from."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib import resources, util
 from pathlib import Path
 
 import cv2
@@ -16,8 +17,8 @@ from training.pocket.materials import Scene, scene
 
 SIDE = 128  # pixels of a training picture
 LARGEST = 768  # pixels of a photograph's longer side, after shrinking
-# Pictures without people or text that scikit-image ships and lists as CC0 or public domain in its data README.
-SKIMAGE = {"brick": "bricks", "grass": "grass", "gravel": "gravel", "coffee": "object"}
+# Surfaces that scikit-image's wheel ships under CC0 (its data registry names the licence of each).
+SKIMAGE = {"brick.png": "bricks", "grass.png": "grass", "gravel.png": "gravel"}
 
 Photographs = Sequence[tuple[str, np.ndarray]]
 
@@ -36,10 +37,18 @@ def photographs(folder: Path | None) -> Photographs:
         UsageError: the folder does not exist or holds no picture that can be read.
     """
     found: list[tuple[str, np.ndarray]] = []
+    if util.find_spec("skimage") is not None:
+        shipped = Path(str(resources.files("skimage"))) / "data"
+        found += [
+            (noun, picture)
+            for name, noun in SKIMAGE.items()
+            if (picture := _read(shipped / name)) is not None
+        ]
     if folder is not None:
         paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-        found += [("surface", picture) for path in paths if (picture := _read(path)) is not None]
-        if not found:
+        free = [("surface", picture) for path in paths if (picture := _read(path)) is not None]
+        found += free
+        if not free:
             raise UsageError(f"{folder}: no pictures (jpg, png, webp); name a folder of free textures")
     return found
 
