@@ -116,6 +116,7 @@ class Undrawable(ValueError):
 DrawFunction = Callable[[Recipe, Source, np.random.Generator], Any]
 ApplyFunction = Callable[[Sequence[Source], Sequence[Any], Any], list[Edit] | list[FeatureEdit]]
 LoadFunction = Callable[[Mapping[str, Any], str], Any]
+FitFunction = Callable[[Mapping[str, Any], int, str], tuple[dict[str, Any], int]]
 PromptsFunction = Callable[[Any, GeneratorSettings], Prompts]
 Donors = Literal["none", "texture", "normal"]
 
@@ -141,6 +142,9 @@ class Generator:
         prompts: ``prompts(params, settings) -> Prompts``; the texts its recipes are worded with, once the
             configuration's ``defect``, ``prompt`` and ``detail`` (``settings``) are taken into account; may
             read a file that ``params`` names. None: the configuration's texts are taken as they are.
+        fit: ``fit(params, available, device) -> (params, need)``; the params with a batch that fits into
+            ``available`` bytes of one process, and the bytes it will need, found without running anything.
+            None: batches are taken as they are.
     """
 
     name: str
@@ -156,3 +160,4 @@ class Generator:
     batch_size: int | Callable[[Any], int] = 1
     gpu: bool = False
     prompts: PromptsFunction | None = None
+    fit: FitFunction | None = None

@@ -12,7 +12,7 @@ from manifests.errors import UsageError
 from manifests.pictures import decode, decode_mask
 from tests.test_cli import flawsmith
 from workflows.console import late
-from workflows.trying import Wish, noun_in, normal_of, parse_settings, read_source, recipe_of, side_by_side
+from workflows.trying import Wish, normal_of, noun_in, parse_settings, read_source, recipe_of, side_by_side
 
 PROMPT = "a photo of a steel plate with a scratch on it"
 FEW = ["--set", "steps=6", "--set", "size=64"]

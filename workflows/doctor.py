@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from urllib.parse import urlsplit
 
 HUB_SECONDS = 2.0
+MENDED = "pip install --force-reinstall flawsmith, or name a folder or hub id as the model of cut"
 ROOM = 5 * 2**30  # bytes of free disk below which it says so
 
 
@@ -43,6 +44,8 @@ def checks() -> list[Check]:
         _try("open_clip", _open_clip, "pip install --force-reinstall open_clip_torch"),
         _try("diffusers", _diffusers, "pip install --force-reinstall diffusers"),
         _try("transformers", _transformers, "pip install --force-reinstall transformers"),
+        _try("pocket sd", _pocket_sd, MENDED),
+        _try("pocket clip", _pocket_clip, MENDED),
         _try("hub", _hub, "without it use the defaults or folders of weights", optional=True),
         _try("dask", _dask, "pip install --force-reinstall 'dask[distributed]'"),
         _try("slurm (dask-jobqueue)", _slurm, "pip install 'flawsmith[slurm]'", optional=True),
@@ -99,23 +102,16 @@ def _cuda() -> str:
 
 
 def _xformers() -> str:
-    import torch
+    from generation.cut.models import best_attention
+    from workflows.stages import device
 
-    version = metadata.version("xformers") if _installed("xformers") else ""
-    if not version:
+    if not _installed("xformers"):
         raise Missing("not installed; torch's own attention is used")
-    attention = import_module("xformers.ops").memory_efficient_attention
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.ones(1, 8, 2, 16, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
-    try:
-        attention(query, query, query)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise Missing(
-            f"{version}, but its operator fails on {device} ({type(error).__name__}: {first}); "
-            "torch's own attention is used"
-        ) from error
-    return f"{version}, its operator works on {device}"
+    version = metadata.version("xformers")
+    chosen, why = best_attention(device())
+    if chosen != "xformers":
+        raise Missing(f"{version}; {why}; torch's own attention is used")
+    return f"{version}; {why}"
 
 
 def _backbone() -> str:
@@ -133,6 +129,23 @@ def _open_clip() -> str:
 
     tokens = open_clip.SimpleTokenizer()(["a scratch"])
     return f"{open_clip.__version__}, vocabulary reads ({tokens.shape[1]} tokens a text)"
+
+
+def _pocket_sd() -> str:
+    from generation.cut.models import load_sd
+
+    sd = load_sd("pocket")  # every tensor is read and compared with its settings
+    return (
+        f"loads: {sd.size} px, weights {sd.identity['weights']}, {sd.identity.get('licence', 'no licence')}"
+    )
+
+
+def _pocket_clip() -> str:
+    from generation.cut.clip import load_clip
+
+    clip = load_clip("pocket")
+    found = clip.identity
+    return f"loads: {clip.size} px, weights {found['weights']}, {found.get('licence', 'no licence')}"
 
 
 def _diffusers() -> str:

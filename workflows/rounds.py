@@ -22,6 +22,7 @@ from manifests.workspace import Workspace, part, round_file
 from workflows.cluster import make_round, unfinished
 from workflows.config import Cluster, Config, Generation, differences
 from workflows.console import progress, say
+from workflows.room import fitted
 from workflows.stages import (
     PICTURE_TABLES,
     PROMPTS,
@@ -80,9 +81,12 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
         raise UsageError("the sources cannot be used as they are (see above); nothing was started")
     textures = scan_textures(config.generation.textures) if config.generation.textures else []
     number = rounds[-1] + 1 if rounds else 0
-    round_ = round_from(number, config, config.generation, found.images, textures)
-    check_donors(config.generation.generators, round_.traits, round_.pool)
-    check_prompts(config.generation.generators, round_.traits, round_.pool)
+    generation, notes = fitted(config.generation, config.cluster)
+    for note in notes:
+        say(note)
+    round_ = round_from(number, config, generation, found.images, textures)
+    check_donors(generation.generators, round_.traits, round_.pool)
+    check_prompts(generation.generators, round_.traits, round_.pool)
 
     # Earlier rounds keep the pictures they were made from: each configuration has tables of its own, and the
     # workspace's holds all pictures that were ever used. The settings come last; they make the round exist.
@@ -95,7 +99,7 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
         space.write_bytes(round_file(number, PROMPTS), prompts)
     else:
         space.remove(round_file(number, PROMPTS))  # of a start that was broken off before its settings
-    write_settings(space, number, config, config.generation, first=number)
+    write_settings(space, number, config, generation, first=number)
     for licence, count in sorted(Counter(image.licence for image in found.images if image.licence).items()):
         say(f"licence of {count} pictures: {licence}")
     return number

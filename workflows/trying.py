@@ -176,7 +176,7 @@ def normal_of(prompt: str, word: str) -> str:
     """
     before = prompt[: find_word(prompt, word)[0]]
     clauses = list(re.finditer(r",|\s(?:with|that|which|having|showing)\s", before))
-    return before[: clauses[-1].start()].strip() if clauses else normal_prompt("object")
+    return before[: clauses[-1].start()].strip(" ,") if clauses else normal_prompt("object")
 
 
 def noun_in(normal: str) -> str:

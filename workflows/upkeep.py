@@ -16,6 +16,7 @@ from manifests.workspace import Workspace, WorkspaceError, round_file
 from workflows.config import Config
 from workflows.console import progress
 from workflows.detecting import load_detector
+from workflows.room import fitted
 from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
 from workflows.stages import PICTURE_TABLES, Job, make_shard, round_from, settings_hash
 
@@ -91,7 +92,8 @@ def estimate(config: Config) -> str:
         listed = "\n  ".join(f"{p.path}: {p.what}; {p.remedy}" for p in found.problems if p.level == "error")
         raise UsageError(f"the sources cannot be used as they are:\n  {listed}")
     textures = scan_textures(config.generation.textures) if config.generation.textures else []
-    round_ = round_from(0, config, config.generation, found.images, textures)
+    generation, notes = fitted(config.generation, config.cluster)
+    round_ = round_from(0, config, generation, found.images, textures)
     workers = config.cluster.workers or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         probe = config.model_copy(
@@ -100,7 +102,7 @@ def estimate(config: Config) -> str:
         space = Workspace(folder)
         for name, table in zip(PICTURE_TABLES, (found.images, textures), strict=True):
             space.write_table(round_file(0, name), to_table(table, IMAGES))
-        write_settings(space, 0, probe, probe.generation, first=0)
+        write_settings(space, 0, probe, generation, first=0)
         record = make_shard(Job(space.url, 0, 0, settings_hash(space, 0)))
     each = record["seconds"] / PROBE
     size = record["bytes"] / max(record["accepted"], 1)
@@ -118,6 +120,7 @@ def estimate(config: Config) -> str:
             f"time          about {each * config.samples / workers / 60:,.1f} minutes a round for the "
             f"samples on {workers} workers ({each * 1000:,.1f} ms a sample and core), without training",
             f"memory        about {(memory + in_hand) / 1e6:,.0f} MB a worker",
+            *(f"predicted     {note}" for note in notes),
             f"measured on {PROBE} samples of the plan; nothing was written",
         ]
     )

@@ -7,13 +7,13 @@ wants maps stops after the last layer that gives one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from generation.cut.models import StableDiffusion, token_positions
 
@@ -58,11 +58,8 @@ class MapReader:
         Returns:
             float32, N×h'×w'×tokens: probabilities, averaged over layers and heads.
         """
-        with self._reading(slice(None), stop=True) as found:
-            try:
-                self._unet(latents, t, text)
-            except _Enough:
-                pass
+        with self._reading(slice(None), stop=True) as found, suppress(_Enough):
+            self._unet(latents, t, text)
         return _average(found, latents.shape[-2:])
 
     def predict(self, latents: Tensor, t: Tensor, text: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

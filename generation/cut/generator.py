@@ -76,8 +76,9 @@ def load(params: Mapping[str, Any], device: str) -> Model:
 
     settings = CutParams(**params)
     sd = load_sd(settings.model, device, settings.dtype)
-    clip = load_clip(settings.clip, device) if settings.clip else None
-    judge = load_clip(settings.judge, device) if settings.judge else clip
+    guide, referee = settings.guide, settings.referee
+    clip = load_clip(guide, device) if guide else None
+    judge = clip if referee == guide else load_clip(referee, device) if referee else None
     return Model(sd, MapReader(sd), clip, judge)
 
 
@@ -88,10 +89,24 @@ def identify(params: Mapping[str, Any]) -> dict[str, str]:
 
     settings = CutParams(**params)
     found = identify_sd(settings.model)
-    for role, name in (("clip", settings.clip), ("judge", settings.judge)):
+    for role, name in (("clip", settings.guide), ("judge", settings.referee)):
         if name:
             found |= {f"{role}_{key}": value for key, value in identify_clip(name).items()}
     return found
+
+
+def fit(params: Mapping[str, Any], available: int, device: str) -> tuple[dict[str, Any], int]:
+    """The params with the largest batch that fits, and the bytes that its process will need.
+
+    Raises:
+        ModelError: a model does not exist or is of another kind.
+    """
+    from generation.cut.memory import fitting_batch, predict
+
+    settings = CutParams(**params)
+    batch = fitting_batch(available, settings, device)
+    fitting = dict(params) if batch == settings.batch else {**params, "batch": batch}
+    return fitting, predict(settings, device, batch).total
 
 
 def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutDraw:
@@ -299,4 +314,5 @@ GENERATOR = Generator(
     batch_size=lambda params: params.batch,
     gpu=True,
     prompts=prompts_of,
+    fit=fit,
 )

@@ -68,7 +68,7 @@ def compose_twins(
     elif settings.composition == "gradient" and min(shape) >= 4:
         # Where the weight reaches the crop's border, the solution is not 0 beyond it.
         change = clone_gradients(crop, crop + gain * weight * residual, mixed=False)
-        patch = crop + np.where(weight > 0, change, 0)
+        patch = crop + change * (weight > 0)
     else:
         patch = crop + gain * weight * residual
     ordered = np.sort(size, axis=None)

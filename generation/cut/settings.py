@@ -27,9 +27,11 @@ class CutParams(PromptParams):
         preset: ``paper`` starts from what is known of the publication (core.md 1.2, 1.5); settings that are
             given beside it win.
         model: ``pocket``, a hub id, or a folder in diffusers' layout (any Stable Diffusion 1.x or 2.x).
-        clip: of the refinement: ``pocket``, ``MODEL/TAG`` of open_clip, ``hf-hub:…`` or a folder; null leaves
-            the refinement out.
-        judge: of the CLIP gate; another model than ``clip`` where one is at hand; null: ``clip`` judges.
+        clip: of the refinement: ``pocket``, ``MODEL/TAG`` of open_clip, ``hf-hub:…`` or a folder; ``auto``:
+            the shipped one beside the shipped model, a ViT-B/16 beside any other; null leaves the refinement
+            out.
+        judge: of the CLIP gate, named alike; ``auto``: the shipped one beside the shipped model, where it is
+            the only one at hand, else a ViT-B/32, which the refinement did not follow; null: no CLIP gate.
         dtype: of the networks; ``auto``: float16 on a GPU, float32 elsewhere.
         size: side of the pictures that the model works on, in pixels; null: its native size.
         batch: chains at a time.
@@ -54,8 +56,8 @@ class CutParams(PromptParams):
 
     preset: Literal["default", "paper"] = "default"
     model: str = "pocket"
-    clip: str | None = "pocket"
-    judge: str | None = None
+    clip: str | None = "auto"
+    judge: str | None = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     size: int | None = Field(None, ge=64)
     batch: int = Field(4, ge=1, le=256)
@@ -74,6 +76,19 @@ class CutParams(PromptParams):
     mask: Literal["twin", "attention", "product"] = "twin"
     zoom: float = Field(0.55, gt=0.1, le=1)
     free: bool = False
+
+    @property
+    def guide(self) -> str | None:
+        """The CLIP of the refinement by its name."""
+        return self._named(self.clip, "ViT-B-16/laion2b_s34b_b88k")
+
+    @property
+    def referee(self) -> str | None:
+        """The CLIP of the gate by its name."""
+        return self._named(self.judge, "ViT-B-32/laion2b_s34b_b79k")
+
+    def _named(self, clip: str | None, large: str) -> str | None:
+        return clip if clip != "auto" else "pocket" if self.model == "pocket" else large
 
     @model_validator(mode="before")
     @classmethod

@@ -160,7 +160,7 @@ def ours(side: Side, batch: Sequence[Case], overrides: dict[str, Any]) -> tuple[
 def our_calls(settings: CutParams) -> dict[str, int]:
     """COMPLETE ME: how often :func:`ours` uses each of ``flops.blocks`` for one picture."""
     steps = int(settings.steps * settings.gamma)
-    late = max(1, round(settings.window * steps)) if settings.refinement and settings.clip else 0
+    late = max(1, round(settings.window * steps)) if settings.refinement and settings.guide else 0
     guided = len(range(0, steps, settings.every)) * settings.inner if settings.attention else 0
     calls = {
         "unet": steps * {"shared": 2, "normal": 3, "empty": 4}[settings.twin],

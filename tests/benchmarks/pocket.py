@@ -107,6 +107,9 @@ def measure(case: Case, name: str, result: dict[str, Any], path: Path, console: 
     """The units of a part that are not there, then its summary."""
     part = PARTS[name]
     stored = result["parts"].setdefault(name, {"units": {}})
+    other = {unit["measuring"]["pictures"] for unit in stored["units"].values()} - {case.pictures}
+    if other:
+        console.print(f"{name}: what is there was measured with --pictures {other.pop() or '(default)'}")
     for unit in part.units(case):
         if unit in stored["units"]:
             continue
@@ -170,7 +173,7 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = arguments_of(given)
     prepare_process(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    console = Console(width=max(Console().width, 150))
+    console = Console(width=max(Console().width, 190))
     try:
         case = read_case(arguments)
         result = open_file(arguments.json, identity(case))

@@ -191,8 +191,9 @@ def composition(case: Case, category: str) -> dict[str, Any]:
     for name, (round_, generator) in runs.items():
         rows[name] = []
         for at, outcome in enumerate(made(case, round_, generator, 1)):
-            figures = {key: getattr(outcome, key) for key in FIGURES[:3]}
-            figures["clip_gain"] = outcome.measures.get("clip_gain", float("nan"))
+            # A mask that is empty has no figures: they would read as perfect ones.
+            found = {key: getattr(outcome, key) for key in FIGURES[:3]} | dict(outcome.measures)
+            figures = {k: found.get(k, np.nan) if outcome.mask_area > 0 else np.nan for k in FIGURES}
             rows[name].append({"status": outcome.status, "reason": outcome.reason, **figures})
             if outcome.status == "accepted":
                 assert outcome.pixels is not None and outcome.mask is not None
@@ -233,7 +234,7 @@ def composition_tables(summary: dict[str, Any]) -> list[Table]:
 
 # -- sheets ---------------------------------------------------------------------------------------------
 
-COLUMNS = ("source", "anomaly", "mask", "twin normal", "twin anomaly", "|difference| × 4", "attention")
+COLUMNS = ("source", "anomaly", "mask", "twin normal", "twin anomaly", "4 x |difference|", "attention")
 
 
 def write_sheet(case: Case, category: str, folder: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ CARRIED = 3  # colours
 KL = 2e-5  # weight of the mean KL term: latents stay bounded, reconstruction hardly notices
 
 
-def network() -> AutoencoderKL:
+def network() -> Any:
     """A new autoencoder, 2.7 million parameters."""
     return AutoencoderKL(
         in_channels=3,
@@ -47,7 +48,7 @@ def network() -> AutoencoderKL:
 
 
 @torch.no_grad()
-def start_as_average(vae: AutoencoderKL) -> None:
+def start_as_average(vae: Any) -> None:
     """Sets the weights so that the new network already passes the average colour of each 8×8 square.
 
     From random weights, brightness is learned soon and colour hardly ever: it is a small part of the error,
@@ -57,13 +58,11 @@ def start_as_average(vae: AutoencoderKL) -> None:
     """
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
+            _zero(module.conv2)
             if module.conv_shortcut is not None:
                 _carry(module.conv_shortcut, 1.0)
         elif isinstance(module, Attention):
-            nn.init.zeros_(module.to_out[0].weight)
-            nn.init.zeros_(module.to_out[0].bias)
+            _zero(module.to_out[0])
         elif isinstance(module, Downsample2D):
             _carry(module.conv, 0.25)
         elif isinstance(module, Upsample2D):
@@ -85,7 +84,12 @@ def start_as_average(vae: AutoencoderKL) -> None:
         square.bias.zero_()
 
 
-def _carry(conv: nn.Conv2d, weight: float) -> None:
+def _zero(layer: Any) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def _carry(conv: Any, weight: float) -> None:
     """The carried channels pass unchanged: the centre, or (0.25) the mean of two by two pixels."""
     carried = range(2 * CARRIED + 2)
     conv.weight[: len(carried)] = 0

@@ -82,7 +82,7 @@ def normal_caption(rng: Rng, noun: str) -> str:
 
 
 ENTRIES = {entry.defect: entry for entry in load_bank().entries}
-BANKED = 0.3  # share of captions in the words of the prompt bank, so that its sentences are known
+BANKED = 0.25  # share of captions in the words of the prompt bank, so that its sentences are known
 
 
 def banked_caption(rng: Rng, noun: str, found: Damage) -> str:
@@ -119,7 +119,7 @@ def defect_caption(rng: Rng, noun: str, found: Damage) -> str:
     phrase = " ".join([*said, word])
     phrase = phrase if word in UNCOUNTED else article(phrase)
     place = found.words["place"]
-    where = PLACES.get(place, f"in the {place}") if rng.random() < 0.3 else ""
+    where = PLACES.get(place, f"in the {place}") if rng.random() < 0.5 else ""
     on = str(rng.choice(["on it", "", "on its surface", "in the surface"]))
     tail = " ".join(part for part in (phrase, where or on) if part)
     if draw > 0.9:

@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
     },
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 96, "heads": 4, "layers": 3},
 }
-PREPROCESS = {
+PREPROCESS: dict[str, Any] = {
     "mean": [127 / 255] * 3,
     "std": [128 / 255] * 3,
     "interpolation": "bicubic",

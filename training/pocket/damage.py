@@ -181,7 +181,7 @@ def scratch(rng: Rng, scene: Scene, size: float) -> Drawn:
     bend = rng.choice([0.0, 0.0, 0.02, 0.05])
     y, x = spot(rng, scene.part)
     bright = rng.random() < 0.6
-    weight = np.zeros((side, side), np.float32)
+    weight: np.ndarray = np.zeros((side, side), np.float32)
     for _ in range(count):
         start = (y + rng.normal(0, size * 0.25) * (count > 1), x + rng.normal(0, size * 0.25) * (count > 1))
         points = path(rng, start, size * rng.uniform(2.2, 5), heading + rng.normal(0, 0.06), bend, 0.01)

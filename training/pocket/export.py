@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,7 +52,8 @@ def export(checkpoints: Path, out: Path) -> tuple[Path, Path]:
 def stable_diffusion(checkpoints: Path, words: Vocabulary) -> Any:
     """The pipeline of some checkpoints, float16, without a safety checker."""
     state = _state(checkpoints / "diffusion.pt")
-    unet, text = diffusion.unet(), diffusion.text_encoder(len(words.tokenizer))
+    unet: Any = diffusion.unet()
+    text: Any = diffusion.text_encoder(len(words.tokenizer))
     weights = _under(state["average"], "text.")
     weights[TOKENS] = _expanded(weights[TOKENS], words, checkpoints / "diffusion.pt")
     unet.load_state_dict(_under(state["average"], "unet."))
@@ -69,12 +70,12 @@ def stable_diffusion(checkpoints: Path, words: Vocabulary) -> Any:
         unet=unet,
         scheduler=DDIMScheduler(**diffusion.SCHEDULE),
         safety_checker=None,
-        feature_extractor=None,  # type: ignore[arg-type]
+        feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def joined_autoencoder(checkpoints: Path) -> AutoencoderKL:
+def joined_autoencoder(checkpoints: Path) -> Any:
     """The first leg's encoder, whose latents the diffusion model knows, with the second leg's decoder."""
     weights = dict(_state(checkpoints / "autoencoder.pt")["average"])
     second = legs.load(checkpoints / "decoder.pt")

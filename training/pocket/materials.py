@@ -275,7 +275,7 @@ def printed(rng: Rng, side: int) -> np.ndarray:
     """Lines and rectangles on a plain ground: boards, panels, cells, labels."""
     ground = colour(rng, (0, 1), (0, 0.7), (0.05, 0.9))
     ink = colour(rng, (0, 1), (0, 0.5), (0.1, 1.0))
-    sheet = np.zeros((side, side), np.float32)
+    sheet: np.ndarray = np.zeros((side, side), np.float32)
     for _ in range(rng.integers(3, 14)):
         x, y = rng.integers(0, side, 2)
         if rng.random() < 0.5:
@@ -443,7 +443,7 @@ def texture_crop(rng: Rng, side: int, picture: np.ndarray) -> np.ndarray:
     crop = picture[top : top + piece, left : left + piece]
     way = cv2.INTER_AREA if piece > side else cv2.INTER_CUBIC
     crop = cv2.resize(crop, (side, side), interpolation=way).astype(np.float32) / 255
-    crop = np.rot90(crop, rng.integers(4))
+    crop = np.rot90(crop, int(rng.integers(4)))
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
 
 
@@ -461,7 +461,7 @@ def scene(rng: Rng, side: int, photographs: Sequence[tuple[str, np.ndarray]] = (
         pixels, noun = found.pixels, found.noun
         everything, kind = found.part, "object"
     elif photographs and draw < 0.65:
-        noun, picture = photographs[rng.integers(len(photographs))]
+        noun, picture = photographs[int(rng.integers(len(photographs)))]
         pixels, kind = texture_crop(rng, side, picture), "texture"
     else:
         surface, nouns = SURFACES[str(rng.choice(list(SURFACES)))]
@@ -469,7 +469,7 @@ def scene(rng: Rng, side: int, photographs: Sequence[tuple[str, np.ndarray]] = (
         small = int(side / rng.uniform(1.3, 3)) if zoom else side
         pixels, noun, kind = surface(rng, small), str(rng.choice(nouns)), "texture"
         if zoom:
-            pixels = cv2.resize(np.float32(pixels), (side, side), interpolation=cv2.INTER_CUBIC)
+            pixels = cv2.resize(np.asarray(pixels, np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
     pixels = _varied(rng, np.float32(pixels) * gradient(rng, side)[..., None])
     return Scene(pixels, everything, noun, kind)
 
