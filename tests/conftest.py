@@ -30,6 +30,21 @@ def tiny_sd(tiny) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_double(tiny) -> Any:
+    """``sd15`` in double precision: rounding, which a random network amplifies, is out of the way."""
+    from dataclasses import replace
+
+    import torch
+
+    from generation.cut.models import load_sd
+
+    sd = load_sd(str(tiny["sd15"]))
+    for network in (sd.unet, sd.vae):
+        torch.nn.Module.double(network)
+    return replace(sd, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(tiny) -> Any:
     from generation.cut.clip import load_clip
 

@@ -556,7 +556,7 @@ def test_guidance_of_one_step_is_the_written_out_formula(twin, tiny_sd, tiny):
         a, n, e = (sd.unet(z, 1, sd.embed([text])).sample for text in (PROMPT, NORMAL, ""))
     wanted = (e + weight * (a - e), e + weight * (n - e)) if twin == "empty" else (n + weight * (a - n), n)
     for found, output in zip((anomaly, normal), wanted, strict=True):
-        torch.testing.assert_close(found, scheduler.step(output, 1, z).prev_sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, scheduler.step(output, 1, z).prev_sample, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2"])
@@ -636,21 +636,38 @@ def test_pictures_that_are_not_square(shape, tiny_sd, tiny_clip):
         assert not differs[rows:].any() and not differs[:, columns:].any()
 
 
-def test_neighbours_in_a_batch_change_rounding_only(tiny_sd, tiny_clip):
-    """Four chains at once against each alone. A random network amplifies rounding, the more so with every
-    gradient: at most 2 levels of 255 where twins differ by 100, and hardly any on average."""
-    sd = tiny_sd["sd15"]
-    asked = [request(seed, location=corner()) for seed in range(4)]
-    guided = {"attention": 1, "refinement": 0.1, "gamma": 0.1}
-    for changes, clip in ((PLAIN, None), (guided, tiny_clip)):
-        together = sample(asked, sd, reader(sd), clip, settings(**changes))
+def test_neighbours_in_a_batch_change_rounding_only(tiny_sd, tiny_double):
+    """Four chains at once against each alone: within a level of 255 where twins differ by more than 10.
+
+    A random network amplifies rounding (its lowest level normalises groups of a few values), so guided chains
+    are compared in double precision, and at the native size.
+    """
+    asked = [request(seed, shape=(128, 128), location=corner((128, 128))) for seed in range(4)]
+    for sd, changes in ((tiny_sd["sd15"], PLAIN), (tiny_double, {"attention": 1, "gamma": 0.1})):
+        together = sample(asked, sd, reader(sd), None, settings(**changes))
         for one, found in zip(asked, together, strict=True):
-            (alone,) = sample([one], sd, reader(sd), clip, settings(**changes))
-            difference = 255 * np.abs(alone.anomaly - found.anomaly)
-            print(changes, difference.max(), difference.mean())
-            assert difference.max() < 2 and difference.mean() < 0.1
+            (alone,) = sample([one], sd, reader(sd), None, settings(**changes))
+            assert 255 * np.abs(alone.anomaly - found.anomaly).max() < 1
             assert 255 * np.abs(alone.normal - found.normal).max() < 0.1
             assert 255 * np.abs(found.anomaly - found.normal).max() > 10
+
+
+def test_networks_of_half_precision(tiny_sd, tiny_clip):
+    """As on a GPU: latents, maps and pictures stay float32."""
+    sd, wide = tiny_sd["sd15"], tiny_sd["wide"]
+    half = load_sd(wide.name, dtype="bfloat16")
+    z, t, text = noised(wide)
+    with torch.no_grad():
+        maps = reader(half).maps(z, t, text)
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
+    torch.testing.assert_close(maps, reader(wide).maps(z, t, text).detach(), rtol=0.2, atol=0.01)
+    half = load_sd(sd.name, dtype="bfloat16")
+    changes = {"align": True, "gamma": 0.1}
+    found, _, _ = chains(half, [request(location=corner())], tiny_clip, **changes)
+    wanted, _, _ = chains(sd, [request(location=corner())], tiny_clip, **changes)
+    assert found[0].anomaly.dtype == np.float32 and np.isfinite(found[0].anomaly).all()
+    assert np.abs(found[0].normal - wanted[0].normal).mean() < 0.05
 
 
 def test_a_word_of_several_tokens_in_a_chain(tiny_sd, tiny_clip):

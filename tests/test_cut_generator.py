@@ -374,17 +374,18 @@ def test_the_same_planned_batch_gives_the_same_bytes(batch, model):
         assert one.measures == other.measures
 
 
-def test_other_company_changes_rounding_only(batch, model):
-    """Each recipe alone against four together. A random network under much guidance amplifies rounding: a few
-    levels at a few pixels, and the places at the mask's edge that cross its threshold."""
-    given_source, recipes, outcomes = batch
-    for one, wanted in zip(recipes, outcomes, strict=True):
-        (alone,) = make([one], model, given_source)
+def test_other_company_changes_rounding_only(tiny_double):
+    """Each recipe alone against four together, at the native size and in double precision, because a random
+    network under much guidance amplifies rounding: a level at most."""
+    model = Model(tiny_double, MapReader(tiny_double), None, None)
+    params = {"size": 128, "gamma": 0.1, "attention": 1}
+    recipes = [recipe(seed, params, count=1 + seed // 2) for seed in range(4)]
+    for one, wanted in zip(recipes, make(recipes, model), strict=True):
+        (alone,) = make([one], model)
+        assert wanted.status == "accepted"
+        assert ((alone.mask > 0) ^ (wanted.mask > 0)).sum() <= 2
         both = (alone.mask > 0) & (wanted.mask > 0)
-        assert both.sum() >= 0.9 * max((alone.mask > 0).sum(), (wanted.mask > 0).sum())
-        difference = np.abs(alone.pixels.astype(int) - wanted.pixels.astype(int)).max(axis=2)
-        assert difference[both].max() <= 8
-        assert difference[both].mean() <= 1
+        assert np.abs(alone.pixels.astype(int) - wanted.pixels.astype(int))[both].max() <= 1
 
 
 def test_every_recipe_has_one_outcome_whatever_the_gates_say(model):
@@ -402,7 +403,9 @@ def test_severity_raises_the_contrast(drawing, blind):
         outcomes = make(
             [recipe(seed, severity=float(one), sample_id=f"cut-{one:.2f}") for one in severities], blind
         )
-        assert spearmanr(severities, [outcome.contrast for outcome in outcomes]).statistic > 0.9
+        contrasts = [outcome.contrast for outcome in outcomes]
+        assert spearmanr(severities, contrasts).statistic > 0.8  # flat at the limits of the gain
+        assert contrasts == sorted(contrasts) and contrasts[-1] > 1.2 * contrasts[0]
 
 
 def test_the_area_is_obeyed(drawing, blind):
@@ -532,6 +535,7 @@ def test_a_checkpoint_that_is_not_there(tiny):
         ({"model": str(tiny["clip"])}, r"model_index\.json"),
         ({"model": str(tiny["sd15"]), "clip": "nothing"}, r"CLIP.*nothing"),
         ({"model": str(tiny["sd15"]), "clip": str(tiny["sd15"])}, r"CLIP folder"),
+        ({"model": str(tiny["sd15"]), "clip": None, "judge": str(tiny["sd15"])}, r"CLIP folder"),
         ({"model": str(tiny["sd15"]), "clip": None, "judge": "nothing"}, r"CLIP.*nothing"),
     ):
         with pytest.raises(ModelError, match=match):
@@ -545,9 +549,11 @@ def test_models_are_loaded_and_named(tiny):
     names = CUT.identify(one)
     assert (names["id"], names["clip_id"], names["judge_id"]) == ("sd15", "clip", "judge")
     assert len({names["weights"], names["clip_weights"], names["judge_weights"]}) == 3
-    assert CUT.load({**one, "judge": None}, "cpu").judge.name == str(tiny["clip"])
+    shared = CUT.load({**one, "judge": one["clip"]}, "cpu")
+    assert shared.judge is shared.clip
     bare = CUT.load({**one, "judge": None, "clip": None}, "cpu")
     assert bare.clip is None and bare.judge is None
+    assert not [key for key in CUT.identify({**one, "judge": None, "clip": None}) if "_" in key]
 
 
 def test_the_safety_checker_is_never_loaded(tiny, tmp_path):
@@ -557,7 +563,7 @@ def test_the_safety_checker_is_never_loaded(tiny, tmp_path):
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker/config.json").write_text("{")
     (folder / "safety_checker/model.safetensors").write_bytes(b"no weights")
-    loaded = CUT.load(CutParams(model=str(folder), clip=None).model_dump(), "cpu")
+    loaded = CUT.load(CutParams(model=str(folder), clip=None, judge=None).model_dump(), "cpu")
     kinds = {type(module).__name__ for part in vars(loaded.sd).values() if isinstance(part, torch.nn.Module)
              for module in part.modules()}  # fmt: skip
     assert kinds and not any("Safety" in kind for kind in kinds)

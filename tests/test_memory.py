@@ -15,7 +15,7 @@ from workflows.config import Cluster, Generation
 
 @pytest.fixture
 def settings(tiny) -> CutParams:
-    return CutParams(model=str(tiny["sd15"]), clip=str(tiny["clip"]))
+    return CutParams(model=str(tiny["sd15"]), clip=str(tiny["clip"]), judge=None)
 
 
 def test_alive_bytes_are_counted_until_they_are_freed():
@@ -43,7 +43,8 @@ def test_need_grows_with_batch_and_size_and_with_what_guides(settings):
 
 
 def test_the_weights_are_those_that_are_loaded(settings, tiny_sd, tiny_clip):
-    networks = (tiny_sd["sd15"].unet, tiny_sd["sd15"].vae, tiny_clip.model)
+    sd = tiny_sd["sd15"]
+    networks = (sd.unet, sd.vae, sd.text_encoder, tiny_clip.model)
     loaded = sum(p.numel() * p.element_size() for n in networks for p in (*n.parameters(), *n.buffers()))
     assert memory.predict(settings).weights == pytest.approx(loaded, rel=0.01)
 

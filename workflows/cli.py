@@ -352,7 +352,7 @@ def try_(
         str | None, typer.Option(metavar="NAME", help="Stable Diffusion 1.x or 2.x: pocket, folder or hub id")
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(metavar="NAME", help="pocket, folder, MODEL/TAG, or none: no refinement")
+        str | None, typer.Option(metavar="NAME", help="guides and judges: pocket, folder, MODEL/TAG, none")
     ] = None,
     area: Annotated[float, typer.Option(min=1e-5, max=0.5, help="wanted share of the picture")] = 0.02,
     severity: Annotated[float, typer.Option(min=0, max=1, help="0 barely visible, 1 strongest")] = 0.7,
@@ -376,7 +376,7 @@ def try_(
         raise missing_prompt(picture)
     named: dict[str, str | None] = {"model": model} if model is not None else {}
     if clip is not None:
-        named["clip"] = clip if clip.lower() != "none" else None
+        named["clip"] = named["judge"] = clip if clip.lower() != "none" else None
     params = {**named, **parse_settings(set_ or [])}
     wish = Wish(prompt, detail, normal, word, area, severity, count, seed, params)
     typer.echo(try_picture(picture, wish, mask=mask, out=out))
@@ -390,7 +390,7 @@ def pocket_train(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of pictures and weights")] = 0,
 ) -> None:
-    """Train the shipped models again, from pictures that code draws. Takes about HOURS hours on two cores.
+    """Train the shipped models again, from pictures that code draws. Takes about five hours on two cores.
 
     Goes on where it stopped; finished parts are skipped.
     """

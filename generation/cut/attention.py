@@ -59,7 +59,7 @@ class MapReader:
             float32, N×h'×w'×tokens: probabilities, averaged over layers and heads.
         """
         with self._reading(slice(None), stop=True) as found, suppress(_Enough):
-            self._unet(latents, t, text)
+            self._run(latents, t, text)
         return _average(found, latents.shape[-2:])
 
     def predict(self, latents: Tensor, t: Tensor, text: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -69,8 +69,11 @@ class MapReader:
             The UNet's output, and maps as :meth:`maps` gives them, of ``rows``.
         """
         with self._reading(rows, stop=False) as found:
-            output = self._unet(latents, t, text).sample
+            output = self._run(latents, t, text).sample
         return output, _average(found, latents.shape[-2:])
+
+    def _run(self, latents: Tensor, t: Tensor, text: Tensor) -> Any:
+        return self._unet(latents.to(self._unet.dtype), t, text.to(self._unet.dtype))
 
     @contextmanager
     def _reading(self, rows: slice, *, stop: bool) -> Iterator[list[Tensor]]:
@@ -147,14 +150,19 @@ def words_of(sd: StableDiffusion, prompts: Sequence[str], anomalies: Sequence[st
     Raises:
         UsageError: a word is not in its prompt, or a prompt is too long.
     """
-    spoken = torch.zeros((len(prompts), sd.context), dtype=torch.bool)
     anomaly = torch.zeros((len(prompts), sd.context))
-    lengths = [len(ids) for ids in sd.tokenizer(list(prompts))["input_ids"]]
-    for row, (prompt, word, length) in enumerate(zip(prompts, anomalies, lengths, strict=True)):
-        at = token_positions(sd, prompt, word)
-        spoken[row, 1 : length - 1] = True
-        anomaly[row, at] = 1
-    return Words(spoken.to(sd.device), anomaly.to(sd.device))
+    for row, (prompt, word) in enumerate(zip(prompts, anomalies, strict=True)):
+        anomaly[row, token_positions(sd, prompt, word)] = 1
+    return Words(spoken_tokens(sd, prompts), anomaly.to(sd.device))
+
+
+def spoken_tokens(sd: StableDiffusion, texts: Sequence[str]) -> Tensor:
+    """bool, N×tokens; a text's own tokens, without begin, end and padding."""
+    tokenized: Any = sd.tokenizer(list(texts))
+    spoken = torch.zeros((len(texts), sd.context), dtype=torch.bool)
+    for row, ids in enumerate(tokenized["input_ids"]):
+        spoken[row, 1 : len(ids) - 1] = True
+    return spoken.to(sd.device)
 
 
 def anomaly_map(maps: Tensor, words: Words) -> Tensor:

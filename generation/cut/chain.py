@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.cut.attention import MapReader, anomaly_map, words_of
+from generation.cut.attention import MapReader, anomaly_map, spoken_tokens, words_of
 from generation.cut.clip import Clip
-from generation.cut.guidance import align, attention_step, refine
+from generation.cut.guidance import align, attention_step, refine, to_maps
 from generation.cut.models import StableDiffusion
 from generation.cut.settings import CutParams
 
@@ -125,6 +125,8 @@ def sample(
     decoded = torch.cat([sd.decode(anomaly[i : i + 1]) for i in range(len(requests))]).clamp(0, 1)
     twin = torch.cat([sd.decode(normal[i : i + 1]) for i in range(len(requests))]).clamp(0, 1)
     attention = torch.stack(maps).mean(dim=0) if maps else location
+    if maps:
+        held = (attention * to_maps(location, attention.shape[-2:])).amax(dim=(1, 2))
     attention = F.interpolate(attention[:, None], image.shape[-2:], mode="bilinear", align_corners=False)[
         :, 0
     ]
@@ -165,16 +167,11 @@ def _texts(sd: StableDiffusion, requests: Sequence[Request], settings: CutParams
     if details:
         words = words_of(sd, prompts, [r.word for r in requests])
         detail = torch.stack([table[text] for text in details])
-        prompt = align(prompt, normal, detail, words, (_spoken(sd, normals), _spoken(sd, details)))
+        prompt = align(
+            prompt, normal, detail, words, (spoken_tokens(sd, normals), spoken_tokens(sd, details))
+        )
     empty = table[""][None].expand_as(prompt) if extra else None
     return _Text(prompt, normal, empty)
-
-
-def _spoken(sd: StableDiffusion, texts: Sequence[str]) -> Tensor:
-    spoken = torch.zeros((len(texts), sd.context), dtype=torch.bool)
-    for row, ids in enumerate(sd.tokenizer(list(texts))["input_ids"]):
-        spoken[row, 1 : len(ids) - 1] = True
-    return spoken.to(sd.device)
 
 
 def _evaluate(
@@ -189,13 +186,12 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Guided outputs of both chains in one pass, and the maps of the anomaly prompt if wanted."""
     count = len(anomaly)
-    parts = {
-        "shared": [(anomaly, text.prompt), (normal, text.normal)],
-        "normal": [(anomaly, text.prompt), (normal, text.normal), (anomaly, text.normal)],
-        "empty": [(anomaly, text.prompt), (normal, text.normal), (anomaly, text.empty), (normal, text.empty)],
-    }[settings.twin]
-    latents = torch.cat([z for z, _ in parts])
-    texts = torch.cat([e for _, e in parts if e is not None])
+    parts = [(anomaly, text.prompt), (normal, text.normal)]
+    if settings.twin == "normal":
+        parts.append((anomaly, text.normal))
+    elif text.empty is not None:
+        parts += [(anomaly, text.empty), (normal, text.empty)]
+    latents, texts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     output, maps = reader.predict(latents, at.repeat(len(parts)), texts, slice(0, count if read else 0))
     found = output.float().chunk(len(parts))
     weight = settings.guidance

@@ -13,7 +13,7 @@ from generation.cut.attention import MapReader, Words, anomaly_map
 from generation.cut.clip import Clip
 from generation.cut.models import StableDiffusion
 
-ATTENTION_STEP = 0.01  # root mean square of a step at α = 1, in units of the latents' deviation
+ATTENTION_STEP = 0.003  # root mean square of a step at α = 1, in units of the latents' deviation
 IMAGE_STEP = 0.15  # of a refinement step at strength 1
 SCALE = 256.0  # of a gradient on its way through half precision; its length is normalised after
 ALIGN_STEPS, ALIGN_RATE = 20, 0.1  # of the initial alignment, as released (core.md 1.7)
@@ -52,7 +52,7 @@ def attention_step(
     with torch.enable_grad():
         z = latents.detach().requires_grad_(True)
         maps = anomaly_map(reader.maps(z, t, text), words)
-        inside = _resize(location, maps.shape[-2:])
+        inside = to_maps(location, maps.shape[-2:])
         held = (maps * inside).amax(dim=(1, 2))
         (gradient,) = torch.autograd.grad(SCALE * held.sum(), z)
     found = maps.detach()
@@ -132,7 +132,7 @@ def _unit(gradient: Tensor, location: Tensor) -> Tensor:
     return torch.where(rms[:, None, None, None] > 0, gradient / rms.clamp(min=1e-30)[:, None, None, None], 0)
 
 
-def _resize(location: Tensor, shape: torch.Size) -> Tensor:
+def to_maps(location: Tensor, shape: torch.Size) -> Tensor:
     """A place counts if any of its latents is allowed."""
     if location.shape[-2:] == shape:
         return location

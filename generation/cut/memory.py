@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from generation.cut import chain, models
 from generation.cut import clip as clips
@@ -87,7 +88,10 @@ def _predict(settings: CutParams, device: str, batch: int, shape: tuple[int, int
     dtype = models._dtype(settings.dtype, torch.device(device))
     sd = _skeleton_sd(settings.model, dtype)
     clip = _skeleton_clip(settings.guide) if settings.guide else None
-    networks = [sd.unet, sd.vae, *([clip.model] if clip else [])]
+    # The judge sees one picture at a time, after the chains: its weights count, its peak is smaller.
+    own = settings.referee if settings.referee != settings.guide else None
+    judge = _skeleton_clip(own) if own else None
+    networks = [sd.unet, sd.vae, sd.text_encoder, *(known.model for known in (clip, judge) if known)]
     with FakeTensorMode():
         if clip is not None:
             clip = replace(clip, mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1))
@@ -140,13 +144,14 @@ def _phases(
 
 
 def _skeleton_sd(name: str, dtype: torch.dtype) -> StableDiffusion:
-    """A checkpoint's networks without weights; texts are not needed."""
+    """A checkpoint's networks without weights, and no tokenizer."""
     source = models._resolve(name)
     models._check_layout(source)
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(models._config(source, "unet"))
         vae: Any = AutoencoderKL.from_config(models._config(source, "vae"))
-    for network in (unet, vae):
+        text: Any = CLIPTextModel(CLIPTextConfig.from_dict(models._config(source, "text_encoder")))
+    for network in (unet, vae, text):
         torch.nn.Module.to(network, dtype).eval().requires_grad_(False)
         network.to(memory_format=torch.channels_last)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -155,7 +160,7 @@ def _skeleton_sd(name: str, dtype: torch.dtype) -> StableDiffusion:
         name=name,
         identity={},
         tokenizer=nothing,
-        text_encoder=nothing,
+        text_encoder=text,
         unet=unet,
         vae=vae,
         alphas=torch.ones(1000),

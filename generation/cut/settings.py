@@ -45,8 +45,9 @@ class CutParams(PromptParams):
         align: move the anomaly word's embedding towards the detailed description first (1.7).
         refinement: strength of the prompt-guided refinement; 0 leaves it out.
         window: share of the executed steps, at the end, in which refinement acts and attention is read.
-        twin: how the normal chain is evaluated (1.16): ``normal`` (three evaluations a step), ``shared`` (two:
-            the anomaly chain borrows the normal chain's), ``empty`` (four: both against the empty prompt).
+        twin: how the normal chain is evaluated (1.16): ``normal`` (three evaluations a step), ``shared``
+            (two: the anomaly chain borrows the normal chain's), ``empty`` (four: both against the empty
+            prompt).
         composition: ``residual`` adds the twins' difference to the source, ``gradient`` blends it by its
             gradients, ``paste`` takes the generated pixels.
         mask: ``twin`` difference, ``attention`` × picture difference, or their ``product``.
@@ -62,9 +63,9 @@ class CutParams(PromptParams):
     size: int | None = Field(None, ge=64)
     batch: int = Field(4, ge=1, le=256)
     steps: int = Field(50, ge=1, le=1000)
-    gamma: float = Field(0.5, ge=0, le=1)
-    guidance: float = Field(6.0, ge=0)
-    attention: float = Field(10.0, ge=0)
+    gamma: float = Field(0.4, ge=0, le=1)
+    guidance: float = Field(5.0, ge=0)
+    attention: float = Field(5.0, ge=0)
     every: int = Field(3, ge=1)
     inner: int = Field(1, ge=1, le=50)
     reach: float = Field(0.9, ge=0, le=1)
@@ -74,7 +75,7 @@ class CutParams(PromptParams):
     twin: Literal["normal", "shared", "empty"] = "normal"
     composition: Literal["residual", "gradient", "paste"] = "residual"
     mask: Literal["twin", "attention", "product"] = "twin"
-    zoom: float = Field(0.55, gt=0.1, le=1)
+    zoom: float = Field(0.7, gt=0.1, le=1)
     free: bool = False
 
     @property

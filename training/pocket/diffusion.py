@@ -28,6 +28,7 @@ TEXT_WIDTH = 128
 BATCH = 32
 PEAK = 7e-4
 TEXT_RATE = 2.0  # of the learning rate, for the text encoder and what listens to it: they learn last
+TOKENS = "embeddings.token_embedding.weight"  # of the text encoder
 DROPPED = 0.1  # captions left empty, for classifier-free guidance
 EMPHASIS = 8.0  # weight of a latent that a defect covers, over one that it does not touch
 SCHEDULE = {
@@ -88,13 +89,13 @@ def start_with_words(model: Model) -> None:
     """Sets the weights so that the new UNet hears each word from the first step.
 
     From the usual random weights the words meant next to nothing after 2,000 steps: the text encoder's states
-    grew along one direction that all tokens share, and of 77 tokens, some ten of them words, each got a 77th of
-    the attention. Here a token begins as itself (strong embeddings, residual branches at zero), and the
+    grew along one direction that all tokens share, and of 77 tokens, some ten of them words, each got a 77th
+    of the attention. Here a token begins as itself (strong embeddings, residual branches at zero), and the
     padding (end of text) as one direction that a constant feature of every query meets with a logit of −8.
     """
     direction = torch.ones(TEXT_WIDTH)
     direction[1::2] = -1  # of mean 0, so that the final norm keeps it
-    table = model.text.get_input_embeddings().weight
+    table = model.text.get_parameter(TOKENS)
     nn.init.normal_(table)
     table -= (table @ direction / TEXT_WIDTH)[:, None] * direction
     table[-1] = 3 * direction
@@ -103,15 +104,15 @@ def start_with_words(model: Model) -> None:
             nn.init.normal_(weight, std=0.1)
         elif "out_proj" in name or "fc2" in name:
             nn.init.zeros_(weight)
-    for module in model.unet.modules():
-        if isinstance(module, BasicTransformerBlock):
-            module.norm2.weight[0], module.norm2.bias[0] = 0, 1
-            heads = module.attn2.heads
-            depth = module.attn2.to_q.out_features // heads
-            for first in range(0, heads * depth, depth):
-                module.attn2.to_q.weight[first] = 0
-                module.attn2.to_q.weight[first, 0] = 4 * depth**0.5
-                module.attn2.to_k.weight[first] = -2 * direction / TEXT_WIDTH
+    blocks: list[Any] = [m for m in model.unet.modules() if isinstance(m, BasicTransformerBlock)]
+    for block in blocks:
+        block.norm2.weight[0], block.norm2.bias[0] = 0, 1
+        heads = block.attn2.heads
+        depth = block.attn2.to_q.out_features // heads
+        for first in range(0, heads * depth, depth):
+            block.attn2.to_q.weight[first] = 0
+            block.attn2.to_q.weight[first, 0] = 4 * depth**0.5
+            block.attn2.to_k.weight[first] = -2 * direction / TEXT_WIDTH
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from manifests.errors import UsageError
 from training.pocket import autoencoder, contrastive, diffusion, legs
 from training.pocket.vocabulary import Vocabulary
 
-TOKENS = "embeddings.token_embedding.weight"  # of the text encoder, in its state
 CLIP_TOKENS = "token_embedding.weight"
 # Running variances of the trunk's norms span more than float16 holds; they are few.
 KEPT = ("running_mean", "running_var", "num_batches_tracked")
@@ -55,7 +54,7 @@ def stable_diffusion(checkpoints: Path, words: Vocabulary) -> Any:
     unet: Any = diffusion.unet()
     text: Any = diffusion.text_encoder(len(words.tokenizer))
     weights = _under(state["average"], "text.")
-    weights[TOKENS] = _expanded(weights[TOKENS], words, checkpoints / "diffusion.pt")
+    weights[diffusion.TOKENS] = _expanded(weights[diffusion.TOKENS], words, checkpoints / "diffusion.pt")
     unet.load_state_dict(_under(state["average"], "unet."))
     text.load_state_dict(weights)
     text.config.pad_token_id = words.tokenizer.pad_token_id
