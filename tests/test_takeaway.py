@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from generation.cut import models
 from manifests import pictures, shards
 from manifests.errors import PictureError, UsageError
 from manifests.schema import DECISIONS, HISTORY, IMAGES, METRICS, SAMPLES, SHARDS, Image, to_table
@@ -35,8 +36,8 @@ def sample_row(round_, index, category, generator, defect, image, offset, checks
         "category": category, "generator": generator, "defect": defect, "prompt": "", "detail": "",
         "wanted_area": 0.05, "area": 0.05, "severity": 0.5, "count": 1, "location": "anywhere", "donors": [],
         "params": "{}", "seed": index, "batch": 0, "shard": 0, "status": "accepted", "reason": "",
-        "leak": 0.0, "hollow": 0.0, "contrast": 1.5, "attempts": 1, "offset": offset, "checksum": checksum,
-        "seconds": 0.01, "device": "cpu", "versions": "{}",
+        "leak": 0.0, "hollow": 0.0, "contrast": 1.5, "measures": "", "attempts": 1, "offset": offset,
+        "checksum": checksum, "seconds": 0.01, "device": "cpu", "versions": "{}",
     }  # fmt: skip
 
 
@@ -559,7 +560,9 @@ def test_doctor_calls_the_attention_operator_because_an_import_proves_nothing(mo
     monkeypatch.setattr(doctor, "_installed", lambda name: True)
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.0.35")
     modules = {"xformers.ops": SimpleNamespace(memory_efficient_attention=fails)}
-    monkeypatch.setattr(doctor, "import_module", modules.__getitem__)
+    monkeypatch.setattr(models, "import_module", modules.__getitem__)
+    models.best_attention.cache_clear()
     check = doctor._try("xformers", doctor._xformers, "remedy", optional=True)
     assert check.ok is None
-    assert re.search(r"0\.0\.35, but its operator fails on .*No operator found.*torch's own", check.found)
+    models.best_attention.cache_clear()
+    assert re.search(r"0\.0\.35; .*its operator fails on .*No operator found.*torch's own", check.found)

@@ -59,7 +59,7 @@ def test_what_a_gate_rejects_is_written_and_named(plate, tiny, monkeypatch):
     from generation.gates import Gates
 
     monkeypatch.setattr(
-        "workflows.trying.Gates", lambda: Gates(contrast_min=1e6, strength_min=0, spread_min=0)
+        "workflows.trying.Gates", lambda: Gates(contrast_min=1e6, strength_min=0, spread_min=0, area_low=0)
     )
     done = attempted(plate, tiny)
     assert done.returncode == 0, done.stderr

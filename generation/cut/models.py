@@ -202,6 +202,8 @@ def load_sd(
     )
     for network in (text_encoder, unet, vae):
         network.to(device).eval().requires_grad_(False)
+    if best_attention(str(device))[0] == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
     if channels_last:
         unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from generation.cut.chain import Twins
 from generation.cut.settings import CutParams
 from generation.poisson import clone_gradients
 
-FLOOR = 0.22  # of the strongest difference; weaker places are no part of the anomaly
+FLOOR = 0.3  # of the strongest difference; weaker places are no part of the anomaly
 PEAK = 0.995  # quantile over the allowed places that counts as the strongest difference
 ROBUST = 4.0  # deviations above the median of the whole crop (by MAD) that a place must stand out by
 WEAKEST, STRONGEST = 0.35, 3.0  # limits of the residual's gain
@@ -85,7 +85,7 @@ def compose_twins(
 def locate(score: np.ndarray, allowed: np.ndarray, wanted: float) -> np.ndarray:
     """The mask: the strongest places within the allowed ones, as many as wanted, as far as they stand out.
 
-    A place stands out if its score is above the crop's median by 4 robust deviations and above 0.22 of the
+    A place stands out if its score is above the crop's median by 4 robust deviations and above 0.3 of the
     strongest. Specks are dropped, gaps of a pixel closed.
 
     Args:
