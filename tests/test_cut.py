@@ -484,7 +484,7 @@ def test_no_step_gives_the_round_trip_of_the_picture_and_identical_twins(gamma, 
         with torch.no_grad():
             trip = sd.decode(sd.encode(image)).clamp(0, 1)[0].permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(found.anomaly, found.normal)
-        np.testing.assert_allclose(found.normal, trip, atol=1e-5)
+        np.testing.assert_allclose(found.normal, trip, atol=5e-5)  # another batch, another rounding
         assert found.attention.shape == (64, 64) and np.isfinite(found.attention).all()
 
 

@@ -54,14 +54,15 @@ def read_case(arguments: argparse.Namespace) -> Case:
     images = [image for image in found.images if image.category in chosen]
     if unknown := set(chosen) - {image.category for image in images}:
         raise UsageError(f"--categories: {', '.join(sorted(unknown))} not found in {arguments.data}")
-    params = {"model": arguments.model, "clip": arguments.clip, **arguments.params}
+    given = {"model": arguments.model, "clip": arguments.clip, "judge": arguments.clip}
+    params = {**given, **arguments.params}
     samples = arguments.json.with_name(f"{arguments.json.name}.samples")
     return Case(source, images, params, arguments.pictures, arguments.seed, arguments.final, samples)
 
 
 def identity(case: Case) -> dict[str, Any]:
     """What the figures of one file have in common."""
-    named = {key: value for key, value in case.params.items() if key not in ("model", "clip")}
+    named = {key: value for key, value in case.params.items() if key not in ("model", "clip", "judge")}
     return {
         "models": cut.identify(case.params),
         "params": named,
