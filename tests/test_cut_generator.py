@@ -351,7 +351,7 @@ def batch(model):
     given_source = source(picture(110, 90))
     given_source.allowed[:, :20] = False
     recipes = [recipe(seed, count=1 + seed // 2) for seed in range(4)]
-    return given_source, recipes, make(recipes, model, given_source)
+    return given_source, recipes, make(recipes, model, given_source, attempts=2)
 
 
 def test_outside_the_mask_every_byte_is_the_source(batch):
@@ -370,7 +370,8 @@ def test_outside_the_mask_every_byte_is_the_source(batch):
 
 def test_the_same_planned_batch_gives_the_same_bytes(batch, model):
     given_source, recipes, outcomes = batch
-    for one, other in zip(outcomes, make(recipes, model, given_source), strict=True):
+    for one, other in zip(outcomes, make(recipes, model, given_source, attempts=2), strict=True):
+        assert (one.status, one.reason, one.attempts) == (other.status, other.reason, other.attempts)
         np.testing.assert_array_equal(one.pixels, other.pixels)
         np.testing.assert_array_equal(one.mask, other.mask)
         assert one.measures == other.measures
@@ -382,9 +383,11 @@ def test_other_company_changes_rounding_only(tiny_double):
     model = Model(tiny_double, MapReader(tiny_double), None, None)
     params = {"size": 128, "gamma": 0.1, "attention": 1}
     recipes = [recipe(seed, params, count=1 + seed // 2) for seed in range(4)]
-    for one, wanted in zip(recipes, make(recipes, model), strict=True):
+    together = make(recipes, model)
+    assert sum(outcome.status == "accepted" for outcome in together) >= 2
+    for one, wanted in zip(recipes, together, strict=True):
         (alone,) = make([one], model)
-        assert wanted.status == "accepted"
+        assert (alone.status, alone.reason) == (wanted.status, wanted.reason)
         assert ((alone.mask > 0) ^ (wanted.mask > 0)).sum() <= 2
         both = (alone.mask > 0) & (wanted.mask > 0)
         assert np.abs(alone.pixels.astype(int) - wanted.pixels.astype(int))[both].max() <= 1
@@ -628,7 +631,7 @@ def run(pictures, tiny, folder, samples=6):
 def test_a_run_and_the_replay_of_each_sample(pictures, tiny, tmp_path):
     space, record, rows = run(pictures, tiny, tmp_path / "one")
     counts = Counter(row["status"] for row in rows)
-    assert counts.total() == 6 and counts["failed"] == 0 and counts["accepted"] >= 3
+    assert counts.total() == 6 and counts["failed"] == 0 and counts["accepted"] >= 2
     assert [row["batch"] for row in rows] == [0, 0, 0, 0, 1, 1]
     models = json.loads(record["fingerprint"])["models"]["cut"]
     assert {"id", "weights", "clip_id", "clip_weights", "judge_weights"} <= set(models)
