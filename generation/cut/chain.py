@@ -82,6 +82,7 @@ def sample(
         _tensor([request.location.astype(np.float32) for request in requests])[:, None],
         [side // sd.factor for side in image.shape[-2:]],
     )[:, 0].to(sd.device)
+    place = location[:, None] > 0
     source = sd.encode(image)
     noise = torch.stack([_noise(request.seed, source.shape[1:]) for request in requests]).to(sd.device)
     times = timesteps(len(sd.alphas), settings.steps, settings.gamma)
@@ -119,8 +120,9 @@ def sample(
         anomaly = following.sqrt() * clean + (1 - following).sqrt() * direction
         clean, direction = _split(sd, normal, out_normal, here)
         normal = following.sqrt() * clean + (1 - following).sqrt() * direction
-        # Outside the location both chains are one (latent blending at the level just reached, core.md 1.8).
-        anomaly = location[:, None] * anomaly + (1 - location[:, None]) * normal
+        # Outside the location both chains are the source at the noise level just reached (core.md 1.8).
+        known = following.sqrt() * source + (1 - following).sqrt() * noise
+        anomaly, normal = (torch.where(place, z, known) for z in (anomaly, normal))
 
     decoded = torch.cat([sd.decode(anomaly[i : i + 1]) for i in range(len(requests))]).clamp(0, 1)
     twin = torch.cat([sd.decode(normal[i : i + 1]) for i in range(len(requests))]).clamp(0, 1)
