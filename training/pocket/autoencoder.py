@@ -7,7 +7,7 @@ pictures without changing what the diffusion model was trained on.
 
 from __future__ import annotations
 
-import time
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from torch import nn
+from torch import Tensor, nn
 
 from training.pocket import legs
 from training.pocket.pictures import Photographs, batches
@@ -113,80 +113,51 @@ def train(out: Path, steps: int, seed: int, photos: Photographs, *, decoder_only
     torch.manual_seed(seed)
     vae = network()
     start_as_average(vae)
-    state = legs.load(path)
-    if state is None and decoder_only:
+    if decoder_only:
         first = legs.load(out / "autoencoder.pt")
         assert first is not None, "the first leg comes first"
         vae.load_state_dict(first["average"])
-    elif state is not None:
-        vae.load_state_dict(state["network"])
-    if decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     optimiser = torch.optim.AdamW(
         [p for p in vae.parameters() if p.requires_grad], lr=PEAK, betas=(0.9, 0.99), weight_decay=1e-4
     )
-    average, step = legs.snapshot(vae), 0
-    if state is not None:
-        optimiser.load_state_dict(state["optimiser"])
-        average, step = state["average"], state["step"]
-    peak = PEAK / 2 if decoder_only else PEAK
-    source = batches(seed + decoder_only, step * BATCH, BATCH, photos) if step < steps else iter(())
-    started = shown = saved = time.perf_counter()
-    first_step, errors = step, []
-    while step < steps:
-        images = next(source) * 2 - 1
+
+    def loss(pictures: Tensor, step: int) -> legs.Loss:
+        images = pictures * 2 - 1
         if not decoder_only and step < CROPPED * steps:
             images = _quarter(images, step)
-        for group in optimiser.param_groups:
-            group["lr"] = legs.rate(step, steps, peak)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             stream = torch.Generator().manual_seed(seed * 1_000_003 + step)  # whatever ran before this step
             result = vae.decode(posterior.sample(stream)).sample.float()
         error = (result - images).square().mean()
-        loss = (
-            (result - images).abs().mean()
-            + 4 * error
-            + KL * posterior.kl().mean() / posterior.mean[0].numel()
-        )
-        loss = loss + 0.25 * _edges(result, images)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        legs.blend(average, vae, min(0.998, 1 - 1 / (step + 1)))
-        errors.append(error.item())
-        now = time.perf_counter()
-        if now - shown > legs.SHOW_SECONDS or step == steps:
-            mean = sum(errors) / len(errors)
-            decibel = 10 * torch.log10(torch.tensor(4 / mean)).item()
-            pace = (step - first_step) * BATCH / (now - started)
-            print(f"{path.stem} {step}/{steps}  {decibel:.2f} dB  {pace:.1f} pictures/s", flush=True)
-            shown, errors = now, []
-        if now - saved > legs.SAVE_SECONDS or step == steps:
-            legs.save(
-                path,
-                {
-                    "network": vae.state_dict(),
-                    "average": average,
-                    "optimiser": optimiser.state_dict(),
-                    "step": step,
-                },
-            )
-            saved = now
-    return path
+        absolute = (result - images).abs().mean()
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        total = absolute + 4 * error + KL * divergence + 0.25 * _edges(result, images)
+        return legs.Loss(total, error.item())
+
+    return legs.run(
+        path,
+        vae,
+        optimiser,
+        steps,
+        PEAK / 2 if decoder_only else PEAK,
+        BATCH,
+        lambda step: batches(seed + decoder_only, step * BATCH, BATCH, photos),
+        loss,
+        lambda error: f"{10 * math.log10(4 / error):.2f} dB",
+    )
 
 
-def _quarter(images: torch.Tensor, step: int) -> torch.Tensor:
+def _quarter(images: Tensor, step: int) -> Tensor:
     """A quarter of each picture, another place every step, on the grid of the latents."""
     side = images.shape[-1] // 2
     top, left = step % 9 * side // 8, step // 9 % 9 * side // 8
     return images[..., top : top + side, left : left + side]
 
 
-def _edges(result: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def _edges(result: Tensor, images: Tensor) -> Tensor:
     """L1 between horizontal and vertical differences: sharper lines at the same error."""
     difference = result - images
     return F.l1_loss(difference[..., 1:], difference[..., :-1]) + F.l1_loss(

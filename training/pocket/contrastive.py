@@ -7,7 +7,7 @@ captions.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ IMAGE = 160  # side of the pictures it sees, in pixels
 BATCH = 32
 PEAK = 1e-3
 TRUNK_RATE = 0.15  # of the learning rate, for the ImageNet weights
+LARGEST_SCALE = math.log(100)  # of the logits, as published for CLIP
 FROZEN_STAGES = 2  # of the trunk: edges and textures need no retraining
 DEFECTS = list(DRAWERS)
 CONFIG: dict[str, Any] = {
@@ -121,64 +122,29 @@ def train(out: Path, steps: int, seed: int, photos: Photographs) -> Path:
     torch.manual_seed(seed)
     words = Vocabulary()
     model = network(words.size)
-    state = legs.load(path)
-    if state is not None:
-        model.load_state_dict(state["network"])
     trunk = [p for p in model.visual.trunk.parameters() if p.requires_grad]
     others = [p for name, p in model.named_parameters() if not name.startswith("visual.trunk.")]
     optimiser = torch.optim.AdamW(
-        [{"params": trunk, "scale": TRUNK_RATE}, {"params": others, "scale": 1.0}], lr=PEAK, weight_decay=1e-2
+        [{"params": trunk, "scale": TRUNK_RATE}, {"params": others, "scale": 1.0}],
+        lr=PEAK,
+        weight_decay=1e-2,
+        fused=True,
     )
-    average, step = legs.snapshot(model), 0
-    if state is not None:
-        optimiser.load_state_dict(state["optimiser"])
-        average, step = state["average"], state["step"]
-    source = iter(
-        DataLoader(
-            CaptionedPictures(seed + 2, step * BATCH, BATCH, photos),
-            batch_size=None,
-            num_workers=1,
-            prefetch_factor=8,
-        )
-    )
-    started = shown = saved = time.perf_counter()
-    first_step, hits = step, []
-    while step < steps:
-        batch = next(source)
-        for group in optimiser.param_groups:
-            group["lr"] = legs.rate(step, steps, PEAK) * group["scale"]
-        model.train()
-        model.visual.trunk.eval()  # the norms keep ImageNet's statistics: batches are small
-        loss, right = _loss(model, words, batch)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+    model.train()
+    model.visual.trunk.eval()  # the norms keep ImageNet's statistics: batches are small
+
+    def batches(step: int) -> Iterator[Captioned]:
+        drawn = CaptionedPictures(seed + 2, step * BATCH, BATCH, photos)
+        return iter(DataLoader(drawn, batch_size=None, num_workers=1, prefetch_factor=8))
+
+    def loss(batch: Captioned, _step: int) -> legs.Loss:
         with torch.no_grad():
-            model.logit_scale.clamp_(max=4.6052)
-        step += 1
-        legs.blend(average, model, min(0.998, 1 - 1 / (step + 1)))
-        hits.append(right)
-        now = time.perf_counter()
-        if now - shown > legs.SHOW_SECONDS or step == steps:
-            pace = (step - first_step) * BATCH / (now - started)
-            print(
-                f"contrastive {step}/{steps}  {sum(hits) / len(hits):.1%} told  {pace:.1f} pictures/s",
-                flush=True,
-            )
-            shown, hits = now, []
-        if now - saved > legs.SAVE_SECONDS or step == steps:
-            legs.save(
-                path,
-                {
-                    "network": model.state_dict(),
-                    "average": average,
-                    "optimiser": optimiser.state_dict(),
-                    "step": step,
-                },
-            )
-            saved = now
-    return path
+            model.logit_scale.clamp_(max=LARGEST_SCALE)
+        return _loss(model, words, batch)
+
+    return legs.run(
+        path, model, optimiser, steps, PEAK, BATCH, batches, loss, lambda share: f"{share:.1%} told"
+    )
 
 
 def seen(images: Tensor) -> Tensor:
@@ -188,10 +154,10 @@ def seen(images: Tensor) -> Tensor:
     return (x - PREPROCESS["mean"][0]) / PREPROCESS["std"][0]
 
 
-def _loss(model: Any, words: Vocabulary, batch: Captioned) -> tuple[Tensor, float]:
-    with torch.autocast("cpu", torch.bfloat16):
-        image = model.encode_image(seen(batch.images), normalize=True).float()
-    own = sorted(set(batch.nouns))[:3]  # a few nouns a step; every picture is compared under one of them
+def _loss(model: Any, words: Vocabulary, batch: Captioned) -> legs.Loss:
+    # In float32: the trunk's depthwise convolutions are slower in bfloat16 on a CPU.
+    image = model.encode_image(seen(batch.images), normalize=True)
+    own = sorted(set(batch.nouns))[:2]  # a few nouns a step; every picture is compared under one of them
     names = [noun if noun in own else own[at % len(own)] for at, noun in enumerate(batch.nouns)]
     text = model.encode_text(
         words([*(p for noun in own for p in prompts(noun)), *batch.captions]), normalize=True
@@ -204,4 +170,4 @@ def _loss(model: Any, words: Vocabulary, batch: Captioned) -> tuple[Tensor, floa
     target = torch.arange(len(image))
     symmetric = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     right = float((told.argmax(1) == batch.labels).float().mean())
-    return F.cross_entropy(told, batch.labels) + 0.5 * symmetric, right
+    return legs.Loss(F.cross_entropy(told, batch.labels) + 0.5 * symmetric, right)

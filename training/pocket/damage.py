@@ -43,11 +43,15 @@ Drawer = Callable[[Rng, Scene, float], Drawn]
 
 
 def spot(rng: Rng, part: np.ndarray, margin: int = 6) -> tuple[float, float]:
-    """A place on the part, away from the border of the picture where it can be: (y, x)."""
+    """A place on the part, away from the border of the picture where it can be: (y, x).
+
+    Of two at random the more central one: synthesis crops around the place of its defect.
+    """
     inner = part.copy()
     inner[:margin], inner[-margin:], inner[:, :margin], inner[:, -margin:] = False, False, False, False
     places = np.flatnonzero(inner if inner.any() else part)
-    y, x = divmod(int(places[rng.integers(len(places))]), part.shape[1])
+    two = [divmod(int(at), part.shape[1]) for at in places[rng.integers(len(places), size=2)]]
+    y, x = min(two, key=lambda at: (at[0] - part.shape[0] / 2) ** 2 + (at[1] - part.shape[1] / 2) ** 2)
     return float(y), float(x)
 
 
@@ -149,12 +153,12 @@ def tinted(rng: Rng) -> tuple[np.ndarray, str]:
 
 def crack(rng: Rng, scene: Scene, size: float) -> Drawn:
     side = len(scene.pixels)
-    length = size * rng.uniform(2.2, 4.5)
-    heading, width = rng.uniform(0, 2 * math.pi), np.clip(size * rng.uniform(0.04, 0.16), 0.8, 5)
+    length = size * rng.uniform(1.6, 3.5)
+    heading, width = rng.uniform(0, 2 * math.pi), np.clip(size * rng.uniform(0.05, 0.18), 1.4, 7)
     jag = rng.uniform(0.25, 0.75)
     main = path(rng, spot(rng, scene.part), length, heading, 0.12, jag)
     lines = [(main, taper(len(main) - 1, width, rng))]
-    branches = rng.integers(0, 5)
+    branches = int(rng.choice([0, 0, 0, 1, 2, 3]))
     for _ in range(branches):
         at = rng.integers(len(main) // 5, max(len(main) * 4 // 5, len(main) // 5 + 1))
         turn = heading + rng.choice([-1, 1]) * rng.uniform(0.4, 1.2)
@@ -170,22 +174,22 @@ def crack(rng: Rng, scene: Scene, size: float) -> Drawn:
     floor = scene.pixels * rng.uniform(0.05, 0.35)
     pixels = mix(pixels, weight * deep, floor)
     shape = (
-        "branching" if branches >= 2 else "jagged" if jag > 0.5 else "thin" if width < 1.6 else "irregular"
+        "branching" if branches >= 2 else "jagged" if jag > 0.5 else "thin" if width < 2.2 else "irregular"
     )
     return pixels, shape, ""
 
 
 def scratch(rng: Rng, scene: Scene, size: float) -> Drawn:
     side = len(scene.pixels)
-    heading, count = rng.uniform(0, 2 * math.pi), int(rng.choice([1, 1, 1, 2, 3, 5]))
+    heading, count = rng.uniform(0, 2 * math.pi), int(rng.choice([1, 1, 1, 1, 2, 3]))
     bend = rng.choice([0.0, 0.0, 0.02, 0.05])
     y, x = spot(rng, scene.part)
     bright = rng.random() < 0.6
     weight: np.ndarray = np.zeros((side, side), np.float32)
     for _ in range(count):
         start = (y + rng.normal(0, size * 0.25) * (count > 1), x + rng.normal(0, size * 0.25) * (count > 1))
-        points = path(rng, start, size * rng.uniform(2.2, 5), heading + rng.normal(0, 0.06), bend, 0.01)
-        line = stroke(side, points, np.clip(rng.uniform(0.5, 1.6) * (1 + size / 60), 0.5, 4))
+        points = path(rng, start, size * rng.uniform(1.6, 3.6), heading + rng.normal(0, 0.06), bend, 0.01)
+        line = stroke(side, points, np.clip(rng.uniform(0.8, 2.0) * (1 + size / 50), 0.8, 6))
         line = line * np.clip(1 + 0.35 * noise(rng, side, 4, 4), 0.2, 1)
         weight = np.maximum(weight, line * rng.uniform(0.6, 1))
     weight = cv2.GaussianBlur(weight, (0, 0), 0.45)
@@ -241,7 +245,7 @@ def dent(rng: Rng, scene: Scene, size: float) -> Drawn:
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REFLECT_101,
     )
-    strength = rng.uniform(0.25, 0.6)
+    strength = rng.uniform(0.35, 0.8)
     pixels = warped * (1 + strength * shade[..., None]) * (1 - rng.uniform(0, 0.25) * bowl[..., None])
     pixels = pixels + 0.25 * strength * np.clip(shade, 0, 1)[..., None] ** 2
     return pixels, "elongated" if stretch > 2 else "round", ""
@@ -325,7 +329,7 @@ def fold(rng: Rng, scene: Scene, size: float) -> Drawn:
     side = len(scene.pixels)
     heading = rng.uniform(0, 2 * math.pi)
     points = path(
-        rng, spot(rng, scene.part), size * rng.uniform(2.5, 6), heading, rng.choice([0.0, 0.03, 0.08]), 0.02
+        rng, spot(rng, scene.part), size * rng.uniform(1.8, 4), heading, rng.choice([0.0, 0.03, 0.08]), 0.02
     )
     width = max(1.2, size * rng.uniform(0.08, 0.2))
     line = stroke(side, points, taper(len(points) - 1, width, rng))
@@ -409,9 +413,9 @@ def thread(rng: Rng, scene: Scene, size: float) -> Drawn:
     tint, word = tinted(rng)
     wander = rng.choice([0.03, 0.12, 0.25])
     points = path(
-        rng, spot(rng, scene.part), size * rng.uniform(2.5, 6), rng.uniform(0, 2 * math.pi), wander, 0.0
+        rng, spot(rng, scene.part), size * rng.uniform(1.8, 4), rng.uniform(0, 2 * math.pi), wander, 0.0
     )
-    weight = cv2.GaussianBlur(stroke(side, points, rng.uniform(0.7, 2.2) * (1 + size / 80)), (0, 0), 0.45)
+    weight = cv2.GaussianBlur(stroke(side, points, rng.uniform(1.0, 2.4) * (1 + size / 60)), (0, 0), 0.45)
     shadow = cv2.GaussianBlur(offset(weight, rng.uniform(0, 6.28), rng.uniform(1, 3)), (0, 0), 0.9)[..., None]
     pixels = scene.pixels * (1 - rng.uniform(0, 0.5) * shadow)
     return (
@@ -466,7 +470,7 @@ def damage(rng: Rng, scene: Scene, defect: str | None = None) -> Damage:
     side = len(scene.pixels)
     while True:
         name = defect or str(rng.choice(names))
-        size = side * math.exp(rng.uniform(math.log(0.06), math.log(0.3)))
+        size = side * math.exp(rng.uniform(math.log(0.09), math.log(0.36)))
         try:
             drawn, shape, tint = DRAWERS[name](rng, scene, size)
         except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -26,6 +26,7 @@ from training.pocket.vocabulary import Vocabulary
 WIDTHS = (96, 192)
 TEXT_WIDTH = 128
 BATCH = 32
+REUSED = 2  # steps on the same pictures, under other noise: drawing and encoding them takes a fifth of a step
 PEAK = 7e-4
 TEXT_RATE = 2.0  # of the learning rate, for the text encoder and what listens to it: they learn last
 TOKENS = "embeddings.token_embedding.weight"  # of the text encoder
@@ -44,7 +45,7 @@ SCHEDULE = {
 
 
 def unet() -> Any:
-    return UNet2DConditionModel(
+    network: Any = UNet2DConditionModel(
         sample_size=SIDE // 8,
         in_channels=4,
         out_channels=4,
@@ -56,10 +57,12 @@ def unet() -> Any:
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=16,
     )
+    network.set_attn_processor(AttnProcessor())  # on a CPU the fused kernel's backward pass is slower
+    return network
 
 
 def text_encoder(vocabulary_size: int) -> CLIPTextModel:
-    return CLIPTextModel(
+    encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary_size,
             hidden_size=TEXT_WIDTH,
@@ -73,6 +76,8 @@ def text_encoder(vocabulary_size: int) -> CLIPTextModel:
             eos_token_id=vocabulary_size - 1,
         )
     )
+    encoder.set_attn_implementation("eager")  # as in the UNet
+    return encoder
 
 
 class Model(nn.Module):
@@ -194,67 +199,38 @@ def train(out: Path, steps: int, seed: int, photos: Photographs) -> Path:
         lr=PEAK,
         betas=(0.9, 0.99),
         weight_decay=1e-3,
+        fused=True,
     )
-    average, step = legs.snapshot(model), 0
-    if state is not None:
-        model.load_state_dict(state["network"])
-        optimiser.load_state_dict(state["optimiser"])
-        average, step = state["average"], state["step"]
     alphas = DDIMScheduler.from_config(SCHEDULE).alphas_cumprod
-    scenes = BATCH // 3 + 1  # three pictures each
-    loader = iter(
-        DataLoader(
-            Encoded(seed, step * scenes, scenes, photos, vae),
-            batch_size=None,
-            num_workers=1,
-            prefetch_factor=4,
-        )
-    )
-    torch.set_num_threads(threads)
-    started = shown = saved = time.perf_counter()
-    first_step, losses = step, []
-    while step < steps:
-        batch = next(loader)
+
+    def batches(step: int) -> Iterator[Latents]:
+        scenes = BATCH // 3 + 1  # three pictures each
+        first = step // REUSED * scenes
+        drawn = Encoded(seed, first, scenes, photos, vae)
+        found = iter(DataLoader(drawn, batch_size=None, num_workers=1, prefetch_factor=4))
+        torch.set_num_threads(threads)
+        batch = next(found)
+        while True:
+            yield batch
+            step += 1
+            if step % REUSED == 0:
+                batch = next(found)
+
+    def loss(batch: Latents, step: int) -> legs.Loss:
         stream = torch.Generator().manual_seed(seed * 1_000_003 + step)
         pick = torch.randperm(len(batch.captions), generator=stream)[:BATCH]
         captions = [batch.captions[i] for i in pick.tolist()]
         dropped = (torch.rand(BATCH, generator=stream) < DROPPED).tolist()
         ids = words(["" if empty else caption for empty, caption in zip(dropped, captions, strict=True)])
-        clean, cover = batch.latents[pick] * scaling, batch.cover[pick]
-        for group in optimiser.param_groups:
-            group["lr"] = legs.rate(step, steps, PEAK) * group["scale"]
-        loss = _loss(model, clean, cover, ids, alphas, stream)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        legs.blend(average, model, min(0.998, 1 - 1 / (step + 1)))
-        losses.append(loss.item())
-        now = time.perf_counter()
-        if now - shown > legs.SHOW_SECONDS or step == steps:
-            pace = (step - first_step) * BATCH / (now - started)
-            print(
-                f"diffusion {step}/{steps}  loss {sum(losses) / len(losses):.4f}  {pace:.1f} pictures/s",
-                flush=True,
-            )
-            shown, losses = now, []
-        if now - saved > legs.SAVE_SECONDS or step == steps:
-            legs.save(
-                path,
-                {
-                    "network": model.state_dict(),
-                    "average": average,
-                    "optimiser": optimiser.state_dict(),
-                    "step": step,
-                    "scaling": scaling,
-                },
-            )
-            saved = now
-    return path
+        error = _error(model, batch.latents[pick] * scaling, batch.cover[pick], ids, alphas, stream)
+        return legs.Loss(error, error.item())
+
+    return legs.run(
+        path, model, optimiser, steps, PEAK, BATCH, batches, loss, "loss {:.4f}".format, {"scaling": scaling}
+    )
 
 
-def _loss(
+def _error(
     model: Model, clean: Tensor, cover: Tensor, ids: Tensor, alphas: Tensor, stream: torch.Generator
 ) -> Tensor:
     """Squared error of v, heavier where the defect is.

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from generation.cut.clip import CONFIG as CLIP_CONFIG
-from generation.cut.models import build_tokenizer
+from generation.cut.tokens import build_tokenizer
 from manifests.errors import UsageError
 from training.pocket import autoencoder, contrastive, diffusion, legs
 from training.pocket.vocabulary import Vocabulary

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from generation.cut.models import build_tokenizer
+from generation.cut.tokens import build_tokenizer
 from training.pocket import captions
 from training.pocket.materials import GENERIC_NOUNS, PARTS, SURFACES
 
