@@ -22,6 +22,17 @@ from manifests.recipes import GeneratorSettings
 from manifests.schema import Recipe
 from manifests.wording import Prompts
 
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. Beside torch's own class, its allocator for the CPU raises a bare
+    ``RuntimeError``, which its text alone tells apart."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; not imported for generators without a model
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
 Box = tuple[int, int, int, int]  # y0, y1, x0, x1, half open
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from generation.compose import Composite, compose, compose_features
 from generation.gates import Gates, judge
-from generation.protocol import Edit, FeatureEdit, Generator, Source, Undrawable
+from generation.protocol import Edit, FeatureEdit, Generator, Source, Undrawable, out_of_memory
 from manifests.errors import FlawsmithError, PictureError
 from manifests.schema import Recipe
 
@@ -88,7 +88,8 @@ def synthesise(
 
     Raises:
         FlawsmithError: the configuration is wrong (e.g. a recipe lacks its texture): nothing can be made.
-        OSError, MemoryError, torch.OutOfMemoryError: transient; the caller may try again later.
+        OSError, or lack of memory (:func:`generation.protocol.out_of_memory`): transient; the caller may try
+            again later.
     """
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, found {attempts}")
@@ -285,9 +286,9 @@ def _deterministic(error: Exception) -> Exception:
     """
     if isinstance(error, PictureError):
         return error
-    if isinstance(error, (FlawsmithError, OSError, MemoryError, ImportError)):
+    if out_of_memory(error) or isinstance(error, (FlawsmithError, OSError, ImportError)):
         raise error
     torch = sys.modules.get("torch")  # a generator without a model need not import it
-    if torch is not None and isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+    if torch is not None and isinstance(error, torch.AcceleratorError):
         raise error
     return error

@@ -66,8 +66,9 @@ def _remake(
     batch = batch_of(own, attempts, index)
     cache = PictureCache(round_)
     prepare_process()
+    smaller = json.loads(rows[sample_id]["measures"] or "{}").get("batch")
     outcomes = attempt(
-        [as_made(own[i], rows[own[i].sample_id]) for i in batch],
+        [own[i] if smaller is None else with_batch(own[i], int(smaller)) for i in batch],
         cache.source,
         registry.get(generator),
         load_model(generator, own[index].params),
@@ -76,15 +77,15 @@ def _remake(
     outcome = outcomes[batch.index(index)]
     if outcome.status == "failed":
         raise WorkspaceError(f"sample {sample_id} cannot be made again: {outcome.reason}")
+    if smaller is not None:  # the record of it is part of the sample
+        measures = {**outcome.measures, "batch": smaller}
+        outcome = replace(outcome, recipe=recipes[sample_id], measures=measures)
     return members_of(outcome, round_, cache)
 
 
-def as_made(recipe: Recipe, row: dict[str, Any]) -> Recipe:
-    """The recipe, with the smaller batch that its row tells of where memory ran out."""
-    batch = json.loads(row["measures"] or "{}").get("batch")
-    if batch is None:
-        return recipe
-    return replace(recipe, params=canonical_json({**recipe.settings(), "batch": int(batch)}))
+def with_batch(recipe: Recipe, batch: int) -> Recipe:
+    """The recipe with the smaller batch that a row tells of where memory ran out."""
+    return replace(recipe, params=canonical_json({**recipe.settings(), "batch": batch}))
 
 
 def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, float]:
