@@ -14,7 +14,9 @@ from typing import Any
 
 import cv2
 import numpy as np
+from scipy import sparse
 from scipy.fft import dstn, idstn, next_fast_len
+from scipy.sparse.linalg import splu
 
 from generation.masks import around, feather, place
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
@@ -134,6 +136,49 @@ def clone_gradients(target: np.ndarray, content: np.ndarray, mixed: bool) -> np.
     spectrum = dstn(divergence, type=1, axes=(0, 1)) / _eigenvalues(*divergence.shape[:2])[..., None]
     change[1:-1, 1:-1] = idstn(spectrum, type=1, axes=(0, 1))
     return change
+
+
+def blend_gradients(change: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """What keeps the gradients of ``change`` within a region of any shape and is 0 outside it.
+
+    Solves Δf = Δ(change) in the region with f = 0 around it (Pérez et al. 2003, equation 4, for the
+    difference of source and target). Nothing is known beyond the border of the picture: no gradient crosses
+    it.
+
+    Args:
+        change: float32, h×w×C.
+        region: bool, h×w.
+
+    Returns:
+        float32, h×w×C.
+    """
+    blended = np.zeros_like(change)
+    places = np.flatnonzero(region)
+    if not len(places):
+        return blended
+    number = np.full(region.shape, -1)
+    number[region] = np.arange(len(places))
+    diagonal = np.zeros(len(places))
+    wanted = np.zeros((len(places), change.shape[2]))
+    rows, columns = [], []
+    for axis in (0, 1):
+        low, high = (np.take(number, range(start, region.shape[axis] - 1 + start), axis) for start in (0, 1))
+        step = np.diff(change, axis=axis).astype(np.float64)
+        for here, there, sign in ((low, high, -1.0), (high, low, 1.0)):
+            inside = here >= 0
+            np.add.at(diagonal, here[inside], 1)
+            np.add.at(wanted, here[inside], sign * step[inside])
+            both = inside & (there >= 0)
+            rows.append(here[both])
+            columns.append(there[both])
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    # A region that fills the picture has no border to meet: a trace of the identity keeps the system regular.
+    system = sparse.diags(diagonal + 1e-9) - sparse.csc_matrix(
+        (np.ones(len(row)), (row, column)), [len(places)] * 2
+    )
+    solved = splu(system.tocsc()).solve(wanted)
+    blended.reshape(-1, change.shape[2])[places] = solved
+    return blended
 
 
 def ellipse(height: int, width: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from generation import registry
 from generation.frequency import hermitian, perturb
 from generation.gates import Gates
 from generation.masks import blobs, foreground, perlin, resolve_location
-from generation.poisson import clone_gradients
+from generation.poisson import blend_gradients, clone_gradients
 from generation.protocol import Edit, Generator, Source, Undrawable
 from generation.synthesis import attempt, batch_of, synthesise
 from generation.textures import KINDS, procedural
@@ -312,6 +312,30 @@ def test_poisson_solver_is_the_dense_solution(mixed):
                 right[row] += chosen - own
     solution = np.linalg.solve(matrix, right).reshape(height, width, 2)
     np.testing.assert_allclose(change, solution, atol=1e-5)
+
+
+def test_gradients_blended_in_a_rectangle_are_those_of_the_sine_transform():
+    change = np.random.default_rng(1).random((12, 15, 2), np.float32)
+    region = np.zeros((12, 15), bool)
+    region[1:-1, 1:-1] = True
+    expected = clone_gradients(np.zeros_like(change), change, mixed=False)
+    np.testing.assert_allclose(blend_gradients(change, region), expected, atol=1e-5)
+
+
+def test_gradients_are_blended_in_a_region_of_any_shape():
+    """What is 0 around the region stays; a step of the whole picture is none; 0 outside."""
+    rng = np.random.default_rng(2)
+    region = cv2.GaussianBlur(rng.random((40, 50)), (0, 0), 3) > 0.5
+    change = rng.random((40, 50, 3), np.float32)
+    inside = change * region[..., None]
+    np.testing.assert_allclose(blend_gradients(inside, region), inside, atol=1e-5)
+    for shift in (0.0, 0.3):
+        blended = blend_gradients(change + np.float32(shift), region)
+        assert not blended[~region].any()
+        np.testing.assert_allclose(blended, blend_gradients(change, region), atol=1e-5)
+    assert not blend_gradients(change, np.zeros_like(region)).any()
+    whole = blend_gradients(change, np.ones_like(region))  # no border: known but for a constant
+    np.testing.assert_allclose(np.diff(whole, axis=1), np.diff(change, axis=1), atol=1e-3)
 
 
 @pytest.mark.parametrize("texture", ["folder", "normals"])

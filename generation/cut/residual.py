@@ -13,7 +13,7 @@ import numpy as np
 
 from generation.cut.chain import Twins
 from generation.cut.settings import CutParams
-from generation.poisson import clone_gradients
+from generation.poisson import blend_gradients
 
 FLOOR = 0.3  # of the strongest difference; weaker places are no part of the anomaly
 PEAK = 0.995  # quantile over the allowed places that counts as the strongest difference
@@ -65,10 +65,8 @@ def compose_twins(
     weight = soften(region, allowed)[..., None]
     if settings.composition == "paste":
         patch = crop * (1 - weight) + generated * weight
-    elif settings.composition == "gradient" and min(shape) >= 4:
-        # Where the weight reaches the crop's border, the solution is not 0 beyond it.
-        change = clone_gradients(crop, crop + gain * weight * residual, mixed=False)
-        patch = crop + change * (weight > 0)
+    elif settings.composition == "gradient":
+        patch = crop + blend_gradients(gain * residual, weight[..., 0] > 0)
     else:
         patch = crop + gain * weight * residual
     ordered = np.sort(size, axis=None)
