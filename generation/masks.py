@@ -16,6 +16,8 @@ TRIES = 12  # places and shapes tried for one blob before the draw is given up
 STEPS = 6  # of the search for a blob's threshold; nearly always one or two are taken
 SMALLEST = 4  # pixels of the smallest blob
 MARGIN = 4  # pixels around a region in its box, so that soft edges and filters see their surroundings
+SOFT = 0.9  # pixels of width that a lens's soft edges add
+THINNEST = 0.6  # pixels of a lens's width before its edges are softened; thinner lines would be transparent
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -199,6 +201,51 @@ def _largest(level: np.ndarray, open_: np.ndarray, size: float) -> tuple[np.floa
             most = share
             share = (least + share) / 2
     return best
+
+
+def lens(
+    rng: np.random.Generator, allowed: np.ndarray, pixels: float, ratios: tuple[float, float], bend: float
+) -> tuple[Box, np.ndarray]:
+    """A bent lens around a random allowed place: the shape of a scratch, and of the place for one.
+
+    Args:
+        rng: consumed.
+        allowed: bool, H×W; only the lens's centre is sure to lie in it.
+        pixels: wanted, about.
+        ratios: least and largest of length over thickness.
+        bend: of the middle off the straight line, at most, over the length.
+
+    Returns:
+        A tight box, and the weight in it: float32 in [0, 1], h×w, its edge soft over one pixel.
+
+    Raises:
+        Undrawable: the bend led it off a picture of a few pixels.
+    """
+    ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
+    # A lens has π/4 of its rectangle, and its soft edge shows over another half pixel on each side. It
+    # should not leave the picture.
+    length = min(math.sqrt(pixels * ratio * 4 / math.pi), 0.8 * min(allowed.shape))
+    thickness = max((pixels / length - SOFT) * 4 / math.pi, THINNEST)
+    length = min(length, pixels / (thickness * math.pi / 4 + SOFT))
+    angle = rng.uniform(0, math.pi)
+    arc = rng.uniform(-bend, bend) * length
+    y, x = place(rng, allowed)
+
+    reach = math.ceil(length / 2 + abs(arc)) + 2
+    y0, y1 = max(y - reach, 0), min(y + reach + 1, allowed.shape[0])
+    x0, x1 = max(x - reach, 0), min(x + reach + 1, allowed.shape[1])
+    dy = np.arange(y0 - y, y1 - y, dtype=np.float32)[:, None]
+    dx = np.arange(x0 - x, x1 - x, dtype=np.float32)[None, :]
+    sine, cosine = np.float32(math.sin(angle)), np.float32(math.cos(angle))
+    along = (dx * cosine + dy * sine) * np.float32(2 / length)
+    across = dy * cosine - dx * sine + np.float32(arc) * (along * along - np.float32(0.5))
+    half = np.float32(thickness / 2) * np.sqrt(np.maximum(1 - along * along, 0))
+    weight = np.where(np.abs(along) < 1, np.clip(half - np.abs(across) + np.float32(0.5), 0, 1), 0)
+    rows, columns = np.flatnonzero(weight.any(axis=1)), np.flatnonzero(weight.any(axis=0))
+    if len(rows) == 0:
+        raise Undrawable("no room")
+    box = (y0 + int(rows[0]), y0 + int(rows[-1]) + 1, x0 + int(columns[0]), x0 + int(columns[-1]) + 1)
+    return box, weight[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
 
 
 def place(rng: np.random.Generator, allowed: np.ndarray) -> tuple[int, int]:

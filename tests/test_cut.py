@@ -13,8 +13,9 @@ from generation.cut import guidance
 from generation.cut.attention import MapReader, anomaly_map, smooth, words_of
 from generation.cut.chain import Request, sample, timesteps
 from generation.cut.guidance import align, attention_step, refine
-from generation.cut.models import StableDiffusion, load_sd, token_positions
+from generation.cut.models import StableDiffusion, load_sd
 from generation.cut.settings import CutParams
+from generation.cut.tokens import token_positions
 from manifests.errors import UsageError
 
 NORMAL = "a photo of a bottle"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from generation.cut.checkpoints import identify
 from generation.cut.clip import load_clip
-from generation.cut.models import identify, load_sd
+from generation.cut.models import load_sd
 from manifests.errors import UsageError
 from tests.test_cli import flawsmith
 from training.pocket import autoencoder, contrastive, diffusion, legs, train

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from generation.cut.clip import load_clip
-from generation.cut.models import load_sd, token_positions
+from generation.cut.models import load_sd
+from generation.cut.tokens import token_positions
 from tests.benchmarks import flops
 from tests.benchmarks.released_cut import (
     OpenAttention,

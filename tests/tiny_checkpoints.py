@@ -21,7 +21,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from generation.cut.models import build_tokenizer
+from generation.cut.tokens import build_tokenizer
 
 WIDTH = 32  # of a text embedding
 SCHEDULE: dict[str, Any] = {

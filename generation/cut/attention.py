@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.cut.models import StableDiffusion, token_positions
+from generation.cut.models import StableDiffusion
+from generation.cut.tokens import token_positions
 
 SHARPNESS = 100.0  # factor before the softmax over the words, as released
 SIGMA = 0.5  # of the smoothing kernel exp(−(x / 2σ)²), as released: an effective deviation of 0.71

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.cut.models import (
+from generation.cut.checkpoints import (
     BROKEN,
     POCKET,
     ModelError,
@@ -120,7 +120,7 @@ def load_clip(name: str = POCKET, device: str | torch.device = "cpu") -> Clip:
     """
     device = torch.device(device)
     identity = identify_clip(name)
-    model_name, settings = _arguments(name)
+    model_name, settings = arguments(name)
     try:
         model: Any = open_clip.create_model(
             model_name, require_pretrained=True, weights_only=True, device="cpu", **settings
@@ -198,7 +198,7 @@ def _pretrained(name: str) -> dict[str, Any]:
     raise ModelError(f"CLIP {name!r}: no such folder, and no pair MODEL/TAG ({hint}); {REMEDY}")
 
 
-def _arguments(name: str) -> tuple[str, dict[str, Any]]:
+def arguments(name: str) -> tuple[str, dict[str, Any]]:
     """Name and further arguments of ``open_clip.create_model``."""
     if (folder := _folder(name)) is not None:
         return f"local-dir:{folder}", {}

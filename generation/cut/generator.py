@@ -18,8 +18,8 @@ import numpy as np
 from generation.compose import local_variation
 from generation.cut.prompts import Texts, prompts_of, texts_of
 from generation.cut.settings import CutParams
-from generation.masks import blobs
-from generation.protocol import Box, Edit, Generator, Source
+from generation.masks import blobs, lens
+from generation.protocol import Box, Edit, Generator, Source, out_of_memory
 from manifests.schema import Recipe
 
 if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not wait for it
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not 
     from generation.cut.residual import Anomaly
 
 ROOM = 2.2  # area of the place that is given to an anomaly, over the area of the mask that is wanted
+RATIOS, BEND = (4.0, 7.0), 0.15  # length over thickness of a line's place, and its bend
+STRIPS = 6  # tries at such a place
 SMALLEST_CROP = 48  # pixels; below it a crop shows too little to be a material
 QUIET = 4.0  # levels; a picture's variation counts at least that much
 FAINT, BOLD = 1.6, 6.0  # contrast asked for at severity 0 and 1, in local variations; the gate stands at 1
@@ -84,8 +86,8 @@ def load(params: Mapping[str, Any], device: str) -> Model:
 
 def identify(params: Mapping[str, Any]) -> dict[str, str]:
     """Id, revision, weights and licence of every model a sample depends on, for provenance."""
+    from generation.cut.checkpoints import identify as identify_sd
     from generation.cut.clip import identify_clip
-    from generation.cut.models import identify as identify_sd
 
     settings = CutParams(**params)
     found = identify_sd(settings.model)
@@ -119,20 +121,37 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutDraw:
     settings = CutParams(**recipe.settings())
     texts, word = texts_of(recipe)
     wanted = recipe.area * source.allowed.size / recipe.count
-    spots = [_spot(rng, source.allowed, wanted, settings) for _ in range(recipe.count)]
+    narrow = recipe.defect in settings.lines
+    spots = [_spot(rng, source.allowed, wanted, settings, narrow) for _ in range(recipe.count)]
     return CutDraw(tuple(spots), texts, word, recipe.severity, settings)
 
 
-def _spot(rng: np.random.Generator, allowed: np.ndarray, wanted: float, settings: CutParams) -> Spot:
+def _spot(
+    rng: np.random.Generator, allowed: np.ndarray, wanted: float, settings: CutParams, narrow: bool
+) -> Spot:
     if settings.free:
         box, region = (0, allowed.shape[0], 0, allowed.shape[1]), allowed
     else:
-        room = min(ROOM * wanted, 0.9 * int(allowed.sum()))
-        box, region = blobs(rng, allowed, max(room, 1.0) / allowed.size, 1)
+        box, region = _place(rng, allowed, min(ROOM * wanted, 0.9 * int(allowed.sum())), narrow)
     crop = crop_around(box, allowed.shape, settings.zoom)
     inside = np.zeros((crop[1] - crop[0], crop[3] - crop[2]), np.bool_)
     inside[box[0] - crop[0] : box[1] - crop[0], box[2] - crop[2] : box[3] - crop[2]] = region
     return Spot(crop, inside, wanted, int(rng.integers(2**63)))
+
+
+def _place(
+    rng: np.random.Generator, allowed: np.ndarray, room: float, narrow: bool
+) -> tuple[Box, np.ndarray]:
+    """Where an anomaly may be: a bent strip, where one fits, or a blob; at least half of ``room`` pixels."""
+    for _ in range(STRIPS if narrow else 0):
+        box, weight = lens(rng, allowed, room, RATIOS, BEND)
+        region = (weight > 0) & allowed[box[0] : box[1], box[2] : box[3]]
+        labels = cv2.connectedComponents(region.astype(np.uint8), connectivity=8)[1]
+        sizes = np.bincount(labels.ravel())
+        sizes[0] = 0
+        if sizes.max() >= room / 2:
+            return box, labels == sizes.argmax()
+    return blobs(rng, allowed, max(room, 1.0) / allowed.size, 1)
 
 
 def crop_around(box: Box, shape: tuple[int, ...], zoom: float) -> Box:
@@ -158,8 +177,8 @@ def apply(sources: Sequence[Source], draws: Sequence[CutDraw], model: Model) -> 
     while True:
         try:
             return _apply(sources, draws, model, batch)
-        except (torch.OutOfMemoryError, MemoryError):
-            if batch == 1:
+        except (RuntimeError, MemoryError) as error:
+            if batch == 1 or not out_of_memory(error):
                 raise
             batch //= 2
             if torch.cuda.is_available():

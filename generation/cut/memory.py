@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from generation.cut import chain, models
+from generation.cut import chain
 from generation.cut import clip as clips
 from generation.cut.attention import MapReader, Words
+from generation.cut.checkpoints import check_layout, resolve
 from generation.cut.guidance import attention_step, refine
-from generation.cut.models import StableDiffusion
+from generation.cut.models import StableDiffusion, attention_side_of, dtype_of
 from generation.cut.settings import CutParams
 
 CONTEXT = 77  # tokens a text, of every published checkpoint
@@ -85,7 +86,7 @@ def predict(settings: CutParams, device: str = "cpu", batch: int | None = None) 
 
 
 def _predict(settings: CutParams, device: str, batch: int, shape: tuple[int, int] | None) -> Need:
-    dtype = models._dtype(settings.dtype, torch.device(device))
+    dtype = dtype_of(settings.dtype, torch.device(device))
     sd = _skeleton_sd(settings.model, dtype)
     clip = _skeleton_clip(settings.guide) if settings.guide else None
     # The judge sees one picture at a time, after the chains: its weights count, its peak is smaller.
@@ -145,12 +146,12 @@ def _phases(
 
 def _skeleton_sd(name: str, dtype: torch.dtype) -> StableDiffusion:
     """A checkpoint's networks without weights, and no tokenizer."""
-    source = models._resolve(name)
-    models._check_layout(source)
+    source = resolve(name)
+    check_layout(source)
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(models._config(source, "unet"))
-        vae: Any = AutoencoderKL.from_config(models._config(source, "vae"))
-        text: Any = CLIPTextModel(CLIPTextConfig.from_dict(models._config(source, "text_encoder")))
+        unet: Any = UNet2DConditionModel.from_config(source.config("unet"))
+        vae: Any = AutoencoderKL.from_config(source.config("vae"))
+        text: Any = CLIPTextModel(CLIPTextConfig.from_dict(source.config("text_encoder")))
     for network in (unet, vae, text):
         torch.nn.Module.to(network, dtype).eval().requires_grad_(False)
         network.to(memory_format=torch.channels_last)
@@ -169,12 +170,12 @@ def _skeleton_sd(name: str, dtype: torch.dtype) -> StableDiffusion:
         dtype=dtype,
         size=unet.config.sample_size * factor,
         factor=factor,
-        attention_side=models._attention_side(unet.config, name),
+        attention_side=attention_side_of(unet.config, name),
     )
 
 
 def _skeleton_clip(name: str) -> clips.Clip:
-    model_name, settings = clips._arguments(name)
+    model_name, settings = clips.arguments(name)
     settings.pop("pretrained", None)
     with torch.device("meta"), _without_warnings():  # open_clip warns that nothing was loaded
         model: Any = open_clip.create_model(model_name, load_weights=False, device="meta", **settings)

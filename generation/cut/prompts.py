@@ -69,6 +69,7 @@ class Entry(BaseModel):
     synonyms: tuple[Name, ...] = Field((), description="other words that mean this defect in a typed prompt")
     kinds: tuple[Kind, ...] = Field(("texture", "object"), min_length=1, description="what it is seen on")
     categories: tuple[Name, ...] = Field((), description="the only categories it is for; empty: all")
+    place: Literal["blob", "line"] = Field("blob", description="its form: compact, or long and narrow")
     prompts: tuple[Template, ...] = Field(min_length=1, description="short texts with {object} and the word")
     details: tuple[Template, ...] = Field(
         min_length=1, description=f"one sentence each, begins with {HEAD!r}"
@@ -128,6 +129,7 @@ class PromptParams(Params):
         nouns: what to call the object, by category; default: the category's name.
         words: the anomaly words of a defect, where neither its name nor a word of the shipped bank stands in
             its prompts; those of a bank are added by themselves.
+        lines: defects whose place is long and narrow; those of a bank are added by themselves.
     """
 
     bank: str | None = Field(None, json_schema_extra=PATH)
@@ -135,6 +137,7 @@ class PromptParams(Params):
     defects: tuple[str, ...] = ()
     nouns: dict[str, Name] = Field(default_factory=dict)
     words: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    lines: tuple[str, ...] = ()
 
 
 class Texts(NamedTuple):
@@ -416,8 +419,17 @@ def prompts_of(params: PromptParams, settings: GeneratorSettings) -> Prompts:
         chosen = _chosen(bank, params, settings.defect)
         worded = [(_overridden(entry, settings), entry.word) for entry in chosen]
     words = _spoken(worded, params.words)
+    known = (*bank.entries, *_shipped().entries)
+    narrow = (
+        wording.defect
+        for wording, _ in worded
+        if any(entry.place == "line" for entry in _entries(known, wording.defect))
+    )
+    lines = list(dict.fromkeys([*params.lines, *narrow]))
     return Prompts(
-        tuple(wording for wording, _ in worded), dict(params.nouns), {"bank": None, "words": words}
+        tuple(wording for wording, _ in worded),
+        dict(params.nouns),
+        {"bank": None, "words": words, "lines": lines},
     )
 
 

@@ -43,8 +43,9 @@ from torch import Tensor
 
 from generation.cut import chain
 from generation.cut.attention import MapReader, anomaly_map, words_of
+from generation.cut.checkpoints import POCKET
 from generation.cut.clip import Clip, load_clip
-from generation.cut.models import POCKET, StableDiffusion, load_sd
+from generation.cut.models import StableDiffusion, load_sd
 from generation.cut.prompts import fill, load_bank
 from generation.cut.settings import CutParams
 from tests.benchmarks import flops
@@ -142,7 +143,7 @@ class Side:
 
 
 def ours(side: Side, batch: Sequence[Case], overrides: dict[str, Any]) -> tuple[list[Tensor], list[float]]:
-    """COMPLETE ME: the product's sampler, one batch.
+    """The product's sampler, one batch.
 
     Returns:
         pictures, each 1×3×H×W in [0, 1], before any composition; the sampler's own attention objective at the
@@ -158,7 +159,7 @@ def ours(side: Side, batch: Sequence[Case], overrides: dict[str, Any]) -> tuple[
 
 
 def our_calls(settings: CutParams) -> dict[str, int]:
-    """COMPLETE ME: how often :func:`ours` uses each of ``flops.blocks`` for one picture."""
+    """How often :func:`ours` uses each of ``flops.blocks`` for one picture."""
     steps = int(settings.steps * settings.gamma)
     late = max(1, round(settings.window * steps)) if settings.refinement and settings.guide else 0
     guided = len(range(0, steps, settings.every)) * settings.inner if settings.attention else 0

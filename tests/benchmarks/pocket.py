@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 
 from generation.cut import generator as cut
-from generation.cut.models import POCKET
+from generation.cut.checkpoints import POCKET
 from manifests.errors import FlawsmithError, UsageError
 from manifests.sources import SourceSettings, scan
 from tests.benchmarks.pocket_case import Case, Part

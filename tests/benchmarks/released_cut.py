@@ -42,7 +42,8 @@ from diffusers import PNDMScheduler
 from torch import Tensor, nn
 
 from generation.cut.clip import Clip
-from generation.cut.models import StableDiffusion, token_positions
+from generation.cut.models import StableDiffusion
+from generation.cut.tokens import token_positions
 
 STEPS, GAMMA, GUIDANCE, INNER = 200, 0.3, 12.5, 10
 SCALE, SCALE_RANGE = 50.0, (1.0, 0.5)
