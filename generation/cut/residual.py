@@ -66,7 +66,8 @@ def compose_twins(
     if settings.composition == "paste":
         patch = crop * (1 - weight) + generated * weight
     elif settings.composition == "gradient":
-        patch = crop + blend_gradients(gain * residual, weight[..., 0] > 0)
+        # Plus 0 times the residual: NaN, which no mask holds, stays and fails the sample.
+        patch = crop + blend_gradients(gain * residual, weight[..., 0] > 0) + 0 * residual
     else:
         patch = crop + gain * weight * residual
     ordered = np.sort(size, axis=None)
