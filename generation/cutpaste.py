@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from generation.masks import around, place, union
+from generation.masks import around, place, rectangle, union
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from manifests.schema import Recipe
 
@@ -56,7 +55,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDr
     solid: list[tuple[Box, np.ndarray]] = []
     for share in shares / shares.sum():
         pixels = max(share * recipe.area * source.allowed.size, 4.0)
-        target = _rectangle(rng, source.allowed, pixels, params.aspect)
+        target = rectangle(rng, source.allowed, pixels, params.aspect)
         height, width = target[1] - target[0], target[3] - target[2]
         corner = around(place(rng, source.allowed), height, width, shape)
         colours = jitter(rng, source.pixels.shape[2], (0.2 + 0.8 * recipe.severity) * params.jitter)
@@ -103,15 +102,6 @@ def recolour(piece: np.ndarray, gain: Sequence[float], offset: Sequence[float]) 
     mean = piece.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
     scaled = (piece - mean) * np.array(gain, np.float32) + (mean + np.array(offset, np.float32))
     return np.clip(scaled, 0, 1)
-
-
-def _rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, aspect: float) -> Box:
-    """A rectangle of about that many pixels around an allowed place, within the picture."""
-    ratio = math.sqrt(math.exp(rng.uniform(-math.log(aspect), math.log(aspect))))
-    height = int(np.clip(round(math.sqrt(pixels) * ratio), 1, allowed.shape[0]))
-    width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
-    top, left = around(place(rng, allowed), height, width, allowed.shape)
-    return top, top + height, left, left + width
 
 
 GENERATOR = Generator(

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from generation import registry
-from generation.frequency import hermitian, perturb
+from generation.frequency.operators import band, hermitian
 from generation.gates import Gates
 from generation.masks import blobs, foreground, perlin, resolve_location
 from generation.poisson import blend_gradients, clone_gradients
@@ -20,7 +20,7 @@ from generation.textures import KINDS, procedural
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe, canonical_json
 
-CLASSIC = ("perlin", "cutpaste", "scar", "poisson", "frequency")
+CLASSIC = ("perlin", "cutpaste", "scar", "poisson", "band")
 OPEN = Gates(leak_max=1, hollow_max=1, contrast_min=0, area_low=0, area_high=1e9, pixels_min=1, change_min=0)
 
 
@@ -165,7 +165,7 @@ GOLDEN = {
     "cutpaste": [(228, 13792), (236, 17760), (230, 12594), (238, 20722)],
     "scar": [(113, 6892), (210, 15558), (149, 14228), (222, 14335)],
     "poisson": [(208, 11184), (210, 12011), (226, 11316), (210, 9684)],
-    "frequency": [(205, 7614), (213, 8058), (206, 7174), (216, 7659)],
+    "band": [(205, 7614), (213, 8058), (206, 7174), (216, 7659)],
 }
 
 
@@ -278,9 +278,9 @@ def test_frequency_noise_is_hermitian_and_keeps_the_mean(height, width):
                 if (row, sign) != (-row % height, -1):
                     assert noise[row, column] == sign * noise[-row % height, column]
     image = rng.random((height, width, 3), np.float32)
-    np.testing.assert_allclose(perturb(image, 0 * gain, 0 * turn), image, atol=1e-6)
+    np.testing.assert_allclose(band(image, gain, turn)(0), image, atol=1e-6)
     gain[0, 0] = turn[0, 0] = 0
-    changed = perturb(image, gain, turn)
+    changed = band(image, gain, turn)(1)
     np.testing.assert_allclose(changed.mean(axis=(0, 1)), image.mean(axis=(0, 1)), atol=1e-5)
     # Against the full complex transform with the noise mirrored by hand: the result is real by itself.
     rows, columns = np.meshgrid(-np.arange(height) % height, -np.arange(width) % width, indexing="ij")

@@ -35,7 +35,7 @@ DEFAULT_MIX = {
     "cutpaste": GeneratorSettings(),
     "scar": GeneratorSettings(),
     "poisson": GeneratorSettings(),
-    "frequency": GeneratorSettings(),
+    "band": GeneratorSettings(),
 }
 
 
