@@ -110,8 +110,8 @@ def shaped(
     """Regions of one kind; arguments, result and errors as of :func:`blobs`.
 
     Args:
-        shape: ``blob`` (Perlin-shaped), ``stroke`` (a bent lens), ``ellipse``, ``rectangle``, or ``whole``: all
-            that is allowed (a given mask, the foreground), whatever the area.
+        shape: ``blob`` (Perlin-shaped), ``stroke`` (a bent lens), ``ellipse``, ``rectangle``, or ``whole``:
+            all that is allowed (a given mask, the foreground), whatever the area.
     """
     if shape == "blob":
         return blobs(rng, allowed, area, count)
@@ -158,6 +158,30 @@ def rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, aspe
     width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
     top, left = around(place(rng, allowed), height, width, allowed.shape)
     return top, top + height, left, left + width
+
+
+def threshold(
+    rng: np.random.Generator, allowed: np.ndarray, lattice: tuple[int, int], rotation: float
+) -> tuple[Box, np.ndarray]:
+    """Where Perlin noise over the whole picture exceeds 0.5, as DRAEM, DFD and OneNIP mask (core.md 5.1).
+
+    Args:
+        lattice: least and largest exponent: 2**e cells a side, e drawn for each axis.
+        rotation: at most, in degrees.
+
+    Raises:
+        Undrawable: nowhere within the allowed places.
+    """
+    height, width = allowed.shape
+    cells = [2 ** int(rng.integers(lattice[0], lattice[1] + 1)) for _ in range(2)]
+    cells = [min(count, side) for count, side in zip(cells, (height, width), strict=True)]
+    angles = rng.uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1))
+    noise = _turned(perlin(angles, height, width), math.radians(rng.uniform(-rotation, rotation)))
+    region = (noise > 0.5) & allowed
+    if not region.any():
+        raise Undrawable("empty")
+    x, y, w, h = cv2.boundingRect(region.view(np.uint8))
+    return union([((y, y + h, x, x + w), region[y : y + h, x : x + w])], allowed.shape)
 
 
 def union(parts: list[tuple[Box, np.ndarray]], shape: tuple[int, ...]) -> tuple[Box, np.ndarray]:
@@ -223,8 +247,8 @@ def _blob(
 
 def _turned(noise: np.ndarray, angle: float) -> np.ndarray:
     """Rotated about its centre; corners are filled by reflection."""
-    centre = (noise.shape[0] - 1) / 2
-    turn = cv2.getRotationMatrix2D((centre, centre), math.degrees(angle), 1)
+    centre = ((noise.shape[1] - 1) / 2, (noise.shape[0] - 1) / 2)
+    turn = cv2.getRotationMatrix2D(centre, math.degrees(angle), 1)
     return cv2.warpAffine(noise, turn, noise.shape[::-1], borderMode=cv2.BORDER_REFLECT_101)
 
 

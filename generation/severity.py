@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from generation.compose import changed, local_variation, quantise
-from generation.protocol import Box
+from generation.protocol import Box, Edit, Source
 
 FAINT, BOLD = 1.25, 6.0  # contrast at severity 0 and 1; the gate stands at 1
 QUIET = 4.0  # levels; a picture's variation counts at least that much, or nobody would see the change
@@ -27,6 +27,29 @@ class Solved:
 
     patch: np.ndarray
     strength: float
+
+
+def solved(
+    source: Source,
+    box: Box,
+    region: np.ndarray,
+    severity: float,
+    render: Callable[[float], np.ndarray],
+    *,
+    start: float = 0.5,
+    limit: float,
+) -> Edit:
+    """The edit whose change is what a severity asks for, as near as ``render`` comes; its measures tell what
+    was wanted (the gates compare) and which strength it took.
+
+    Args:
+        box, region: of the edit; bool, h×w, not empty.
+        render: ``strength -> patch``; see :func:`solve`; clipped here.
+    """
+    wanted = wanted_change(severity, source.pixels, box, region)
+    stored = source.pixels[box[0] : box[1], box[2] : box[3]]
+    found = solve(lambda strength: np.clip(render(strength), 0, 1), stored, region, wanted, start, limit)
+    return Edit(box, found.patch, region, {"wanted_change": wanted, "solved_strength": found.strength})
 
 
 def wanted_change(severity: float, pixels: np.ndarray, box: Box, region: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from generation.frequency import operators
 from generation.frequency.operators import Render
 from generation.masks import Shape, feather, shaped
 from generation.protocol import Box, Donors, Edit, Generator, Params, Source, Undrawable
-from generation.severity import solve, wanted_change
+from generation.severity import solved
 from generation.textures import cut
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe
@@ -208,15 +208,12 @@ def _apply(source: Source, one: FrequencyDraw, operator: Operator) -> Edit:
     weight = feather(one.region, one.edge)[..., None]
 
     def patch(strength: float) -> np.ndarray:
-        return np.clip(before + weight * (render(strength)[inner] - before), 0, 1)
+        return before + weight * (render(strength)[inner] - before)
 
     if one.strength is not None:
-        return Edit(one.box, patch(one.strength), one.region)
-    wanted = wanted_change(one.severity, source.pixels, one.box, one.region)
-    stored = source.pixels[y0:y1, x0:x1]
-    solved = solve(patch, stored, one.region, wanted, operator.start, operator.limit)
-    measures = {"wanted_change": wanted, "solved_strength": solved.strength}
-    return Edit(one.box, solved.patch, one.region, measures)
+        return Edit(one.box, np.clip(patch(one.strength), 0, 1), one.region)
+    start, limit = operator.start, operator.limit
+    return solved(source, one.box, one.region, one.severity, patch, start=start, limit=limit)
 
 
 def _outer(box: Box, shape: tuple[int, ...]) -> Box:
