@@ -50,6 +50,7 @@ class GeneratorSettings(BaseModel):
         "", description="short text of the anomaly (text-to-image generators); may hold {object}"
     )
     detail: str = Field("", description="detailed description of the anomaly (text-to-image generators)")
+    area: AreaRange | None = Field(None, description="its own range; null: generation.area")
     params: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
 
 
@@ -140,7 +141,8 @@ def plan_shard(
     category_draw = rng.integers(len(categories), size=size)
     picture_draw = rng.random(size)
     donor_draw = rng.random(size)
-    areas = np.exp(rng.uniform(np.log(area[0]), np.log(area[1]), size))
+    ranges = np.log([generators[names[at]].area or area for at in chosen])
+    areas = np.exp(rng.uniform(ranges[:, 0], ranges[:, 1]))
     severities = rng.uniform(severity[0], severity[1], size)
     counts = rng.integers(count[0], count[1] + 1, size)
     seeds = rng.integers(2**63 - 1, size=size)

@@ -16,6 +16,8 @@ import numpy as np
 import pywt
 from scipy.fft import irfft2, rfft2
 
+OUTSTANDING = 2.5  # times the mean of its ring that an amplitude must be to count as a periodic component
+
 Render = Callable[[float], np.ndarray]
 
 
@@ -113,15 +115,16 @@ def notch(image: np.ndarray, places: np.ndarray, width: float) -> Render:
 
 
 def peaks(image: np.ndarray, count: int) -> np.ndarray:
-    """The strongest periodic components: bins of the half spectrum whose amplitude stands out most from the
-    ring of their radius. int, n×2, n <= ``count``; frequencies below 2 bins are left out."""
+    """The strongest periodic components: bins of the half spectrum with the largest amplitudes among those
+    that stand out from the mean of their ring. int, n×2, n <= ``count``; frequencies below 2 bins are left
+    out."""
     amplitude = np.abs(_spectrum(image)).sum(axis=2)
     rows, columns = _bins(image.shape)
     ring = np.rint(np.hypot(rows, columns)).astype(np.int64)
     counts = np.maximum(np.bincount(ring.ravel()), 1)
     mean = np.bincount(ring.ravel(), amplitude.ravel()) / counts
-    outstanding = np.where(ring >= 2, amplitude / np.maximum(mean[ring], 1e-9), 0)
-    order = np.argsort(outstanding, axis=None)[::-1][:count]
+    outstanding = np.where((ring >= 2) & (amplitude > OUTSTANDING * mean[ring]), amplitude, 0)
+    order = np.argsort(outstanding, axis=None)[::-1][: min(count, np.count_nonzero(outstanding))]
     return np.stack(np.unravel_index(order, amplitude.shape), axis=1)
 
 
