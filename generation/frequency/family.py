@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pywt
 from pydantic import Field
 from scipy.fft import next_fast_len
 
@@ -282,10 +283,14 @@ def _laplacian(
 def _wavelet(
     rng: np.random.Generator, image: np.ndarray, _other: np.ndarray, params: WaveletParams
 ) -> dict[str, Any]:
-    level = _level(rng, image, params.levels)
+    name = params.families[rng.integers(len(params.families))]
+    deepest = pywt.dwt_max_level(min(image.shape[:2]), name)
+    if deepest < 1:  # the filter is longer than a picture of a few pixels
+        name, deepest = "haar", 1
+    level = min(_level(rng, image, params.levels), deepest)
     sides = [side // 2**level + 16 for side in image.shape[:2]]  # filters lengthen what they halve
     return {
-        "family": params.families[rng.integers(len(params.families))],
+        "family": name,
         "level": level,
         "direction": int(rng.integers(3)),
         "noise": rng.standard_normal(sides, np.float32),
