@@ -32,7 +32,14 @@ BUILT_IN = {
     "blur": "generation.frequency.family:BLUR",
     "sharpen": "generation.frequency.family:SHARPEN",
     "shift": "generation.frequency.family:SHIFT",
-    "feature": "generation.feature:GENERATOR",
+    "feature-noise": "generation.feature.family:GAUSSIAN",
+    "feature-jitter": "generation.feature.family:JITTER",
+    "feature-ascent": "generation.feature.family:ASCENT",
+    "feature-adversarial": "generation.feature.family:ADVERSARIAL",
+    "feature-flow": "generation.feature.family:FLOW",
+    "feature-copy": "generation.feature.family:COPY",
+    "feature-shuffle": "generation.feature.family:SHUFFLE",
+    "feature-insert": "generation.feature.family:INSERT",
     "cut": "generation.cut.generator:GENERATOR",
 }
 

@@ -17,7 +17,7 @@ from manifests.errors import UsageError
 from manifests.schema import GOOD, Image, Recipe
 from manifests.wording import DRAWS, Prompts
 
-Donors = Literal["none", "texture", "normal"]
+Donors = Literal["none", "texture", "normal", "foreign"]
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -233,6 +233,16 @@ def _donors(kind: Donors, generator: str, image: Image, pool: Pool, draw: float)
                 "folder of pictures, or the generator's params.texture to 'normals' or 'procedural'"
             )
         return (pool.textures[int(draw * len(pool.textures))].image_id,)
+    if kind == "foreign":
+        foreign = [name for name in pool.normals if name != image.category]
+        if not foreign:
+            raise UsageError(
+                f"generator {generator!r} takes pictures of another category, but the source has only "
+                f"{image.category!r}: add one, or set generation.generators.{generator}.share to 0"
+            )
+        place = draw * len(foreign)
+        pictures = pool.normals[foreign[int(place)]]
+        return (pictures[int(place % 1 * len(pictures))].image_id,)
     # Another good picture of the same kind; with a single one, of any kind. The draw picks among all
     # pictures but this one by skipping its place, which needs no copy of the list.
     same = pool.normals[image.category]

@@ -22,6 +22,10 @@ from manifests.schema import Recipe, canonical_json
 
 CLASSIC = ("perlin", "cutpaste", "scar", "poisson", "band")
 FREQUENCY = ("fda", "fact", "apr", "laplacian", "wavelet", "notch", "peak", "blur", "sharpen", "shift")
+FEATURE = tuple(
+    f"feature-{name}"
+    for name in ("noise", "jitter", "ascent", "adversarial", "flow", "copy", "shuffle", "insert")
+)
 OPEN = Gates(leak_max=1, hollow_max=1, contrast_min=0, area_low=0, area_high=1e9, pixels_min=1, change_min=0)
 
 
@@ -360,36 +364,6 @@ def test_poisson_needs_another_picture():
         make([recipe("poisson")], replace(source(), donors=()))
 
 
-class DrawnBackbone:
-    """Stands in for a network: mean colours of 8×8 tiles, twice."""
-
-    layers, fingerprint = ("tiles",), "drawn:1"
-
-    def features(self, images):
-        n, c, h, w = images.shape
-        tiles = images.float().reshape(n, c, h // 8, 8, w // 8, 8).mean(dim=(3, 5)) / 255
-        return tiles.repeat(1, 2, 1, 1)
-
-
-def test_feature_noise_lies_in_the_mask_and_follows_severity():
-    from generation.feature import Model
-
-    model = Model(DrawnBackbone(), 64)
-    generator = registry.get("feature")
-    weak, strong = (
-        synthesise([recipe("feature", severity=s)], lambda _: source(), generator, model, Gates(), 3, [])[0]
-        for s in (0.1, 1.0)
-    )
-    assert weak.status == strong.status == "accepted"
-    assert strong.contrast > 2 * weak.contrast
-    edit = strong.feature
-    assert edit.feature.dtype == np.float16
-    assert edit.feature.shape == (6, 8, 8)
-    outside = strong.mask == 0
-    np.testing.assert_array_equal(edit.feature[:, outside], edit.clean[:, outside])
-    assert (edit.feature[:, ~outside] != edit.clean[:, ~outside]).all(axis=0).all()
-
-
 # -- the loop and the registry ------------------------------------------------------------------------------
 
 
@@ -507,7 +481,7 @@ def test_the_later_of_two_equal_samples_is_the_duplicate():
 
 
 def test_registry_names_the_nearest():
-    assert {*CLASSIC, "feature"} <= set(registry.names())
+    assert {*CLASSIC, *FREQUENCY, *FEATURE} <= set(registry.names())
     with pytest.raises(UsageError, match="did you mean perlin"):
         registry.get("perlen")
 
@@ -527,7 +501,7 @@ def test_registry_takes_an_entry_point_of_another_package(monkeypatch):
         registry.get("scorch")
 
 
-@pytest.mark.parametrize("name", [*CLASSIC, "feature"])
+@pytest.mark.parametrize("name", [*CLASSIC, *FREQUENCY, *FEATURE])
 def test_every_generator_describes_itself(name):
     generator = registry.get(name)
     assert generator.name == name

@@ -313,7 +313,8 @@ def _peak(
     rng: np.random.Generator, image: np.ndarray, _other: np.ndarray, params: PeakParams
 ) -> dict[str, Any]:
     low, high = math.log(params.period_low), math.log(params.period_high)
-    colour = 1 - rng.uniform(0, params.tint, image.shape[2]) if image.shape[2] > 1 else np.ones(1)
+    tint = params.tint if image.shape[2] > 1 else 0.0
+    colour = 1 - tint * rng.random(image.shape[2])
     return {
         "period": math.exp(rng.uniform(low, high)),
         "angle": rng.uniform(0, math.pi),
