@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -484,6 +485,14 @@ def test_registry_names_the_nearest():
     assert {*CLASSIC, *FREQUENCY, *FEATURE} <= set(registry.names())
     with pytest.raises(UsageError, match="did you mean perlin"):
         registry.get("perlen")
+
+
+def test_the_readme_lists_every_generator():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- generators -->")[2].partition("<!-- end of generators -->")[0]
+    for name in registry.BUILT_IN:
+        generator = registry.get(name)
+        assert f"| `{name}` | {generator.summary} |" in table
 
 
 def test_registry_takes_an_entry_point_of_another_package(monkeypatch):

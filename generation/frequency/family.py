@@ -414,7 +414,7 @@ PEAK = _generator(
     Operator(operators.peak, _peak, 0.1, 1.0),
     PeakParams,
     "added pattern",
-    "a periodic component added: moiré, banding, chatter marks",
+    "a periodic component added: moire, banding, chatter marks",
 )
 BLUR = _generator(
     "blur",
