@@ -677,5 +677,5 @@ def test_a_word_of_several_tokens_in_a_chain(tiny_sd, tiny_clip):
         [request(**texts)], tiny_sd["sd15"], reader(tiny_sd["sd15"]), tiny_clip, settings(align=True)
     )
     assert np.isfinite(found.anomaly).all() and math.isfinite(found.trace["attention"])
-    with pytest.raises(UsageError, match="does not stand in the prompt"):
+    with pytest.raises(UsageError, match="does not hold the anomaly word"):
         sample([request(word="dent")], tiny_sd["sd15"], reader(tiny_sd["sd15"]), None, SETTINGS)

@@ -34,7 +34,7 @@ RATIOS, BEND = (4.0, 7.0), 0.15  # length over thickness of a line's place, and 
 STRIPS = 6  # tries at such a place
 SMALLEST_CROP = 48  # pixels; below it a crop shows too little to be a material
 QUIET = 4.0  # levels; a picture's variation counts at least that much
-FAINT, BOLD = 1.6, 6.0  # contrast asked for at severity 0 and 1, in local variations; the gate stands at 1
+FAINT = 1.6  # contrast at severity 0, in local variations; the gate stands at 1
 
 
 @dataclass(frozen=True)
@@ -234,17 +234,18 @@ def edits(
     for source, one, mine in zip(sources, draws, twins, strict=True):
         anomalies = []
         for spot, found in zip(one.spots, mine, strict=True):
-            contrast = _contrast(source, spot, one.severity)
-            crop = source.crop(spot.crop)
-            anomalies.append(compose_twins(crop, found, spot.allowed, spot.wanted, contrast, one.settings))
+            faint, crop = _faint(source, spot), source.crop(spot.crop)
+            anomalies.append(
+                compose_twins(crop, found, spot.allowed, spot.wanted, faint, one.severity, one.settings)
+            )
         made.append(_merged(source, one, anomalies, [found.trace for found in mine], model, batch))
     return made
 
 
-def _contrast(source: Source, spot: Spot, severity: float) -> float:
-    """The mean change that a severity asks for, in [0, 1]."""
+def _faint(source: Source, spot: Spot) -> float:
+    """The mean change that is just visible, in [0, 1]."""
     variation = local_variation(source.pixels, spot.crop, spot.allowed.view(np.uint8))
-    return (FAINT + (BOLD - FAINT) * severity) * max(variation, QUIET) / 255
+    return FAINT * max(variation, QUIET) / 255
 
 
 def _fitted(

@@ -18,7 +18,7 @@ from generation.poisson import blend_gradients
 FLOOR = 0.3  # of the strongest difference; weaker places are no part of the anomaly
 PEAK = 0.995  # quantile over the allowed places that counts as the strongest difference
 ROBUST = 4.0  # deviations above the median of the whole crop (by MAD) that a place must stand out by
-WEAKEST, STRONGEST = 0.35, 3.0  # limits of the residual's gain
+STRONGEST = 3.0  # limit of the residual's gain
 SPECKS = 0.04  # parts of the mask below this share of it are dropped
 
 
@@ -33,17 +33,22 @@ class Anomaly:
 
 
 def compose_twins(
-    crop: np.ndarray, twins: Twins, allowed: np.ndarray, wanted: float, contrast: float, settings: CutParams
+    crop: np.ndarray,
+    twins: Twins,
+    allowed: np.ndarray,
+    wanted: float,
+    contrast: float,
+    severity: float,
+    settings: CutParams,
 ) -> Anomaly:
     """The anomaly of a pair of twins, put into its crop.
 
     Args:
-        crop: float32 in [0, 1], h×w×C; the untouched source.
-        twins: of any size; brought to the crop's.
-        allowed: bool, h×w; where the anomaly may be.
-        wanted: size of its mask in pixels.
-        contrast: mean change inside the mask that is asked for, in [0, 1]; the residual is scaled towards it
-            within limits, so that what was hardly there is not inflated.
+        crop: float32 in [0, 1], h×w×C; the untouched source. twins: of any size; brought to the crop's.
+        allowed: bool, h×w; where the anomaly may be. wanted: size of its mask in pixels. contrast: mean
+        change inside the mask that is just visible, in [0, 1]. severity: in [0, 1]; the residual is scaled so
+        that the mean change goes from ``contrast`` at 0 to what
+            was drawn at 1. What was hardly there is inflated three times at most.
         settings: ``composition`` and ``mask``.
 
     Returns:
@@ -61,12 +66,14 @@ def compose_twins(
     region = locate(score, allowed, wanted)
     inside = size[region]
     strength = float(inside.mean()) if inside.size else 0.0
-    gain = np.float32(np.clip(contrast / max(strength, 1e-6), WEAKEST, STRONGEST))
+    asked = contrast + severity * max(strength - contrast, 0.0)
+    gain = np.float32(min(asked / max(strength, 1e-6), STRONGEST))
     weight = soften(region, allowed)[..., None]
     if settings.composition == "paste":
         patch = crop * (1 - weight) + generated * weight
     elif settings.composition == "gradient":
-        patch = crop + blend_gradients(gain * residual, weight[..., 0] > 0)
+        # Plus 0 times the residual: NaN, which no mask holds, stays and fails the sample.
+        patch = crop + blend_gradients(gain * residual, weight[..., 0] > 0) + 0 * residual
     else:
         patch = crop + gain * weight * residual
     ordered = np.sort(size, axis=None)

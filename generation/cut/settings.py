@@ -62,15 +62,15 @@ class CutParams(PromptParams):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     size: int | None = Field(None, ge=64)
     batch: int = Field(4, ge=1, le=256)
-    steps: int = Field(50, ge=1, le=1000)
-    gamma: float = Field(0.4, ge=0, le=1)
-    guidance: float = Field(5.0, ge=0)
+    steps: int = Field(30, ge=1, le=1000)
+    gamma: float = Field(0.7, ge=0, le=1)
+    guidance: float = Field(3.5, ge=0)
     attention: float = Field(5.0, ge=0)
     every: int = Field(3, ge=1)
     inner: int = Field(1, ge=1, le=50)
     reach: float = Field(0.9, ge=0, le=1)
     align: bool = False
-    refinement: float = Field(1.0, ge=0)
+    refinement: float = Field(0.3, ge=0)
     window: float = Field(0.3, gt=0, le=1)
     twin: Literal["normal", "shared", "empty"] = "normal"
     composition: Literal["residual", "gradient", "paste"] = "residual"
