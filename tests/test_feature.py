@@ -138,7 +138,7 @@ def test_moved_tokens_are_those_of_the_picture(name, known):
     changed = bound(name, known)(features, mask, 1.0, torch.Generator().manual_seed(0))
     for old, new, found in zip(features, changed, mask, strict=True):
         stock, moved = old.flatten(1).T, new[:, found].T
-        distance = torch.cdist(moved, stock).min(dim=1).values
+        distance = torch.cdist(moved, stock, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values
         assert distance.max() < 1e-3
         if name == "shuffle":
             torch.testing.assert_close(
@@ -154,7 +154,7 @@ def test_an_inserted_window_is_that_of_the_other_picture():
     piece = changed[0, :, 2:6, 5:12]
     windows = foreign[0].unfold(1, 4, 1).unfold(2, 7, 1)  # C×13×10×4×7
     difference = (windows - piece[:, None, None]).abs().amax(dim=(0, 3, 4))
-    assert difference.min() == 0
+    assert difference.min() < 1e-5
 
 
 def test_the_attended_tokens_are_those_that_stand_out():
