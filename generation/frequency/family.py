@@ -314,7 +314,7 @@ def _peak(
 ) -> dict[str, Any]:
     low, high = math.log(params.period_low), math.log(params.period_high)
     tint = params.tint if image.shape[2] > 1 else 0.0
-    colour: np.ndarray = 1 - tint * rng.random(image.shape[2])
+    colour = np.ones(image.shape[2]) - tint * rng.random(image.shape[2])
     return {
         "period": math.exp(rng.uniform(low, high)),
         "angle": rng.uniform(0, math.pi),
