@@ -7,6 +7,7 @@ that the generator named, and the picture outside it is the source, byte for byt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -66,15 +67,8 @@ def compose(pixels: np.ndarray, edit: Edit) -> Composite:
     y0, y1, x0, x1 = edit.box
     before = pixels[y0:y1, x0:x1]
     after = quantise(edit.patch, before.dtype)
-    change = channel_max(cv2.absdiff(after, before).reshape(before.shape))
-    unit = 1 if pixels.dtype == np.uint8 else 257  # raw steps a level
-
-    allowed = edit.region.view(np.uint8) * np.uint8(255)
-    visible = (change > VISIBLE * unit).view(np.uint8) * allowed
-    inside = fill(visible) & allowed
-    kept = cv2.bitwise_and(change, change, mask=inside)
-    covered, changed = cv2.countNonZero(inside), cv2.countNonZero(change)
-    level = float(kept.sum(dtype=np.int64)) / max(covered, 1) / unit
+    found = changed(before, after, edit.region)
+    inside, covered, anywhere = found.inside, found.covered, cv2.countNonZero(found.change)
 
     content = pixels.copy()
     content[y0:y1, x0:x1] = cv2.copyTo(after, inside, before.copy()).reshape(before.shape)
@@ -83,13 +77,45 @@ def compose(pixels: np.ndarray, edit: Edit) -> Composite:
     return Composite(
         content=content,
         mask=mask,
-        leak=(changed - cv2.countNonZero(kept)) / max(changed, 1),
-        hollow=(covered - cv2.countNonZero(visible & inside)) / max(covered, 1),
-        contrast=level / local_variation(pixels, edit.box, inside) if covered else 0.0,
+        leak=(anywhere - cv2.countNonZero(found.kept)) / max(anywhere, 1),
+        hollow=(covered - cv2.countNonZero(found.visible & inside)) / max(covered, 1),
+        contrast=found.level / local_variation(pixels, edit.box, inside) if covered else 0.0,
         area=covered / mask.size,
-        change=level,
-        signature=signature(kept, edit.box, mask.shape),
+        change=found.level,
+        signature=signature(found.kept, edit.box, mask.shape),
     )
+
+
+class Changed(NamedTuple):
+    """What an edit changes within its region. Attributes: ``change`` largest difference over the channels in
+    raw steps, ``kept`` the same inside the mask only, both h×w as the pixels' type; ``visible``, ``inside``
+    (the mask) uint8, 0 or 255; ``covered`` pixels of the mask; ``level`` mean change in it, in 8-bit levels.
+    """
+
+    change: np.ndarray
+    kept: np.ndarray
+    visible: np.ndarray
+    inside: np.ndarray
+    covered: int
+    level: float
+
+
+def changed(before: np.ndarray, after: np.ndarray, region: np.ndarray) -> Changed:
+    """Mask and size of a change; see :func:`compose`.
+
+    Args:
+        before, after: uint8 or uint16, h×w×C.
+        region: bool, h×w.
+    """
+    change = channel_max(cv2.absdiff(after, before).reshape(before.shape))
+    unit = 1 if before.dtype == np.uint8 else 257  # raw steps a level
+    allowed = region.view(np.uint8) * np.uint8(255)
+    visible = (change > VISIBLE * unit).view(np.uint8) * allowed
+    inside = fill(visible) & allowed
+    kept = cv2.bitwise_and(change, change, mask=inside)
+    covered = cv2.countNonZero(inside)
+    level = float(kept.sum(dtype=np.int64)) / max(covered, 1) / unit
+    return Changed(change, kept, visible, inside, covered, level)
 
 
 def compose_features(edit: FeatureEdit) -> Composite:
@@ -113,7 +139,7 @@ def compose_features(edit: FeatureEdit) -> Composite:
         raise ValueError("features hold values that are not finite")
     clean = edit.clean.astype(np.float32)
     distance = np.linalg.norm(edit.feature.astype(np.float32) - clean, axis=0)
-    changed = distance > 0
+    moved = distance > 0
     covered = int(edit.mask.sum())
     kept = distance * edit.mask
     level = float(kept.sum()) / max(covered, 1)
@@ -122,8 +148,8 @@ def compose_features(edit: FeatureEdit) -> Composite:
     return Composite(
         content=np.where(edit.mask, edit.feature, edit.clean),
         mask=edit.mask.astype(np.uint8) * np.uint8(255),
-        leak=int((changed & ~edit.mask).sum()) / max(int(changed.sum()), 1),
-        hollow=int((edit.mask & ~changed).sum()) / max(covered, 1),
+        leak=int((moved & ~edit.mask).sum()) / max(int(moved.sum()), 1),
+        hollow=int((edit.mask & ~moved).sum()) / max(covered, 1),
         contrast=level / max(variation, 1e-6),
         area=covered / edit.mask.size,
         change=level,

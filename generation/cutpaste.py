@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from generation.masks import around, place, union
+from generation.masks import around, place, rectangle, union
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
+from generation.severity import solved
 from manifests.schema import Recipe
+
+AMPLIFIED = 5.0  # most that a jitter is amplified where the severity asks for more than the paste gives
 
 
 class CutPasteParams(Params):
@@ -19,11 +21,14 @@ class CutPasteParams(Params):
 
     Attributes:
         aspect: largest ratio of the rectangle's sides, drawn log-uniformly in [1/aspect, aspect].
-        jitter: largest change of brightness, contrast and tint at severity 1, as a share.
+        jitter: largest change of brightness, contrast and tint, as a share.
+        calibrate: bring the change to what the severity asks for: a weaker paste is transparent, a stronger
+            one recoloured more. False: opaque, recoloured by the jitter, as published.
     """
 
     aspect: float = 3.3
     jitter: float = 0.4
+    calibrate: bool = True
 
 
 Colours = tuple[tuple[float, ...], tuple[float, ...]]  # gain and offset of each channel
@@ -42,7 +47,8 @@ class Paste:
 @dataclass(frozen=True)
 class CutPasteDraw:
     pastes: tuple[Paste, ...]
-    opacity: float
+    severity: float
+    calibrate: bool
     box: Box
     region: np.ndarray
 
@@ -56,17 +62,17 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDr
     solid: list[tuple[Box, np.ndarray]] = []
     for share in shares / shares.sum():
         pixels = max(share * recipe.area * source.allowed.size, 4.0)
-        target = _rectangle(rng, source.allowed, pixels, params.aspect)
+        target = rectangle(rng, source.allowed, pixels, params.aspect)
         height, width = target[1] - target[0], target[3] - target[2]
         corner = around(place(rng, source.allowed), height, width, shape)
-        colours = jitter(rng, source.pixels.shape[2], (0.2 + 0.8 * recipe.severity) * params.jitter)
+        colours = jitter(rng, source.pixels.shape[2], params.jitter)
         pastes.append(Paste(target, corner, *colours))
         solid.append((target, np.ones((height, width), np.bool_)))
     (y0, y1, x0, x1), region = union(solid, shape)
     region &= source.allowed[y0:y1, x0:x1]
     if not region.any():
         raise Undrawable("no room")
-    return CutPasteDraw(tuple(pastes), 0.4 + 0.6 * recipe.severity, (y0, y1, x0, x1), region)
+    return CutPasteDraw(tuple(pastes), recipe.severity, params.calibrate, (y0, y1, x0, x1), region)
 
 
 def apply(sources: Sequence[Source], draws: Sequence[CutPasteDraw], _model: Any) -> list[Edit]:
@@ -74,16 +80,23 @@ def apply(sources: Sequence[Source], draws: Sequence[CutPasteDraw], _model: Any)
 
 
 def _apply(source: Source, one: CutPasteDraw) -> Edit:
-    patch = source.crop(one.box)
-    for paste in one.pastes:
-        y0, y1, x0, x1 = paste.target
-        top, left = paste.source
-        piece = source.crop((top, top + y1 - y0, left, left + x1 - x0))
-        piece = recolour(piece, paste.gain, paste.offset)
-        view = patch[y0 - one.box[0] : y1 - one.box[0], x0 - one.box[2] : x1 - one.box[2]]
-        view += np.float32(one.opacity) * (piece - view)
+    before = source.crop(one.box)
     keep = one.region[..., None]
-    return Edit(one.box, np.where(keep, patch, source.crop(one.box)), one.region)
+
+    def render(strength: float) -> np.ndarray:
+        patch = before.copy()
+        for paste in one.pastes:
+            y0, y1, x0, x1 = paste.target
+            top, left = paste.source
+            piece = source.crop((top, top + y1 - y0, left, left + x1 - x0))
+            piece = recolour(piece, *amplified(paste.gain, paste.offset, max(strength, 1.0)))
+            view = patch[y0 - one.box[0] : y1 - one.box[0], x0 - one.box[2] : x1 - one.box[2]]
+            view += np.float32(min(strength, 1.0)) * (piece - view)
+        return np.where(keep, patch, before)
+
+    if not one.calibrate:
+        return Edit(one.box, render(1.0), one.region)
+    return solved(source, one.box, one.region, one.severity, render, limit=AMPLIFIED)
 
 
 def jitter(rng: np.random.Generator, channels: int, strength: float) -> Colours:
@@ -98,20 +111,16 @@ def jitter(rng: np.random.Generator, channels: int, strength: float) -> Colours:
     return tuple(gain.tolist()), (float(0.5 * brightness),) * channels
 
 
+def amplified(gain: Sequence[float], offset: Sequence[float], factor: float) -> Colours:
+    """The colours that many times as far from no change."""
+    return tuple(1 + factor * (g - 1) for g in gain), tuple(factor * o for o in offset)
+
+
 def recolour(piece: np.ndarray, gain: Sequence[float], offset: Sequence[float]) -> np.ndarray:
     """``gain·(x − mean) + mean + offset`` a channel, clipped to [0, 1]; float32 as given."""
     mean = piece.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
     scaled = (piece - mean) * np.array(gain, np.float32) + (mean + np.array(offset, np.float32))
     return np.clip(scaled, 0, 1)
-
-
-def _rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, aspect: float) -> Box:
-    """A rectangle of about that many pixels around an allowed place, within the picture."""
-    ratio = math.sqrt(math.exp(rng.uniform(-math.log(aspect), math.log(aspect))))
-    height = int(np.clip(round(math.sqrt(pixels) * ratio), 1, allowed.shape[0]))
-    width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
-    top, left = around(place(rng, allowed), height, width, allowed.shape)
-    return top, top + height, left, left + width
 
 
 GENERATOR = Generator(

@@ -30,6 +30,9 @@ class Gates(BaseModel):
     area_high: float = Field(4.0, ge=1, description="largest mask, relative to the requested area")
     pixels_min: int = Field(4, ge=1, description="smallest mask in pixels, whatever was requested")
     change_min: float = Field(4.0, ge=0, description="mean change in 8-bit levels; below it nothing is seen")
+    severity_error: float = Field(
+        0.15, ge=0, description="error of the change that the severity asks for, relative to it"
+    )
     duplicate: float = Field(0.1, ge=0, le=1, description="distance below which two samples are the same")
     strength_min: float = Field(
         2.0, ge=0, description="what a text-to-image model drew before scaling, in 8-bit levels"
@@ -60,7 +63,8 @@ def judge(
 
     Returns:
         ``constant`` (the model's picture), ``no anomaly`` (the word took no hold), ``empty``, ``area``,
-        ``leak``, ``hollow``, ``contrast``, ``duplicate of the source``, ``clip``,
+        ``leak``, ``hollow``, ``contrast``, ``severity_unreachable`` (no strength gives the change that was
+        asked for), ``duplicate of the source``, ``clip``,
         ``duplicate of a sample``, or "".
     """
     for name, limit, reason in (
@@ -86,6 +90,9 @@ def judge(
     features = composite.content.dtype == np.float16
     if composite.contrast < (gates.feature_contrast_min if features else gates.contrast_min):
         return "contrast"
+    wanted = measures.get("wanted_change", composite.change)
+    if abs(composite.change - wanted) > gates.severity_error * wanted:
+        return "severity_unreachable"
     if not features and composite.change < gates.change_min:
         return "duplicate of the source"
     if measures.get("clip_gain", 2.0) <= gates.clip_gain_min:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -18,6 +19,9 @@ SMALLEST = 4  # pixels of the smallest blob
 MARGIN = 4  # pixels around a region in its box, so that soft edges and filters see their surroundings
 SOFT = 0.9  # pixels of width that a lens's soft edges add
 THINNEST = 0.6  # pixels of a lens's width before its edges are softened; thinner lines would be transparent
+STROKE_RATIOS, STROKE_BEND = (5.0, 20.0), 0.12  # length over thickness of a stroke, and its bend
+ASPECT = 2.5  # of ellipses and rectangles
+Shape = Literal["blob", "stroke", "ellipse", "rectangle", "whole"]
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
@@ -100,6 +104,86 @@ def blobs(rng: np.random.Generator, allowed: np.ndarray, area: float, count: int
     return union(parts, allowed.shape)
 
 
+def shaped(
+    rng: np.random.Generator, allowed: np.ndarray, area: float, count: int, shape: Shape
+) -> tuple[Box, np.ndarray]:
+    """Regions of one kind; arguments, result and errors as of :func:`blobs`.
+
+    Args:
+        shape: ``blob`` (Perlin-shaped), ``stroke`` (a bent lens), ``ellipse``, ``rectangle``, or ``whole``:
+            all that is allowed (a given mask, the foreground), whatever the area.
+    """
+    if shape == "blob":
+        return blobs(rng, allowed, area, count)
+    if shape == "whole":
+        x, y, width, height = cv2.boundingRect(allowed.view(np.uint8))
+        box = (y, y + height, x, x + width)
+        return union([(box, allowed[y : y + height, x : x + width])], allowed.shape)
+    shares = rng.uniform(1, 3, count)
+    parts = []
+    for size in np.maximum(shares / shares.sum() * area * allowed.size, SMALLEST):
+        for _ in range(TRIES):
+            box, part = _drawn(rng, allowed, float(size), shape)
+            part = part & allowed[box[0] : box[1], box[2] : box[3]]
+            if part.sum() >= size / 2:
+                parts.append((box, part))
+                break
+        else:
+            raise Undrawable("no room")
+    return union(parts, allowed.shape)
+
+
+def _drawn(
+    rng: np.random.Generator, allowed: np.ndarray, size: float, shape: Shape
+) -> tuple[Box, np.ndarray]:
+    if shape == "stroke":
+        box, weight = lens(rng, allowed, size, STROKE_RATIOS, STROKE_BEND)
+        return box, weight > 0.5
+    box = rectangle(rng, allowed, size * (1 if shape == "rectangle" else 4 / math.pi), ASPECT)
+    height, width = box[1] - box[0], box[3] - box[2]
+    if shape == "rectangle":
+        return box, np.ones((height, width), np.bool_)
+    y, x = (2 * np.arange(side) + 1 - side for side in (height, width))
+    return box, (y[:, None] / height) ** 2 + (x[None, :] / width) ** 2 <= 1
+
+
+def rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, aspect: float) -> Box:
+    """A rectangle of about that many pixels around an allowed place, within the picture.
+
+    Args:
+        aspect: largest ratio of its sides, drawn log-uniformly in [1/aspect, aspect].
+    """
+    ratio = math.sqrt(math.exp(rng.uniform(-math.log(aspect), math.log(aspect))))
+    height = int(np.clip(round(math.sqrt(pixels) * ratio), 1, allowed.shape[0]))
+    width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
+    top, left = around(place(rng, allowed), height, width, allowed.shape)
+    return top, top + height, left, left + width
+
+
+def threshold(
+    rng: np.random.Generator, allowed: np.ndarray, lattice: tuple[int, int], rotation: float
+) -> tuple[Box, np.ndarray]:
+    """Where Perlin noise over the whole picture exceeds 0.5, as DRAEM, DFD and OneNIP mask (core.md 5.1).
+
+    Args:
+        lattice: least and largest exponent: 2**e cells a side, e drawn for each axis.
+        rotation: at most, in degrees.
+
+    Raises:
+        Undrawable: nowhere within the allowed places.
+    """
+    height, width = allowed.shape
+    cells = [2 ** int(rng.integers(lattice[0], lattice[1] + 1)) for _ in range(2)]
+    cells = [min(count, side) for count, side in zip(cells, (height, width), strict=True)]
+    angles = rng.uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1))
+    noise = _turned(perlin(angles, height, width), math.radians(rng.uniform(-rotation, rotation)))
+    region = (noise > 0.5) & allowed
+    if not region.any():
+        raise Undrawable("empty")
+    x, y, w, h = cv2.boundingRect(region.view(np.uint8))
+    return union([((y, y + h, x, x + w), region[y : y + h, x : x + w])], allowed.shape)
+
+
 def union(parts: list[tuple[Box, np.ndarray]], shape: tuple[int, ...]) -> tuple[Box, np.ndarray]:
     """Regions in their boxes to one region in one box, with a margin where the picture has it."""
     corners = np.array([box for box, _ in parts])
@@ -163,8 +247,8 @@ def _blob(
 
 def _turned(noise: np.ndarray, angle: float) -> np.ndarray:
     """Rotated about its centre; corners are filled by reflection."""
-    centre = (noise.shape[0] - 1) / 2
-    turn = cv2.getRotationMatrix2D((centre, centre), math.degrees(angle), 1)
+    centre = ((noise.shape[1] - 1) / 2, (noise.shape[0] - 1) / 2)
+    turn = cv2.getRotationMatrix2D(centre, math.degrees(angle), 1)
     return cv2.warpAffine(noise, turn, noise.shape[::-1], borderMode=cv2.BORDER_REFLECT_101)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from generation.masks import blobs, feather
+from generation.masks import blobs, feather, threshold
 from generation.protocol import Box, Donors, Edit, Generator, Params, Source
+from generation.severity import solved
 from generation.textures import KINDS, augment, cut, procedural
 from manifests.errors import UsageError
 from manifests.schema import Recipe
@@ -24,32 +26,46 @@ class PerlinParams(Params):
         texture: ``folder`` (pictures of the texture folder), ``normals`` (other good pictures of the
             source) or ``procedural`` (drawn by code).
         augment: vary a texture's levels by three of DRAEM's augmenters.
+        mask: ``area``, a blob of the wanted size; ``threshold``, wherever Perlin noise over the whole picture
+            exceeds 0.5, as published, whatever its size.
+        lattice: least and largest exponent of the threshold mask's cells a side.
+        rotation: of the threshold mask, at most, in degrees.
+        opacity: range from which the texture's weight is drawn, as published; null: solved for each sample,
+            so that the change is what the severity asks for.
     """
 
     texture: Literal["folder", "normals", "procedural"] = "procedural"
     augment: bool = True
+    mask: Literal["area", "threshold"] = "area"
+    lattice: tuple[int, int] = (0, 5)
+    rotation: float = Field(90.0, ge=0, le=180)
+    opacity: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class PerlinDraw:
-    """Attributes: ``texture`` uint8, h×w×C, as large as ``box``; ``opacity`` = 1 − β, its weight."""
+    """Attributes: ``texture`` uint8, h×w×C, as large as ``box``; ``opacity`` = 1 − β, its weight; None if
+    it is solved for."""
 
     box: Box
     region: np.ndarray
     texture: np.ndarray
-    opacity: float
+    severity: float
+    opacity: float | None
 
 
 def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PerlinDraw:
-    """A mask of the wanted area and a texture for it. Opacity follows severity, from 0.2 to 1 (the range
-    of DRAEM, which draws it uniformly).
+    """A mask and a texture for it.
 
     Raises:
         UsageError: the recipe names no donor although its texture setting needs one.
         Undrawable: no room for the mask.
     """
     params = PerlinParams(**recipe.settings())
-    box, region = blobs(rng, source.allowed, recipe.area, recipe.count)
+    if params.mask == "area":
+        box, region = blobs(rng, source.allowed, recipe.area, recipe.count)
+    else:
+        box, region = threshold(rng, source.allowed, params.lattice, params.rotation)
     height, width = region.shape
     channels = source.pixels.shape[2]
     if params.texture == "procedural":
@@ -64,7 +80,8 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PerlinDraw
         texture = cut(rng, source.donors[rng.integers(len(source.donors))], height, width)
     if params.augment and params.texture != "procedural":
         texture = augment(rng, texture)
-    return PerlinDraw(box, region, texture, 0.2 + 0.8 * recipe.severity)
+    opacity = None if params.opacity is None else float(rng.uniform(*params.opacity))
+    return PerlinDraw(box, region, texture, recipe.severity, opacity)
 
 
 def apply(sources: Sequence[Source], draws: Sequence[PerlinDraw], _model: Any) -> list[Edit]:
@@ -73,11 +90,19 @@ def apply(sources: Sequence[Source], draws: Sequence[PerlinDraw], _model: Any) -
 
 def _apply(source: Source, one: PerlinDraw) -> Edit:
     """I' = I + opacity·soft mask·(A − I)."""
-    weight = feather(one.region, EDGE) * np.float32(one.opacity)
-    patch = source.crop(one.box)
-    texture = one.texture.astype(np.float32) / np.float32(255)
-    patch += weight[..., None] * (texture - patch)
-    return Edit(one.box, patch, one.region)
+    weight = feather(one.region, EDGE)[..., None]
+    before = source.crop(one.box)
+    change = weight * (one.texture.astype(np.float32) / np.float32(255) - before)
+    if one.opacity is not None:
+        return Edit(one.box, before + np.float32(one.opacity) * change, one.region)
+    return solved(
+        source,
+        one.box,
+        one.region,
+        one.severity,
+        lambda opacity: before + np.float32(opacity) * change,
+        limit=1.0,
+    )
 
 
 def donors(params: PerlinParams) -> Donors:

@@ -20,8 +20,11 @@ from scipy.sparse.linalg import splu
 
 from generation.masks import around, feather, place
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
+from generation.severity import solved
 from manifests.errors import UsageError
 from manifests.schema import Recipe
+
+LARGEST = 8.0  # most that a blended change is scaled up
 
 
 class PoissonParams(Params):
@@ -31,10 +34,11 @@ class PoissonParams(Params):
         mixed: keep, per pixel step, the stronger of the two gradients ("mixed clone", for textures);
             otherwise the donor's alone ("normal clone").
         resize_low, resize_high: the patch's zoom, drawn from N(1, 0.5) and clipped.
-        shade: height of the dome of light or dark that is added at severity 1, as a share of full scale; 0
-            for the published method. Like content replaced by like shows nothing on a plain surface
+        shade: height of the dome of light or dark that is added, as a share of full scale; 0 for the
+            published method. Like content replaced by like shows nothing on a plain surface
             (inference).
         shift: deviation of the patch's place in the donor from its target, as a share of the side.
+        calibrate: scale the change to what the severity asks for. False: as blended, the published method.
     """
 
     mixed: bool = False
@@ -42,6 +46,7 @@ class PoissonParams(Params):
     resize_high: float = 1.3
     shade: float = 0.2
     shift: float = 0.25
+    calibrate: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Clone:
 @dataclass(frozen=True)
 class PoissonDraw:
     clones: tuple[Clone, ...]
-    opacity: float
+    severity: float
+    calibrate: bool
     mixed: bool
     box: Box
     allowed: np.ndarray
@@ -89,7 +95,9 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PoissonDra
     corners = np.array([clone.target for clone in clones])
     (y0, x0), (y1, x1) = corners[:, [0, 2]].min(axis=0).tolist(), corners[:, [1, 3]].max(axis=0).tolist()
     allowed = source.allowed[y0:y1, x0:x1]
-    return PoissonDraw(tuple(clones), 0.3 + 0.7 * recipe.severity, params.mixed, (y0, y1, x0, x1), allowed)
+    return PoissonDraw(
+        tuple(clones), recipe.severity, params.calibrate, params.mixed, (y0, y1, x0, x1), allowed
+    )
 
 
 def apply(sources: Sequence[Source], draws: Sequence[PoissonDraw], _model: Any) -> list[Edit]:
@@ -97,7 +105,8 @@ def apply(sources: Sequence[Source], draws: Sequence[PoissonDraw], _model: Any) 
 
 
 def _apply(source: Source, one: PoissonDraw) -> Edit:
-    patch = source.crop(one.box)
+    before = source.crop(one.box)
+    patch = before.copy()
     region = np.zeros(one.allowed.shape, np.bool_)
     for clone in one.clones:
         y0, y1, x0, x1 = clone.target
@@ -105,11 +114,21 @@ def _apply(source: Source, one: PoissonDraw) -> Edit:
         dome = ellipse(y1 - y0, x1 - x0)
         inside = one.allowed[part] & (dome > 0)
         # Flat inside, soft at the ellipse's edge and where the allowed places end.
-        weight = np.minimum(4 * dome, 1) * feather(one.allowed[part], 2) * np.float32(one.opacity)
+        weight = np.minimum(4 * dome, 1) * feather(one.allowed[part], 2)
         change = clone_gradients(patch[part], clone.content, one.mixed)
         patch[part] += weight[..., None] * (change + np.float32(clone.shade) * dome[..., None])
         region[part] |= inside
-    return Edit(one.box, np.clip(patch, 0, 1), region)
+    if not one.calibrate:
+        return Edit(one.box, np.clip(patch, 0, 1), region)
+    change = patch - before
+    return solved(
+        source,
+        one.box,
+        region,
+        one.severity,
+        lambda strength: before + np.float32(strength) * change,
+        limit=LARGEST,
+    )
 
 
 def clone_gradients(target: np.ndarray, content: np.ndarray, mixed: bool) -> np.ndarray:

@@ -129,7 +129,7 @@ ApplyFunction = Callable[[Sequence[Source], Sequence[Any], Any], list[Edit] | li
 LoadFunction = Callable[[Mapping[str, Any], str], Any]
 FitFunction = Callable[[Mapping[str, Any], int, str], tuple[dict[str, Any], int]]
 PromptsFunction = Callable[[Any, GeneratorSettings], Prompts]
-Donors = Literal["none", "texture", "normal"]
+Donors = Literal["none", "texture", "normal", "foreign"]
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ class Generator:
     """One way to make anomalies.
 
     Attributes:
-        name, family: as in recipes and tables.
-        summary: one line, what it imitates.
-        draw: ``draw(recipe, source, rng) -> draw``; all randomness; may raise :class:`Undrawable`.
-        apply: ``apply(sources, draws, model) -> edits``; pure; one edit a source.
-        params: the generator's own settings with their defaults.
-        donors: what the recipe must name for it: nothing, a texture, or another normal picture; a function
+        name, family: as in recipes and tables. summary: one line, what it imitates. draw: ``draw(recipe,
+        source, rng) -> draw``; all randomness; may raise :class:`Undrawable`. apply: ``apply(sources, draws,
+        model) -> edits``; pure; one edit a source. params: the generator's own settings with their defaults.
+        donors: what the recipe must name for it: nothing, a texture, another normal picture, or one of
+        another
+            category (foreign); a function
             of its params if they decide.
         defect: the word for what it draws when the configuration names none.
         load: ``load(params, device) -> model``; called once a worker; None if no model is needed.

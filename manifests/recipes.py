@@ -17,7 +17,7 @@ from manifests.errors import UsageError
 from manifests.schema import GOOD, Image, Recipe
 from manifests.wording import DRAWS, Prompts
 
-Donors = Literal["none", "texture", "normal"]
+Donors = Literal["none", "texture", "normal", "foreign"]
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -50,6 +50,7 @@ class GeneratorSettings(BaseModel):
         "", description="short text of the anomaly (text-to-image generators); may hold {object}"
     )
     detail: str = Field("", description="detailed description of the anomaly (text-to-image generators)")
+    area: AreaRange | None = Field(None, description="its own range; null: generation.area")
     params: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
 
 
@@ -140,7 +141,8 @@ def plan_shard(
     category_draw = rng.integers(len(categories), size=size)
     picture_draw = rng.random(size)
     donor_draw = rng.random(size)
-    areas = np.exp(rng.uniform(np.log(area[0]), np.log(area[1]), size))
+    ranges = np.log([generators[names[at]].area or area for at in chosen])
+    areas = np.exp(rng.uniform(ranges[:, 0], ranges[:, 1]))
     severities = rng.uniform(severity[0], severity[1], size)
     counts = rng.integers(count[0], count[1] + 1, size)
     seeds = rng.integers(2**63 - 1, size=size)
@@ -231,6 +233,16 @@ def _donors(kind: Donors, generator: str, image: Image, pool: Pool, draw: float)
                 "folder of pictures, or the generator's params.texture to 'normals' or 'procedural'"
             )
         return (pool.textures[int(draw * len(pool.textures))].image_id,)
+    if kind == "foreign":
+        foreign = [name for name in pool.normals if name != image.category]
+        if not foreign:
+            raise UsageError(
+                f"generator {generator!r} takes pictures of another category, but the source has only "
+                f"{image.category!r}: add one, or set generation.generators.{generator}.share to 0"
+            )
+        place = draw * len(foreign)
+        pictures = pool.normals[foreign[int(place)]]
+        return (pictures[int(place % 1 * len(pictures))].image_id,)
     # Another good picture of the same kind; with a single one, of any kind. The draw picks among all
     # pictures but this one by skipping its place, which needs no copy of the list.
     same = pool.normals[image.category]

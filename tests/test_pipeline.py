@@ -33,7 +33,7 @@ from workflows.upkeep import verify
 
 SAMPLES, SIZE, SHARDS = 120, 10, 12
 GENERATION: dict[str, Any] = {
-    "generators": {"cutpaste": {}, "scar": {}, "poisson": {}, "frequency": {}},
+    "generators": {"cutpaste": {}, "scar": {}, "poisson": {}, "band": {}},
     "attempts": 1,  # what the gates refuse stays refused: both outcomes occur
 }
 

@@ -84,12 +84,12 @@ def write_round(space, round_, images, normals, rng):
     kinds = [("perlin", "good"), ("perlin", NASTY), ("scar", "Scratch"), ("scar", "scratch")]
     for index in range(7):
         image = trained[index % len(trained)]
-        generator, defect = kinds[index % 4] if index < 6 else ("feature", "noise")
+        generator, defect = kinds[index % 4] if index < 6 else ("feature-noise", "noise")
         normal = normals[image.image_id]
         mask = defect_mask(rng, normal.shape[:2])
         picture = np.where(mask[:, :, None], 255 - normal, normal)
         members = {"image.webp": pictures.encode(picture, "webp")}
-        if generator == "feature":
+        if generator == "feature-noise":
             sink = io.BytesIO()
             np.save(sink, np.ones((4, 5, 3), np.float16))
             mask = np.eye(5, 3, dtype=bool)

@@ -327,6 +327,25 @@ def prompts(
 
 
 @app.command(
+    epilog="Examples: flawsmith gallery plate.png --out gallery.png | flawsmith gallery a.png b.png "
+    "--generator band --generator peak --out gallery.html"
+)
+def gallery(
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE…", help="pictures of good parts")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help=".png or .html")] = Path("gallery.png"),
+    generator: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="only these; may be repeated")
+    ] = None,
+    area: Annotated[float, typer.Option(min=1e-5, max=0.5, help="wanted share of the picture")] = 0.03,
+    seed: Annotated[int, typer.Option(min=0, help="another seed, other anomalies")] = 0,
+) -> None:
+    """Every generator at three severities on your pictures, on one page: to choose from."""
+    from workflows.gallery import gallery as render
+
+    typer.echo(render(pictures, out, names=generator or (), area=area, seed=seed))
+
+
+@app.command(
     "try",
     epilog='Examples: flawsmith try plate.png --prompt "a photo of a steel plate with a scratch on it" | '
     'flawsmith try plate.png --prompt "a photo of a plate with scorch marks" --word "scorch marks" '

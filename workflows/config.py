@@ -10,11 +10,12 @@ Three lines suffice::
 from __future__ import annotations
 
 import difflib
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from generation.gates import Gates
 from manifests.errors import UsageError
@@ -35,7 +36,7 @@ DEFAULT_MIX = {
     "cutpaste": GeneratorSettings(),
     "scar": GeneratorSettings(),
     "poisson": GeneratorSettings(),
-    "frequency": GeneratorSettings(),
+    "band": GeneratorSettings(),
 }
 
 
@@ -46,6 +47,9 @@ class Generation(Settings):
     generators: dict[str, GeneratorSettings] = Field(
         default_factory=lambda: dict(DEFAULT_MIX), description="the mix; see `flawsmith doctor` for names"
     )
+    preset: str | None = Field(
+        None, description="start from a paper's training data: draem, dfd, onenip, cutpaste or nsa"
+    )
     area: AreaRange = Field((0.002, 0.08), description="wanted share of the picture, drawn log-uniformly")
     severity: UnitRange = Field((0.2, 1.0), description="how strong, 0 barely visible, 1 strongest")
     count: CountRange = Field((1, 3), description="how many spots a sample has")
@@ -55,6 +59,21 @@ class Generation(Settings):
     textures: str | None = Field(None, description="folder of texture pictures for params.texture: folder")
     attempts: int = Field(6, ge=1, le=100, description="draws of one recipe before it is rejected")
     gates: Gates = Gates()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        """The preset's section, with what is set beside it in its place."""
+        name = given.get("preset") if isinstance(given, dict) else None
+        if name is None:
+            return given
+        known = yaml.safe_load(resources.files("workflows").joinpath("presets.yaml").read_text("utf-8"))
+        if name not in known:
+            raise ValueError(f"preset: unknown {name!r}; known: {', '.join(known)}")
+        gates = given.get("gates") or {}
+        if isinstance(gates, dict):
+            gates = {**known[name]["gates"], **gates}
+        return {**known[name], **given, "gates": gates}
 
 
 class Output(Settings):

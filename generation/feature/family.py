@@ -1,0 +1,329 @@
+"""The generators of the feature family: each an operator on a backbone's features, within a mask of tokens.
+
+A severity is a separability: at 0 a linear probe on the backbone's features of normal surfaces tells 60 % of
+the changed tokens, at 1 it tells 80 % (core.md 5.7). Operators that move clean tokens about cannot be told
+token by token, nor can tokens of another normal picture; theirs is the weight of the new token, from one half
+to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+from generation.masks import Shape, shaped
+from generation.protocol import Donors, FeatureEdit, Generator, Params, Source
+from manifests.errors import UsageError
+from manifests.schema import Recipe
+
+if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not wait for it
+    from generation.backbones import Backbone
+    from generation.feature.statistics import Perturb, Statistics
+
+MOVED = (0.5, 1.0)  # weight of a moved token at severity 0 and 1
+
+
+class FeatureParams(Params):
+    """Settings of every feature generator.
+
+    Attributes:
+        backbone: as :func:`generation.backbones.load_backbone` takes it.
+        size: side in pixels to which pictures are brought.
+        shape: of the mask, as of the frequency family.
+        strength: of the operator, the same for all samples; null: by the severity.
+    """
+
+    backbone: str = "tf_efficientnet_lite0"
+    size: int = Field(256, ge=32)
+    shape: Shape = "blob"
+    strength: float | None = Field(None, ge=0)
+
+
+class MovedParams(FeatureParams):
+    """Settings of ``feature-copy`` and ``feature-shuffle``.
+
+    Attributes:
+        attended: of a place twice as large, change the half that stands out most.
+    """
+
+    attended: bool = True
+
+
+class AscentParams(FeatureParams):
+    """Settings of ``feature-ascent``.
+
+    Attributes:
+        projection: keep the distance from the token itself (``manifold``) or from the centre of the normal
+            tokens (``hypersphere``).
+    """
+
+    projection: Literal["manifold", "hypersphere"] = "manifold"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Attributes: ``bind(statistics, params, foreign)`` an operator of :mod:`generation.feature.operators`
+    with all but features, mask, strength and random numbers given; ``limit`` its largest strength, None if it
+    moves clean tokens; ``foreign`` whether it needs a second picture."""
+
+    bind: Callable[[Statistics, Any, Any], Perturb]
+    limit: float | None
+    foreign: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """Attributes: ``range`` the strengths of severity 0 and 1."""
+
+    backbone: Backbone
+    size: int
+    statistics: Statistics
+    range: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class FeatureDraw:
+    """Attributes: ``region`` bool, H×W of the source; ``seed`` of the noise, whose shape only the backbone
+    knows; ``donor`` uint8 or None, the second picture."""
+
+    region: np.ndarray
+    severity: float
+    seed: int
+    params: Any
+    donor: np.ndarray | None
+
+
+def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[FeatureParams]) -> Model:
+    """The frozen backbone, ready on ``device``, its statistics, and the operator's strengths on them."""
+    from generation.backbones import load_backbone
+    from generation.feature.statistics import normal_features, statistics, strengths
+
+    settings = kind(**params)
+    backbone = load_backbone(settings.backbone, device=device)
+    known = statistics(backbone)
+    if operator.limit is None:
+        found = MOVED
+    else:
+        features = normal_features(backbone)
+        foreign = features.roll(1, 0) if operator.foreign else None
+        found = strengths(features, known, operator.bind(known, settings, foreign), operator.limit)
+    return Model(backbone, settings.size, known, found)
+
+
+def draw(
+    recipe: Recipe, source: Source, rng: np.random.Generator, operator: Operator, kind: type[FeatureParams]
+) -> FeatureDraw:
+    """A mask and a seed.
+
+    Raises:
+        UsageError: the recipe names no donor although the operator needs one.
+        Undrawable: no room for the mask.
+    """
+    params = kind(**recipe.settings())
+    if operator.foreign and not source.donors:
+        raise UsageError(
+            f"{recipe.generator} needs a picture of another category, but recipe {recipe.sample_id} names "
+            "none: add a category to the source, or set its share to 0"
+        )
+    wider = 2 if isinstance(params, MovedParams) and params.attended else 1
+    area = min(wider * recipe.area, 0.9)
+    (y0, y1, x0, x1), part = shaped(rng, source.allowed, area, recipe.count, params.shape)
+    region = np.zeros(source.allowed.shape, np.bool_)
+    region[y0:y1, x0:x1] = part
+    donor = source.donors[rng.integers(len(source.donors))] if operator.foreign else None
+    return FeatureDraw(region, recipe.severity, int(rng.integers(2**63)), params, donor)
+
+
+def apply(
+    sources: Sequence[Source], draws: Sequence[FeatureDraw], model: Model, operator: Operator
+) -> list[FeatureEdit]:
+    """The features of all pictures in one pass of the backbone, each changed in its mask."""
+    features = _features([source.pixels for source in sources], model)
+    foreign: list[Any] = [None] * len(draws)
+    if operator.foreign:
+        foreign = [
+            part[None] for part in _features([one.donor for one in draws if one.donor is not None], model)
+        ]
+    return [_apply(features[at : at + 1], one, foreign[at], model, operator) for at, one in enumerate(draws)]
+
+
+def _features(pictures: Sequence[np.ndarray], model: Model) -> Any:
+    from generation.backbones import to_batch
+
+    eight = [pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8) for pixels in pictures]
+    return model.backbone.features(to_batch(eight, model.size)).cpu()
+
+
+def _apply(features: Any, one: FeatureDraw, foreign: Any, model: Model, operator: Operator) -> FeatureEdit:
+    import torch
+
+    from generation.feature.operators import attended
+
+    mask = torch.from_numpy(tokens(one.region, *features.shape[2:]))[None]
+    if isinstance(one.params, MovedParams) and one.params.attended:
+        mask = attended(features, mask, int(mask.sum()) // 2)
+    low, high = model.range
+    strength = low * (high / low) ** one.severity if one.params.strength is None else one.params.strength
+    perturb = operator.bind(model.statistics, one.params, foreign)
+    random = torch.Generator().manual_seed(one.seed)
+    changed = perturb(features, mask, strength, random)[0].numpy().astype(np.float16)
+    clean, where = features[0].numpy().astype(np.float16), mask[0].numpy()
+    return FeatureEdit(
+        np.where(where, changed, clean), where, clean, model.backbone.layers, model.backbone.fingerprint
+    )
+
+
+def tokens(region: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A region at feature resolution: the tokens it covers by half, and at least the one it covers most.
+
+    Args:
+        region: bool, H×W; not empty.
+
+    Returns:
+        bool, height×width.
+    """
+    shrinks = region.shape[0] >= height and region.shape[1] >= width
+    way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    share = cv2.resize(region.astype(np.float32), (width, height), interpolation=way)
+    return share >= min(np.float32(0.5), share.max())
+
+
+# -- the operators with what they need to know -------------------------------------------------------------
+
+
+def _gaussian(known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+    from generation.feature.operators import gaussian
+
+    return partial(gaussian, deviation=known.deviation)
+
+
+def _jitter(_known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+    from generation.feature.operators import jitter
+
+    return jitter
+
+
+def _ascent(known: Statistics, params: AscentParams, _foreign: Any) -> Perturb:
+    from generation.feature.operators import ascent
+
+    return partial(
+        ascent,
+        deviation=known.deviation,
+        centre=known.centre,
+        gradient=known.gradient,
+        manifold=params.projection == "manifold",
+    )
+
+
+def _adversarial(known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+    from generation.feature.operators import adversarial
+
+    return partial(adversarial, deviation=known.deviation, gradient=known.gradient)
+
+
+def _flow_shift(known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+    from generation.feature.operators import flow_shift
+
+    return partial(flow_shift, centre=known.centre, basis=known.basis, spread=known.spread)
+
+
+def _copy_out(_known: Statistics, _params: MovedParams, _foreign: Any) -> Perturb:
+    from generation.feature.operators import copy_out
+
+    return copy_out
+
+
+def _shuffle(_known: Statistics, _params: MovedParams, _foreign: Any) -> Perturb:
+    from generation.feature.operators import shuffle
+
+    return shuffle
+
+
+def _insert(_known: Statistics, _params: FeatureParams, foreign: Any) -> Perturb:
+    from generation.feature.operators import insert
+
+    return partial(insert, foreign=foreign)
+
+
+def _generator(
+    name: str, operator: Operator, params: type[FeatureParams], defect: str, summary: str
+) -> Generator:
+    donors: Donors = "foreign" if operator.foreign else "none"
+    return Generator(
+        name=name,
+        family="feature",
+        summary=summary,
+        draw=partial(draw, operator=operator, kind=params),
+        apply=partial(apply, operator=operator),
+        params=params,
+        donors=donors,
+        defect=defect,
+        load=partial(load, operator=operator, kind=params),
+        identify=lambda given: {"backbone": params(**given).backbone},
+        batch_size=8,
+        gpu=True,
+    )
+
+
+GAUSSIAN = _generator(
+    "feature-noise",
+    Operator(_gaussian, 4.0),
+    FeatureParams,
+    "feature noise",
+    "Gaussian noise on features (SimpleNet, DFD): any unusual local appearance",
+)
+JITTER = _generator(
+    "feature-jitter",
+    Operator(_jitter, 400.0),
+    FeatureParams,
+    "feature jitter",
+    "noise in proportion to the token's length (UniAD, OneNIP)",
+)
+ASCENT = _generator(
+    "feature-ascent",
+    Operator(_ascent, 6.0),
+    AscentParams,
+    "near anomaly",
+    "gradient ascent away from normal, at a kept distance (GLASS): anomalies close to the boundary",
+)
+ADVERSARIAL = _generator(
+    "feature-adversarial",
+    Operator(_adversarial, 4.0),
+    FeatureParams,
+    "worst perturbation",
+    "the perturbation of a given length that looks least normal",
+)
+FLOW = _generator(
+    "feature-flow",
+    Operator(_flow_shift, 8.0),
+    FeatureParams,
+    "outlying feature",
+    "whitened features pushed outward: unusual in how channels go together",
+)
+COPY = _generator(
+    "feature-copy",
+    Operator(_copy_out, None),
+    MovedParams,
+    "misplaced feature",
+    "tokens replaced by others of the picture (GeneralAD): misplaced or missing parts",
+)
+SHUFFLE = _generator(
+    "feature-shuffle",
+    Operator(_shuffle, None),
+    MovedParams,
+    "disordered features",
+    "tokens permuted (GeneralAD): wrong order, broken structure",
+)
+INSERT = _generator(
+    "feature-insert",
+    Operator(_insert, None, foreign=True),
+    FeatureParams,
+    "foreign feature",
+    "tokens of another category's picture: foreign objects and materials",
+)

@@ -1,0 +1,169 @@
+"""What a backbone's features of normal surfaces look like, and how strong each operator must be on them.
+
+Estimated on surfaces that code draws, so they depend on the backbone alone and are the same on every machine
+up to rounding. Those of the default backbone are shipped beside this file; ``python -m
+generation.feature.statistics`` writes them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from generation.backbones import DEFAULT, Backbone, load_backbone, to_batch
+from generation.textures import KINDS, procedural
+
+PICTURES, SIDE = 32, 256  # drawn for the estimate, and their side in pixels
+RADIUS = 0.75  # quantile of the normal distances that is GLASS's radius r
+SEPARABLE = (0.60, 0.80)  # a probe's accuracy at severity 0 and 1 (core.md 5.7: 60–80 % at the start)
+RIDGE = 1e-2
+SHIPPED = f"{DEFAULT}.safetensors"
+
+Perturb = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Attributes: of tokens of normal surfaces: ``centre``, ``deviation`` (C each), ``basis`` (C×C, columns)
+    and ``spread`` (C) of their covariance; ``radius`` the 0.75 quantile of ‖(f − μ)/σ‖₂/√C; ``weight`` (C)
+    and ``bias`` of the probe. float32, on the CPU."""
+
+    centre: Tensor
+    deviation: Tensor
+    basis: Tensor
+    spread: Tensor
+    radius: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def to(self, device: torch.device) -> Statistics:
+        return Statistics(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def gradient(self, tokens: Tensor) -> Tensor:
+        """Of the probe's score Σ_c w_c·|z_c|, z the standardised token: K×C to K×C. For
+        :data:`generation.feature.operators.Gradient` in shards."""
+        return self.weight * ((tokens - self.centre) / self.deviation).sign() / self.deviation
+
+
+@lru_cache(maxsize=4)
+def statistics(backbone: Backbone) -> Statistics:
+    """Those of a backbone: shipped, or estimated (seconds) once a process."""
+    shipped = Path(str(resources.files("generation.feature"))) / SHIPPED
+    if shipped.is_file():
+        stored = load_file(shipped)
+        found = bytes(stored.pop("fingerprint").tolist()).decode()
+        if found == backbone.fingerprint:
+            return Statistics(**stored)
+    return estimate(normal_features(backbone))
+
+
+def normal_features(backbone: Backbone) -> Tensor:
+    """Features of the drawn surfaces: float32, N×C×h×w, on the CPU."""
+    pictures = []
+    for number in range(PICTURES):
+        rng = np.random.default_rng(number)
+        kind = list(KINDS)[number % len(KINDS)]
+        pictures.append(np.rint(procedural(kind, rng, SIDE, SIDE, 3) * 255).astype(np.uint8))
+    batches = (to_batch(pictures[i : i + 8], SIDE) for i in range(0, PICTURES, 8))
+    return torch.cat([backbone.features(batch).cpu() for batch in batches])
+
+
+def estimate(features: Tensor) -> Statistics:
+    """Statistics of features of normal pictures, N×C×h×w."""
+    tokens = features.permute(0, 2, 3, 1).flatten(0, 2).double()
+    centre = tokens.mean(0)
+    deviation = tokens.std(0).clamp(min=1e-6)
+    values, vectors = torch.linalg.eigh(torch.cov(tokens.T))
+    distance = ((tokens - centre) / deviation).norm(dim=1) / len(centre) ** 0.5
+    noisy = tokens + 0.5 * deviation * torch.randn(
+        tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    weight, bias = _fit(*((x - centre) / deviation for x in (tokens, noisy)))
+    found = Statistics(
+        centre,
+        deviation,
+        vectors,
+        values.clamp(min=1e-8).sqrt(),
+        torch.quantile(distance[:: max(1, len(distance) // 100_000)], RADIUS),
+        weight,
+        bias,
+    )
+    return Statistics(**{name: value.float().contiguous() for name, value in vars(found).items()})
+
+
+def accuracy(clean: Tensor, changed: Tensor, known: Statistics) -> float:
+    """How well a probe tells changed tokens from clean ones: fitted on one half, judged on the other.
+
+    The probe is linear in |z|, z the standardised token [inferred]: linear in z itself it cannot see noise
+    whose mean is 0, however strong.
+
+    Args:
+        clean, changed: K×C; the same places before and after.
+    """
+    first, second = ((x - known.centre) / known.deviation for x in (clean, changed))
+    half = len(first) // 2
+    weight, bias = _fit(first[:half].double(), second[:half].double())
+    scores = [(x[half:].double().abs() @ weight + bias) for x in (first, second)]
+    return float(((scores[0] < 0).double().mean() + (scores[1] > 0).double().mean()) / 2)
+
+
+def _fit(clean: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+    """Ridge regression of −1 and +1 on |z|: weights and bias."""
+    x = torch.cat([clean, changed]).abs()
+    y = torch.cat([-torch.ones(len(clean)), torch.ones(len(changed))]).double()
+    mean = x.mean(0)
+    x = x - mean
+    gram = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(gram, x.T @ y / len(x))
+    return weight, -(mean @ weight)
+
+
+def strengths(features: Tensor, known: Statistics, perturb: Perturb, limit: float) -> tuple[float, float]:
+    """The strengths at which a probe tells 60 % and 80 %: those of severity 0 and 1.
+
+    Bisection on the logarithm; where even ``limit`` stays below, it is ``limit``.
+
+    Args:
+        features: of normal pictures, N×C×h×w.
+        perturb: an operator with all but features, mask, strength and random numbers given.
+    """
+    generator = torch.Generator()
+    mask = torch.rand(features.shape[0], *features.shape[2:], generator=generator.manual_seed(0)) < 0.25
+    clean = features.permute(0, 2, 3, 1)[mask]
+    order = torch.randperm(len(clean), generator=generator.manual_seed(1))
+
+    def told(strength: float) -> float:
+        changed = perturb(features, mask, strength, generator.manual_seed(2))
+        return accuracy(clean[order], changed.permute(0, 2, 3, 1)[mask][order], known)
+
+    found = []
+    for target in SEPARABLE:
+        low, high = limit / 1000, limit
+        if told(limit) > target:
+            for _ in range(9):
+                middle = (low * high) ** 0.5
+                low, high = (low, middle) if told(middle) > target else (middle, high)
+        found.append(high)
+    return found[0], found[1]
+
+
+def write(folder: Path) -> Path:
+    """The default backbone's statistics, to be shipped."""
+    backbone = load_backbone(DEFAULT)
+    known = estimate(normal_features(backbone))
+    name = torch.tensor(list(backbone.fingerprint.encode()), dtype=torch.uint8)
+    path = folder / SHIPPED
+    save_file({**vars(known), "fingerprint": name}, path)
+    return path
+
+
+if __name__ == "__main__":
+    print(write(Path(__file__).parent))

@@ -1,0 +1,109 @@
+"""Severity as what is seen: a contrast against the picture's own variation, and the strength that gives it.
+
+The measure is that of the contrast gate (:func:`generation.compose.compose`): the mean change inside the mask
+over the mean local variation around it, a contrast-to-texture ratio (inference: as Weber's law has it, a
+change is seen in proportion to what surrounds it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from generation.compose import changed, local_variation, quantise
+from generation.protocol import Box, Edit, Source
+
+FAINT, BOLD = 1.25, 6.0  # contrast at severity 0 and 1; the gate stands at 1
+QUIET = 4.0  # levels; a picture's variation counts at least that much, or nobody would see the change
+CLOSE = 0.04  # relative error at which the search ends
+TRIES = 9  # evaluations at most
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Attributes: ``patch`` float32 in [0, 1], h×w×C; ``strength`` that gave it."""
+
+    patch: np.ndarray
+    strength: float
+
+
+def solved(
+    source: Source,
+    box: Box,
+    region: np.ndarray,
+    severity: float,
+    render: Callable[[float], np.ndarray],
+    *,
+    start: float = 0.5,
+    limit: float,
+) -> Edit:
+    """The edit whose change is what a severity asks for, as near as ``render`` comes; its measures tell what
+    was wanted (the gates compare) and which strength it took.
+
+    Args:
+        box, region: of the edit; bool, h×w, not empty.
+        render: ``strength -> patch``; see :func:`solve`; clipped here.
+    """
+    wanted = wanted_change(severity, source.pixels, box, region)
+    stored = source.pixels[box[0] : box[1], box[2] : box[3]]
+    found = solve(lambda strength: np.clip(render(strength), 0, 1), stored, region, wanted, start, limit)
+    return Edit(box, found.patch, region, {"wanted_change": wanted, "solved_strength": found.strength})
+
+
+def wanted_change(severity: float, pixels: np.ndarray, box: Box, region: np.ndarray) -> float:
+    """The mean change inside the mask, in 8-bit levels, that a severity asks for.
+
+    Args:
+        severity: in [0, 1].
+        pixels: uint8 or uint16, H×W×C; the source.
+        box, region: of the mask; bool, h×w, not empty.
+    """
+    variation = local_variation(pixels, box, region.view(np.uint8))
+    return (FAINT + (BOLD - FAINT) * severity) * max(variation, QUIET)
+
+
+def solve(
+    render: Callable[[float], np.ndarray],
+    before: np.ndarray,
+    region: np.ndarray,
+    wanted: float,
+    start: float,
+    limit: float,
+) -> Solved:
+    """The strength whose change comes nearest to the wanted one: secant steps within a bracket.
+
+    Args:
+        render: ``strength -> patch``, float32, h×w×C, clipped to [0, 1]; pure; ``before`` at 0, and further
+            from it the larger the strength.
+        before: uint8 or uint16, h×w×C; the stored pixels.
+        region: bool, h×w; where the change counts.
+        wanted: mean change in 8-bit levels.
+        start: a likely strength, > 0.
+        limit: the largest allowed. What it cannot reach is returned as near as it comes; the gates tell.
+    """
+    low, high = (0.0, 0.0), (np.inf, np.inf)  # (strength, change)
+    best, error = None, np.inf
+    strength = min(start, limit)
+    for _ in range(TRIES):
+        patch = render(strength)
+        change = changed(before, quantise(patch, before.dtype), region).level
+        if best is None or abs(change - wanted) < error:
+            best, error = Solved(patch, strength), abs(change - wanted)
+        if error <= CLOSE * wanted:
+            break
+        if change < wanted:
+            low = (strength, change)
+            if strength >= limit:
+                break
+        else:
+            high = (strength, change)
+        if np.isinf(high[0]):
+            growth = wanted / change if change > 0 else 8.0
+            strength = min(limit, strength * float(np.clip(growth, 1.3, 8.0)))
+        else:
+            share = (wanted - low[1]) / max(high[1] - low[1], 1e-9)
+            strength = low[0] + (high[0] - low[0]) * float(np.clip(share, 0.05, 0.95))
+    assert best is not None
+    return best

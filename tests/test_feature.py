@@ -1,0 +1,259 @@
+"""The feature family: operators against their equations, calibration, shards, and use inside training."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from generation import registry
+from generation.backbones import DEFAULT, load_backbone
+from generation.feature import operators, statistics
+from generation.feature.family import Model
+from generation.gates import Gates
+from generation.synthesis import attempt, synthesise
+from manifests.errors import UsageError
+from manifests.recipes import Pool, _donors
+from manifests.schema import canonical_json
+from tests.test_generators import FEATURE, recipe, source
+
+CHANNELS = 12
+
+
+def normal_tokens(seed=0, shape=(6, CHANNELS, 16, 16)):
+    """Correlated features of unequal scale, as a backbone's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(shape[0], shape[2], shape[3], CHANNELS, generator=generator)
+    return (noise @ mix * torch.linspace(0.5, 3, CHANNELS) + 1).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.fixture(scope="module")
+def known():
+    return statistics.estimate(normal_tokens())
+
+
+def bound(name, known, **params):
+    generator = registry.get(f"feature-{name}")
+    operator = generator.apply.keywords["operator"]
+    return operator.bind(known, generator.params(**params), normal_tokens(3))
+
+
+NAMES = [name.removeprefix("feature-") for name in FEATURE]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_outside_the_mask_and_everywhere_at_strength_0(name, known):
+    features = normal_tokens(1)
+    mask = torch.rand(6, 16, 16, generator=torch.Generator().manual_seed(4)) < 0.3
+    mask[5] = False  # a picture without a mask
+    before = features.clone()
+    perturb = bound(name, known)
+    changed = perturb(features, mask, 0.7, torch.Generator().manual_seed(5))
+    assert changed.shape == features.shape and changed.dtype == torch.float32
+    outside = ~mask[:, None].expand_as(features)
+    torch.testing.assert_close(changed[outside], features[outside], rtol=0, atol=0)
+    assert (changed != features).any(dim=1)[mask].float().mean() > 0.99
+    torch.testing.assert_close(features, before, rtol=0, atol=0)  # the caller's stay as they were
+    again = perturb(features, mask, 0.7, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(again, changed, rtol=0, atol=0)
+    if name != "flow":  # decoding the encoded rounds
+        still = perturb(features, mask, 0.0, torch.Generator().manual_seed(5))
+        torch.testing.assert_close(still, features, rtol=0, atol=0)
+    else:
+        still = perturb(features, mask, 0.0, torch.Generator().manual_seed(5))
+        torch.testing.assert_close(still, features, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_has_the_deviation_of_its_equation(known):
+    features = normal_tokens(1, (32, CHANNELS, 16, 16))
+    mask = torch.ones(32, 16, 16, dtype=torch.bool)
+    change = bound("noise", known)(features, mask, 0.5, torch.Generator().manual_seed(0)) - features
+    torch.testing.assert_close(change.std(dim=(0, 2, 3)), 0.5 * known.deviation, rtol=0.05, atol=0)
+    change = bound("jitter", known)(features, mask, 20.0, torch.Generator().manual_seed(0)) - features
+    expected = 20 * features.norm(dim=1) / CHANNELS
+    assert abs(float((change.square().mean(dim=1) / expected.square()).mean()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("projection", ["manifold", "hypersphere"])
+def test_ascent_keeps_its_distance_and_rises(projection, known):
+    features = normal_tokens(1)
+    mask = torch.rand(6, 16, 16, generator=torch.Generator().manual_seed(4)) < 0.3
+    changed = bound("ascent", known, projection=projection)(
+        features, mask, 0.8, torch.Generator().manual_seed(5)
+    )
+    old, new = (x.permute(0, 2, 3, 1)[mask] for x in (features, changed))
+    origin = old if projection == "manifold" else known.centre
+    distance = ((new - origin) / known.deviation).norm(dim=1) / math.sqrt(CHANNELS)
+    assert distance.min() >= 0.8 - 1e-4 and distance.max() <= 1.6 + 1e-4
+
+    def score(tokens):
+        return (((tokens - known.centre) / known.deviation).abs() @ known.weight).mean()
+
+    assert score(new) > score(old)
+
+
+def test_ascent_follows_the_discriminator_it_is_given(known):
+    """As in training: any network's gradient."""
+    network = torch.nn.Linear(CHANNELS, 1)
+
+    def gradient(tokens):
+        tokens = tokens.detach().requires_grad_(True)
+        with torch.enable_grad():
+            return torch.autograd.grad(network(tokens).sum(), tokens)[0]
+
+    features, mask = normal_tokens(1), torch.ones(6, 16, 16, dtype=torch.bool)
+    common = (features, mask, 0.5, torch.Generator().manual_seed(0), known.deviation)
+    for changed in (
+        operators.ascent(*common, known.centre, gradient, manifold=True),
+        operators.adversarial(*common, gradient),
+    ):
+        risen = network(changed.permute(0, 2, 3, 1)) - network(features.permute(0, 2, 3, 1))
+        assert (risen > 0).float().mean() > 0.98
+
+
+def test_adversarial_perturbations_have_the_length_asked_for(known):
+    features, mask = normal_tokens(1), torch.ones(6, 16, 16, dtype=torch.bool)
+    change = bound("adversarial", known)(features, mask, 0.3, torch.Generator().manual_seed(0)) - features
+    length = (change / known.deviation[:, None, None]).norm(dim=1) / math.sqrt(CHANNELS)
+    torch.testing.assert_close(length, torch.full_like(length, 0.3), rtol=1e-3, atol=0)
+
+
+def test_the_flow_shift_is_a_distance_among_whitened_features(known):
+    features, mask = normal_tokens(1), torch.ones(6, 16, 16, dtype=torch.bool)
+    changed = bound("flow", known)(features, mask, 1.5, torch.Generator().manual_seed(0))
+    old, new = (
+        (x.permute(0, 2, 3, 1).flatten(0, 2) - known.centre) @ known.basis / known.spread
+        for x in (features, changed)
+    )
+    moved = (new - old).norm(dim=1) / math.sqrt(CHANNELS)
+    torch.testing.assert_close(moved, torch.full_like(moved, 1.5), rtol=1e-2, atol=0)
+    assert new.norm(dim=1).mean() > old.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("name", ["copy", "shuffle"])
+def test_moved_tokens_are_those_of_the_picture(name, known):
+    features, mask = normal_tokens(1), torch.zeros(6, 16, 16, dtype=torch.bool)
+    mask[:, 4:9, 3:12] = True
+    changed = bound(name, known)(features, mask, 1.0, torch.Generator().manual_seed(0))
+    for old, new, found in zip(features, changed, mask, strict=True):
+        stock, moved = old.flatten(1).T, new[:, found].T
+        distance = torch.cdist(moved, stock, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values
+        assert distance.max() < 1e-3
+        if name == "shuffle":
+            torch.testing.assert_close(
+                moved.sum(1).sort().values, old[:, found].T.sum(1).sort().values, rtol=1e-5, atol=1e-4
+            )
+
+
+def test_an_inserted_window_is_that_of_the_other_picture():
+    features, foreign = normal_tokens(1), normal_tokens(2)
+    mask = torch.zeros(6, 16, 16, dtype=torch.bool)
+    mask[:, 2:6, 5:12] = True
+    changed = operators.insert(features, mask, 1.0, torch.Generator().manual_seed(0), foreign)
+    piece = changed[0, :, 2:6, 5:12]
+    windows = foreign[0].unfold(1, 4, 1).unfold(2, 7, 1)  # C×13×10×4×7
+    difference = (windows - piece[:, None, None]).abs().amax(dim=(0, 3, 4))
+    assert difference.min() < 1e-5
+
+
+def test_the_attended_tokens_are_those_that_stand_out():
+    features = normal_tokens(1)
+    features[:, :, 3:5, 3:5] += 40
+    mask = torch.zeros(6, 16, 16, dtype=torch.bool)
+    mask[:, :8, :8] = True
+    chosen = operators.attended(features, mask, 4)
+    assert chosen.sum() == 24 and chosen[:, 3:5, 3:5].all()
+
+
+# -- calibration
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "limit"), [("noise", 4.0), ("jitter", 400.0), ("flow", 8.0)])
+def test_a_probe_tells_what_the_severity_promises(name, limit, known):
+    """On tokens that the calibration has not seen, within 5 points."""
+    perturb = bound(name, known)
+    found = statistics.strengths(normal_tokens(0, (16, CHANNELS, 16, 16)), known, perturb, limit)
+    assert 0 < found[0] < found[1] < limit
+    unseen = normal_tokens(7, (16, CHANNELS, 16, 16))
+    mask = torch.ones(16, 16, 16, dtype=torch.bool)
+    for strength, target in zip(found, statistics.SEPARABLE, strict=True):
+        changed = perturb(unseen, mask, strength, torch.Generator().manual_seed(11))
+        clean, moved = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (unseen, changed))
+        assert abs(statistics.accuracy(clean, moved, known) - target) < 0.05
+
+
+def test_a_probe_that_is_linear_in_the_features_would_not_see_noise(known):
+    """Why the probe sees |z|: the means are equal, so that no linear one can do better than chance."""
+    features = normal_tokens(1, (16, CHANNELS, 16, 16))
+    mask = torch.ones(16, 16, 16, dtype=torch.bool)
+    noisy = operators.gaussian(features, mask, 2.0, torch.Generator().manual_seed(0), known.deviation)
+    clean, moved = (x.permute(0, 2, 3, 1).flatten(0, 2).double() for x in (features, noisy))
+    half = len(clean) // 2
+    x, y = torch.cat([clean[:half], moved[:half]]), torch.cat([-torch.ones(half), torch.ones(half)]).double()
+    weight = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y[:, None]).solution
+    told = [torch.cat([z[half:], torch.ones(half, 1)], 1) @ weight for z in (clean, moved)]
+    linear = ((told[0] < 0).double().mean() + (told[1] > 0).double().mean()) / 2
+    assert linear < 0.55 < 0.85 < statistics.accuracy(clean.float(), moved.float(), known)
+
+
+def test_the_shipped_statistics_are_those_of_the_default_backbone():
+    backbone = load_backbone(DEFAULT)
+    shipped = statistics.statistics(backbone)
+    fresh = statistics.estimate(statistics.normal_features(backbone))
+    torch.testing.assert_close(shipped.centre, fresh.centre, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shipped.deviation, fresh.deviation, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(shipped.radius, fresh.radius, rtol=1e-3, atol=0)
+    assert math.isfinite(float(shipped.bias))
+
+
+# -- as generators
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_samples_lie_in_the_mask_follow_severity_and_replay(name):
+    generator = registry.get(name)
+    model = generator.load(generator.params(size=128).model_dump(mode="json"), "cpu")
+    assert isinstance(model, Model)
+    params = canonical_json({"size": 128})
+    outcomes = {
+        severity: synthesise(
+            [recipe(name, seed, severity=severity, area=0.1, params=params) for seed in range(4)],
+            lambda _: source(),
+            generator,
+            model,
+            Gates(feature_contrast_min=0),
+            3,
+            [],
+        )
+        for severity in (0.0, 1.0)
+    }
+    contrast = {severity: np.mean([one.contrast for one in found]) for severity, found in outcomes.items()}
+    assert contrast[1.0] > 1.15 * contrast[0.0]
+    for outcome in outcomes[1.0]:
+        assert outcome.status == "accepted", outcome.reason
+        edit, outside = outcome.feature, outcome.mask == 0
+        assert edit.feature.dtype == np.float16 and edit.backbone == model.backbone.fingerprint
+        np.testing.assert_array_equal(edit.feature[:, outside], edit.clean[:, outside])
+        assert 0.3 < outcome.mask_area / 0.1 < 2.2
+    first = outcomes[1.0][0]
+    group = [outcome.recipe for outcome in outcomes[1.0]]
+    again = attempt(group, lambda _: source(), generator, model, first.attempts - 1)[0]
+    np.testing.assert_array_equal(again.feature.feature, first.feature.feature)
+
+
+def test_foreign_pictures_are_of_another_category():
+    from manifests.schema import Image
+
+    def image(category, number):
+        fields = dict.fromkeys(Image.__dataclass_fields__)
+        return Image(**{**fields, "image_id": f"{category}-{number}", "category": category})
+
+    pool = Pool({name: tuple(image(name, k) for k in range(3)) for name in ("bolt", "cloth", "nut")})
+    drawn = {_donors("foreign", "feature-insert", image("nut", 0), pool, at / 50)[0] for at in range(50)}
+    assert drawn == {f"{name}-{k}" for name in ("bolt", "cloth") for k in range(3)}
+    alone = Pool({"nut": pool.normals["nut"]})
+    with pytest.raises(UsageError, match="another category"):
+        _donors("foreign", "feature-insert", image("nut", 0), alone, 0.0)
