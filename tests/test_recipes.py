@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generation import registry
 from manifests.errors import UsageError
 from manifests.recipes import GeneratorSettings, Pool, Trait, plan_shard, pool_from, shard_count
 from manifests.schema import RECIPES, Image, canonical_json, recipes_from, to_table
+from workflows.config import Generation
 
 
 def picture(name: str, category: str = "nut", split: str = "train", defect: str = "good") -> Image:
@@ -100,3 +102,27 @@ def test_missing_donors_are_an_error_with_a_remedy():
 def test_recipes_survive_their_table():
     recipes = plan(1)
     assert recipes_from(to_table(recipes, RECIPES)) == recipes
+
+
+def test_a_generator_may_have_an_area_of_its_own():
+    own = {**PLAN["generators"], "poisson": GeneratorSettings(defect="dent", area=(0.2, 0.3))}
+    for shared, found in zip(plan(0), plan(0, generators=own), strict=True):
+        if found.generator == "poisson":
+            assert 0.2 <= found.area <= 0.3
+        else:
+            assert found == shared  # nobody else's numbers move
+
+
+def test_presets_make_a_papers_data_and_yield_to_what_is_set_beside_them():
+    for name in ("draem", "dfd", "onenip", "cutpaste", "nsa"):
+        generation = Generation.model_validate({"preset": name})
+        assert generation.gates.contrast_min == 0 and generation.generators
+        for key, settings in generation.generators.items():
+            registry.get(key).params.model_validate(settings.params)
+    draem = Generation.model_validate({"preset": "draem", "gates": {"contrast_min": 2}, "count": [2, 2]})
+    assert draem.generators["perlin"].params["mask"] == "threshold"
+    assert (draem.gates.contrast_min, draem.gates.hollow_max, draem.count) == (2, 1, (2, 2))
+    again = Generation.model_validate(draem.model_dump())
+    assert again == draem
+    with pytest.raises(ValueError, match="unknown 'dream'; known: draem"):
+        Generation.model_validate({"preset": "dream"})
