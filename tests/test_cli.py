@@ -16,7 +16,7 @@ import yaml
 from workflows.config import load_config
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "workflows").glob("*.yaml"))
+SHIPPED = sorted(p for p in (ROOT / "workflows").glob("*.yaml") if p.name != "presets.yaml")
 
 
 class Done(NamedTuple):

@@ -117,8 +117,8 @@ def test_presets_make_a_papers_data_and_yield_to_what_is_set_beside_them():
     for name in ("draem", "dfd", "onenip", "cutpaste", "nsa"):
         generation = Generation.model_validate({"preset": name})
         assert generation.gates.contrast_min == 0 and generation.generators
-        for key, settings in generation.generators.items():
-            registry.get(key).params.model_validate(settings.params)
+        for key, chosen in generation.generators.items():
+            registry.get(key).params.model_validate(chosen.params)
     draem = Generation.model_validate({"preset": "draem", "gates": {"contrast_min": 2}, "count": [2, 2]})
     assert draem.generators["perlin"].params["mask"] == "threshold"
     assert (draem.gates.contrast_min, draem.gates.hollow_max, draem.count) == (2, 1, (2, 2))
