@@ -15,6 +15,7 @@ from generation.cut.models import StableDiffusion
 
 ATTENTION_STEP = 0.003  # root mean square of a step at α = 1, in units of the latents' deviation
 IMAGE_STEP = 0.15  # of a refinement step at strength 1
+DECODED = 2  # pictures at a time whose gradient passes through the decoder
 SCALE = 256.0  # of a gradient on its way through half precision; its length is normalised after
 ALIGN_STEPS, ALIGN_RATE = 20, 0.1  # of the initial alignment, as released (core.md 1.7)
 
@@ -81,12 +82,17 @@ def refine(
     Returns:
         The moved latents, and the cosine before the step, N.
     """
-    with torch.enable_grad():
-        z = clean.detach().requires_grad_(True)
-        cosine = clip.similarity(sd.decode(z).clamp(0, 1), detail)
-        (gradient,) = torch.autograd.grad(SCALE * cosine.sum(), z)
+    gradients, cosines = [], []
+    # A few at a time: the decoder's activations, kept for its gradient, are the peak of a chain's memory.
+    for few, described in zip(clean.detach().split(DECODED), detail.split(DECODED), strict=True):
+        with torch.enable_grad():
+            z = few.requires_grad_(True)
+            cosine = clip.similarity(sd.decode(z).clamp(0, 1), described)
+            gradients += torch.autograd.grad(SCALE * cosine.sum(), z)
+        cosines.append(cosine.detach())
+    gradient = torch.cat(gradients)
     step = IMAGE_STEP * strength * _unit(gradient * location[:, None], location)
-    return clean + step, cosine.detach()
+    return clean + step, torch.cat(cosines)
 
 
 def align(
