@@ -246,10 +246,12 @@ def _band(
     rng: np.random.Generator, image: np.ndarray, _other: np.ndarray, params: BandParams
 ) -> dict[str, Any]:
     height, width = image.shape[:2]
-    radius, bearing = operators.radius(height, width), operators.bearing(height, width)
-    middle = rng.uniform(0, math.pi)
-    away = np.abs((bearing - middle + math.pi / 2) % math.pi - math.pi / 2)
-    sector = away <= math.radians(params.sector) / 2
+    radius, middle = operators.radius(height, width), rng.uniform(0, math.pi)
+    sector: Any = True
+    if params.sector < 180:
+        bearing = operators.bearing(height, width)
+        away = np.abs((bearing - middle + math.pi / 2) % math.pi - math.pi / 2)
+        sector = away <= math.radians(params.sector) / 2
     bands = [(radius >= low) & (radius < high) & (radius > 0) & sector for low, high in params.rings]
     bands = [band for band in bands if band.any()]  # a small box has no lowest frequencies
     if not bands:

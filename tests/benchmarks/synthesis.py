@@ -344,7 +344,7 @@ def operators_table(result: dict[str, Any]) -> Table:
 
 def readme_table(result: dict[str, Any]) -> str:
     """The table of generators of the README: from the registry, with the median cost measured here."""
-    lines = ["| generator | imitates | settings | ms at 256 px, 1024 px |", "|---|---|---|---|"]
+    lines = ["| generator | imitates | settings | ms a sample at 256 px, 1024 px |", "|---|---|---|---|"]
     cost = {}
     for name, generator, *_ in CASES:
         if generator not in cost or name == "perlin, procedural":
