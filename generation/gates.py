@@ -63,8 +63,8 @@ def judge(
 
     Returns:
         ``constant`` (the model's picture), ``no anomaly`` (the word took no hold), ``empty``, ``area``,
-        ``leak``, ``hollow``, ``contrast``, ``severity_unreachable`` (no strength gives the change that was
-        asked for), ``duplicate of the source``, ``clip``,
+        ``leak``, ``hollow``, ``severity_unreachable`` (no strength gives the change that was asked for),
+        ``contrast``, ``duplicate of the source``, ``clip``,
         ``duplicate of a sample``, or "".
     """
     for name, limit, reason in (
@@ -87,12 +87,12 @@ def judge(
         return "leak"
     if composite.hollow > gates.hollow_max:
         return "hollow"
+    asked = measures.get("wanted_change", composite.change)
+    if abs(composite.change - asked) > gates.severity_error * asked:
+        return "severity_unreachable"
     features = composite.content.dtype == np.float16
     if composite.contrast < (gates.feature_contrast_min if features else gates.contrast_min):
         return "contrast"
-    wanted = measures.get("wanted_change", composite.change)
-    if abs(composite.change - wanted) > gates.severity_error * wanted:
-        return "severity_unreachable"
     if not features and composite.change < gates.change_min:
         return "duplicate of the source"
     if measures.get("clip_gain", 2.0) <= gates.clip_gain_min:

@@ -492,7 +492,7 @@ def test_the_readme_lists_every_generator():
     table = readme.partition("<!-- generators -->")[2].partition("<!-- end of generators -->")[0]
     for name in registry.BUILT_IN:
         generator = registry.get(name)
-        assert f"| `{name}` | {generator.summary} |" in table
+        assert f" | `{name}` | {generator.summary} |" in table
 
 
 def test_registry_takes_an_entry_point_of_another_package(monkeypatch):

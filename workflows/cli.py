@@ -340,9 +340,9 @@ def gallery(
     seed: Annotated[int, typer.Option(min=0, help="another seed, other anomalies")] = 0,
 ) -> None:
     """Every generator at three severities on your pictures, on one page: to choose from."""
-    from workflows.gallery import gallery as render
+    from workflows.gallery import gallery as make
 
-    typer.echo(render(pictures, out, names=generator or (), area=area, seed=seed))
+    typer.echo(make(pictures, out, names=generator or (), area=area, seed=seed))
 
 
 @app.command(

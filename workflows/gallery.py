@@ -81,7 +81,7 @@ def gallery(
                 # Another of the pictures is the second one of generators that need two.
                 donor = sources[(at + 1) % len(sources)].pixels
                 source = Source(sources[at].pixels, sources[at].allowed, (donor,))
-                rows.append(_row(generator, picture, source, area, seed))
+                rows.append(render(generator, picture, source, area, seed))
                 advance(1)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
@@ -91,7 +91,8 @@ def gallery(
     return out
 
 
-def _row(generator: Generator, picture: Path, source: Source, area: float, seed: int) -> Row:
+def render(generator: Generator, picture: Path, source: Source, area: float, seed: int) -> Row:
+    """One generator on one picture at every severity."""
     recipes = [recipe_of(generator, source, picture.stem, area, severity, seed) for severity in SEVERITIES]
     model = load_model(generator.name, recipes[0].params) if generator.load is not None else None
     outcomes = [

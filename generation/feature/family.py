@@ -167,7 +167,7 @@ def _apply(features: Any, one: FeatureDraw, foreign: Any, model: Model, operator
 
     mask = torch.from_numpy(tokens(one.region, *features.shape[2:]))[None]
     if isinstance(one.params, MovedParams) and one.params.attended:
-        mask = attended(features, mask, int(mask.sum()) // 2)
+        mask = attended(features, mask, max(2, int(mask.sum()) // 2))  # one alone has no other to go to
     low, high = model.range
     strength = low * (high / low) ** one.severity if one.params.strength is None else one.params.strength
     perturb = operator.bind(model.statistics, one.params, foreign)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from generation.synthesis import Outcome, Signatures, synthesise
 from generation.textures import KINDS, procedural
 from manifests.schema import Recipe, canonical_json
 from tests.benchmarks.peers import run_peer, run_timed
+from workflows.gallery import render
+from workflows.trying import read_source
 
 FREQUENCY = (
     "band",
@@ -59,6 +62,7 @@ SIDES = (256, 1024)
 COUNTS = {256: 300, 1024: 60}
 PEER_COUNTS = {256: 100, 1024: 10}
 WARM_UP = 10
+PICTURES = "docs/generators"  # beside the README
 BEGIN, END = "<!-- generators -->", "<!-- end of generators -->"  # around the table in the README
 FASTER = 10.0  # the target, at 256 px
 DEFAULT_AREA = (0.002, 0.08)
@@ -344,7 +348,10 @@ def operators_table(result: dict[str, Any]) -> Table:
 
 def readme_table(result: dict[str, Any]) -> str:
     """The table of generators of the README: from the registry, with the median cost measured here."""
-    lines = ["| generator | imitates | settings | ms a sample at 256 px, 1024 px |", "|---|---|---|---|"]
+    lines = [
+        "| | generator | imitates | settings | ms a sample at 256 px, 1024 px |",
+        "|---|---|---|---|---|",
+    ]
     cost = {}
     for name, generator, *_ in CASES:
         if generator not in cost or name == "perlin, procedural":
@@ -354,13 +361,36 @@ def readme_table(result: dict[str, Any]) -> str:
         generator = registry.get(name)
         settings = ", ".join(f"`{field}`" for field in generator.params.model_fields)
         pace = ", ".join(f"{milliseconds:.1f}" for milliseconds in cost[name]) if name in cost else ""
-        lines.append(f"| `{name}` | {generator.summary} | {settings} | {pace} |")
+        picture = f"![{name}]({PICTURES}/{name}.png)" if generator.family != "feature" else ""
+        lines.append(f"| {picture} | `{name}` | {generator.summary} | {settings} | {pace} |")
     return "\n".join(lines)
+
+
+def write_pictures(folder: Path) -> None:
+    """A small picture of each generator that has one, on the gravel and the brick that scikit-image ships."""
+    shipped = Path(str(resources.files("skimage"))) / "data"
+    sources = [read_source(shipped / f"{name}.png", None) for name in ("brick", "gravel")]
+    brick, gravel = (Source(one.pixels[128:384, 128:384], one.allowed[128:384, 128:384]) for one in sources)
+    brick = replace(brick, donors=(gravel.pixels,))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in registry.BUILT_IN:
+        generator = registry.get(name)
+        if generator.family == "feature":
+            continue
+        rows = (render(generator, Path("brick"), brick, 0.06, seed) for seed in range(4))
+        shown = [
+            tile for row in rows for tile, reason in zip(row.tiles, row.reasons, strict=True) if not reason
+        ]
+        if not shown:
+            raise SystemExit(f"{name}: no accepted sample to show on the brick")
+        small = cv2.resize(shown[-1], (80, 80), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(folder / f"{name}.png"), small[..., ::-1])
 
 
 def write_readme(path: Path, result: dict[str, Any]) -> None:
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
+    write_pictures(path.parent / PICTURES)
     path.write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8")
 
 
