@@ -49,7 +49,11 @@ def solved(
     wanted = wanted_change(severity, source.pixels, box, region)
     stored = source.pixels[box[0] : box[1], box[2] : box[3]]
     found = solve(lambda strength: np.clip(render(strength), 0, 1), stored, region, wanted, start, limit)
-    return Edit(box, found.patch, region, {"wanted_change": wanted, "solved_strength": found.strength})
+    # What nobody sees is no part of the mask and would be reset: it is left out here, so that it does not
+    # count as leaked.
+    seen = changed(stored, quantise(found.patch, stored.dtype), region).inside > 0
+    patch = np.where(seen[..., None], found.patch, source.crop(box))
+    return Edit(box, patch, region, {"wanted_change": wanted, "solved_strength": found.strength})
 
 
 def wanted_change(severity: float, pixels: np.ndarray, box: Box, region: np.ndarray) -> float:
