@@ -33,7 +33,13 @@ from workflows.upkeep import verify
 
 SAMPLES, SIZE, SHARDS = 120, 10, 12
 GENERATION: dict[str, Any] = {
-    "generators": {"cutpaste": {}, "scar": {}, "poisson": {}, "band": {}},
+    "generators": {
+        "cutpaste": {},
+        "scar": {},
+        "poisson": {},
+        "band": {},
+        "apr": {},
+    },  # apr is at times refused
     "attempts": 1,  # what the gates refuse stays refused: both outcomes occur
 }
 
