@@ -17,6 +17,7 @@ from generation.gates import Gates
 from generation.masks import shaped, threshold
 from generation.protocol import Source
 from generation.severity import solve, wanted_change
+from manifests.errors import UsageError
 from manifests.schema import canonical_json
 from tests.test_generators import make, picture, recipe, source
 from training.pocket.materials import scene
@@ -298,8 +299,6 @@ def test_pictures_without_frequencies_are_refused_by_name(name, size):
 
 @pytest.mark.parametrize("name", ["fda", "fact", "apr"])
 def test_a_second_picture_is_asked_for(name):
-    from manifests.errors import UsageError
-
     with pytest.raises(UsageError, match="needs a second picture"):
         make([recipe(name)], replace(source(), donors=()))
 

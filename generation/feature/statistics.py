@@ -44,9 +44,6 @@ class Statistics:
     weight: Tensor
     bias: Tensor
 
-    def to(self, device: torch.device) -> Statistics:
-        return Statistics(**{name: value.to(device) for name, value in vars(self).items()})
-
     def gradient(self, tokens: Tensor) -> Tensor:
         """Of the probe's score Σ_c w_c·|z_c|, z the standardised token: K×C to K×C. For
         :data:`generation.feature.operators.Gradient` in shards."""
