@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from detectors.protocol import Batch, Method, Settings
 from generation.backbones import DEFAULT, Backbone, load_backbone
+from generation.feature.operators import jitter
 from manifests.errors import UsageError
 
 POOL = 16  # the score is the largest mean of this many pixels a side (core.md 4.6)
@@ -90,14 +91,14 @@ def neighbour_mask(side: int, width: int) -> Tensor:
     return near_rows & near_columns
 
 
-def jitter(tokens: Tensor, scale: float) -> Tensor:
+def jittered(tokens: Tensor, scale: float) -> Tensor:
     """Tokens with noise of deviation ``scale``·‖token‖₂/C, independent in every element (core.md 4.3).
 
     Args:
         tokens: B×T×C.
     """
-    deviation = tokens.norm(dim=-1, keepdim=True) / tokens.shape[-1] * scale
-    return tokens + torch.randn_like(tokens) * deviation
+    everywhere = torch.ones(*tokens.shape[:2], 1, dtype=torch.bool, device=tokens.device)
+    return jitter(tokens.transpose(1, 2)[..., None], everywhere, scale, None)[..., 0].transpose(1, 2)
 
 
 def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
@@ -275,7 +276,7 @@ class OneNIP(nn.Module):
         normal, synthetic, prompt = (self._tokens(batch[k]) for k in ("normal", "synthetic", "prompt"))
         real = torch.cat([normal, synthetic])
         clean = torch.cat([normal, normal])
-        rebuilt = self.reconstruction(jitter(real, s.jitter), jitter(prompt, s.jitter))
+        rebuilt = self.reconstruction(jittered(real, s.jitter), jittered(prompt, s.jitter))
         recon = F.mse_loss(rebuilt.float(), clean)
         mask = batch["mask"]
         mask = torch.cat([torch.zeros_like(mask), mask])

@@ -15,7 +15,7 @@ from detectors.onenip import (
     OneNIP,
     OneNIPSettings,
     dice_loss,
-    jitter,
+    jittered,
     neighbour_mask,
 )
 from generation.backbones import load_backbone
@@ -53,10 +53,10 @@ def test_neighbour_mask_of_an_inner_token(width, forbidden):
 def test_jitter_has_the_deviation_of_the_formula():
     tokens = torch.randn(1, 2, 50_000) * torch.tensor([[[1.0], [5.0]]])
     torch.manual_seed(0)
-    noise = jitter(tokens, 20) - tokens
+    noise = jittered(tokens, 20) - tokens
     wanted = tokens.norm(dim=-1) / 50_000 * 20
     torch.testing.assert_close(noise.std(dim=-1), wanted, rtol=0.02, atol=0)
-    assert torch.equal(jitter(tokens, 0), tokens)
+    assert torch.equal(jittered(tokens, 0), tokens)
 
 
 def test_dice_has_no_factor_two():

@@ -59,7 +59,7 @@ class AscentParams(FeatureParams):
     """Settings of ``feature-ascent``.
 
     Attributes:
-        projection: keep the distance from the token itself (``manifold``) or from the centre of the normal
+        projection: of what to keep a distance: the token itself (``manifold``), or the centre of the normal
             tokens (``hypersphere``).
     """
 
@@ -68,10 +68,12 @@ class AscentParams(FeatureParams):
 
 @dataclass(frozen=True)
 class Operator:
-    """Attributes: ``bind(statistics, params, foreign)`` an operator of :mod:`generation.feature.operators`
-    with all but features, mask, strength and random numbers given; ``limit`` its largest strength, None if it
-    moves clean tokens; ``foreign`` whether it needs a second picture."""
+    """Attributes: ``name`` in the shipped table; ``bind(statistics, params, foreign)`` an operator of
+    :mod:`generation.feature.operators` with all but features, mask, strength and random numbers given;
+    ``limit`` its largest strength, None if it moves clean tokens; ``foreign`` whether it needs a second
+    picture."""
 
+    name: str
     bind: Callable[[Statistics, Any, Any], Perturb]
     limit: float | None
     foreign: bool = False
@@ -102,18 +104,33 @@ class FeatureDraw:
 def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[FeatureParams]) -> Model:
     """The frozen backbone, ready on ``device``, its statistics, and the operator's strengths on them."""
     from generation.backbones import load_backbone
-    from generation.feature.statistics import normal_features, statistics, strengths
+    from generation.feature.statistics import shipped, statistics, strengths_key
 
     settings = kind(**params)
     backbone = load_backbone(settings.backbone, device=device)
-    known = statistics(backbone)
+    stored = shipped(backbone).get(strengths_key(variant(operator, settings)))
     if operator.limit is None:
         found = MOVED
+    elif stored is not None:
+        found = (float(stored[0]), float(stored[1]))
     else:
-        features = normal_features(backbone)
-        foreign = features.roll(1, 0) if operator.foreign else None
-        found = strengths(features, known, operator.bind(known, settings, foreign), operator.limit)
-    return Model(backbone, settings.size, known, found)
+        found = calibrated(backbone, operator, settings)
+    return Model(backbone, settings.size, statistics(backbone), found)
+
+
+def calibrated(backbone: Backbone, operator: Operator, params: FeatureParams) -> tuple[float, float]:
+    """An operator's strengths at severity 0 and 1, found on the backbone's features (seconds)."""
+    from generation.feature.statistics import normal_features, separable, statistics
+
+    assert operator.limit is not None
+    known = statistics(backbone)
+    perturb = operator.bind(known, params, None)
+    return separable(normal_features(backbone), known, perturb, operator.limit)
+
+
+def variant(operator: Operator, params: FeatureParams) -> str:
+    """The operator's name and what else its strengths depend on."""
+    return f"{operator.name} {params.projection}" if isinstance(params, AscentParams) else operator.name
 
 
 def draw(
@@ -273,56 +290,56 @@ def _generator(
 
 GAUSSIAN = _generator(
     "feature-noise",
-    Operator(_gaussian, 4.0),
+    Operator("gaussian", _gaussian, 4.0),
     FeatureParams,
     "feature noise",
     "Gaussian noise on features (SimpleNet, DFD): any unusual local appearance",
 )
 JITTER = _generator(
     "feature-jitter",
-    Operator(_jitter, 400.0),
+    Operator("jitter", _jitter, 400.0),
     FeatureParams,
     "feature jitter",
     "noise in proportion to the token's length (UniAD, OneNIP)",
 )
 ASCENT = _generator(
     "feature-ascent",
-    Operator(_ascent, 6.0),
+    Operator("ascent", _ascent, 6.0),
     AscentParams,
     "near anomaly",
     "gradient ascent away from normal, at a kept distance (GLASS): anomalies close to the boundary",
 )
 ADVERSARIAL = _generator(
     "feature-adversarial",
-    Operator(_adversarial, 4.0),
+    Operator("adversarial", _adversarial, 4.0),
     FeatureParams,
     "worst perturbation",
     "the perturbation of a given length that looks least normal",
 )
 FLOW = _generator(
     "feature-flow",
-    Operator(_flow_shift, 8.0),
+    Operator("flow", _flow_shift, 8.0),
     FeatureParams,
     "outlying feature",
     "whitened features pushed outward: unusual in how channels go together",
 )
 COPY = _generator(
     "feature-copy",
-    Operator(_copy_out, None),
+    Operator("copy", _copy_out, None),
     MovedParams,
     "misplaced feature",
     "tokens replaced by others of the picture (GeneralAD): misplaced or missing parts",
 )
 SHUFFLE = _generator(
     "feature-shuffle",
-    Operator(_shuffle, None),
+    Operator("shuffle", _shuffle, None),
     MovedParams,
     "disordered features",
     "tokens permuted (GeneralAD): wrong order, broken structure",
 )
 INSERT = _generator(
     "feature-insert",
-    Operator(_insert, None, foreign=True),
+    Operator("insert", _insert, None, foreign=True),
     FeatureParams,
     "foreign feature",
     "tokens of another category's picture: foreign objects and materials",

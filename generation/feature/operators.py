@@ -1,18 +1,22 @@
 """The operators of the feature family, one implementation for shards and for training (core.md 5.7).
 
 Each takes float32 features N×C×h×w, a bool mask N×h×w of the places to change, a strength and a generator of
-random numbers on the CPU, and returns new features of the same shape: equal outside the mask, and at strength
-0 everywhere. Deviations and centre come from :class:`generation.feature.statistics.Statistics`.
+random numbers, and returns new features of the same shape: equal outside the mask, and at strength 0
+everywhere. Numbers are drawn where their generator is, so that one on the CPU gives the same on every device;
+None is torch's global generator on the features' device, as training wants it. Deviations and centre come
+from :class:`generation.feature.statistics.Statistics`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+Random = torch.Generator | None
 Gradient = Callable[[Tensor], Tensor]  # tokens K×C to the gradient, K×C, that makes each less normal
 ASCENT_START = 0.1  # deviation of GLASS's starting noise, in channel deviations [0.015 of adapted features]
 ASCENT_RATE = 0.1  # length of a step over the distance that is asked for
@@ -20,14 +24,12 @@ ASCENT_STEPS = 20
 PROJECTED = 5  # steps between projections
 
 
-def gaussian(
-    features: Tensor, mask: Tensor, strength: float, random: torch.Generator, deviation: Tensor
-) -> Tensor:
+def gaussian(features: Tensor, mask: Tensor, strength: float, random: Random, deviation: Tensor) -> Tensor:
     """Isotropic noise (SimpleNet, DFD): N(0, (s·σ_c)²), σ_c the deviation of each channel, C."""
     return _within(mask, features + strength * deviation[:, None, None] * _normal(features, random), features)
 
 
-def jitter(features: Tensor, mask: Tensor, strength: float, random: torch.Generator) -> Tensor:
+def jitter(features: Tensor, mask: Tensor, strength: float, random: Random) -> Tensor:
     """Noise that grows with the token (UniAD, OneNIP): N(0, 1)·s·‖f‖₂/C; 20 as published."""
     length = features.norm(dim=1, keepdim=True) / features.shape[1]
     return _within(mask, features + strength * length * _normal(features, random), features)
@@ -37,7 +39,7 @@ def ascent(
     features: Tensor,
     mask: Tensor,
     strength: float,
-    random: torch.Generator,
+    random: Random,
     deviation: Tensor,
     centre: Tensor,
     gradient: Gradient,
@@ -47,9 +49,10 @@ def ascent(
     """Gradient ascent with truncated projection (GLASS, Chen et al. 2024).
 
     From slightly noisy tokens, 20 steps of a fixed length along the normalised gradient; after every fifth
-    the distance, in channel deviations over √C, is clamped to [s, 2·s]: from the token itself (manifold;
-    published [0.5, 1]) or from the normal centre (hypersphere; published [r, 2r], for local anomalies
-    [2r, 4r]).
+    the distance, in channel deviations over √C, is clamped. Manifold: that from the token itself, to [s, 2·s]
+    (published [0.5, 1]). Hypersphere: that from the normal centre, to [1 + s, 1 + 2·s] times the token's own;
+    published is [r, 2·r] with one r for all tokens, whose distances alone then give the changed ones away: a
+    probe tells 100 % at any r [measured], so that no severity could be set.
 
     Args:
         deviation, centre: C each.
@@ -60,12 +63,15 @@ def ascent(
     tokens = _tokens(features, mask)
     scale = deviation * math.sqrt(len(deviation))
     origin = tokens if manifold else centre.expand_as(tokens)
-    moved = tokens + ASCENT_START * deviation * torch.randn(tokens.shape, generator=random).to(tokens.device)
+    own = ((tokens - centre) / scale).norm(dim=1, keepdim=True)
+    start, unit = (torch.zeros_like(own), 1.0) if manifold else (own, own)
+    low, high = start + strength * unit, start + 2 * strength * unit
+    moved = tokens + ASCENT_START * deviation * _normal(tokens, random)
     for step in range(1, ASCENT_STEPS + 1):
         direction = torch.nn.functional.normalize(gradient(moved) * scale, dim=1)
         moved = moved + ASCENT_RATE * strength * direction * scale
         if step % PROJECTED == 0:
-            moved = _project((moved - origin) / scale, strength, 2 * strength) * scale + origin
+            moved = _project((moved - origin) / scale, low, high) * scale + origin
     return _placed(features, mask, moved)
 
 
@@ -73,7 +79,7 @@ def adversarial(
     features: Tensor,
     mask: Tensor,
     strength: float,
-    random: torch.Generator,
+    random: Random,
     deviation: Tensor,
     gradient: Gradient,
 ) -> Tensor:
@@ -83,9 +89,7 @@ def adversarial(
         return features
     tokens = _tokens(features, mask)
     scale = deviation * math.sqrt(len(deviation))
-    change = torch.nn.functional.normalize(
-        torch.randn(tokens.shape, generator=random).to(tokens.device), dim=1
-    )
+    change = torch.nn.functional.normalize(_normal(tokens, random), dim=1)
     for _ in range(ASCENT_STEPS):
         direction = torch.nn.functional.normalize(gradient(tokens + strength * change * scale) * scale, dim=1)
         change = torch.nn.functional.normalize(change + 0.5 * direction, dim=1)
@@ -96,7 +100,7 @@ def flow_shift(
     features: Tensor,
     mask: Tensor,
     strength: float,
-    random: torch.Generator,
+    random: Random,
     centre: Tensor,
     basis: Tensor,
     spread: Tensor,
@@ -111,31 +115,32 @@ def flow_shift(
     """
     tokens = _tokens(features, mask)
     latent = (tokens - centre) @ basis / spread
-    noisy = latent + torch.randn(latent.shape, generator=random).to(latent.device)
+    noisy = latent + _normal(latent, random)
     outward = torch.nn.functional.normalize(noisy, dim=1)
     moved = latent + strength * math.sqrt(len(spread)) * outward
     return _placed(features, mask, moved * spread @ basis.T + centre)
 
 
-def copy_out(features: Tensor, mask: Tensor, strength: float, random: torch.Generator) -> Tensor:
+def copy_out(features: Tensor, mask: Tensor, strength: float, random: Random) -> Tensor:
     """Tokens replaced by others of the same picture (GeneralAD), of weight s in [0, 1]."""
     changed = features.clone()
     for one, found in zip(changed, mask, strict=True):
         places = found.flatten().nonzero()[:, 0]
         others = (~found).flatten().nonzero()[:, 0]
         others = others if len(others) else torch.arange(found.numel(), device=found.device)
-        picked = others[torch.randint(len(others), (len(places),), generator=random).to(others.device)]
+        draw = torch.randint(len(others), (len(places),), generator=random, device=_home(one, random))
+        picked = others[draw.to(others.device)]
         flat = one.flatten(1)
         flat[:, places] += strength * (flat[:, picked] - flat[:, places])
     return changed
 
 
-def shuffle(features: Tensor, mask: Tensor, strength: float, random: torch.Generator) -> Tensor:
+def shuffle(features: Tensor, mask: Tensor, strength: float, random: Random) -> Tensor:
     """The chosen tokens permuted among themselves (GeneralAD), none left in place, of weight s in [0, 1]."""
     changed = features.clone()
     for one, found in zip(changed, mask, strict=True):
         places = found.flatten().nonzero()[:, 0]
-        order = torch.randperm(len(places), generator=random).to(places.device)
+        order = torch.randperm(len(places), generator=random, device=_home(one, random)).to(places.device)
         flat = one.flatten(1)
         source = torch.empty_like(places)
         source[order] = places[order.roll(1)]  # along one cycle through all of them
@@ -143,9 +148,7 @@ def shuffle(features: Tensor, mask: Tensor, strength: float, random: torch.Gener
     return changed
 
 
-def insert(
-    features: Tensor, mask: Tensor, strength: float, random: torch.Generator, foreign: Tensor
-) -> Tensor:
+def insert(features: Tensor, mask: Tensor, strength: float, random: Random, foreign: Tensor) -> Tensor:
     """Tokens of another picture, at best of another category, of weight s in [0, 1].
 
     Args:
@@ -159,11 +162,12 @@ def insert(
             continue
         corner, extent = places.amin(0), places.amax(0) - places.amin(0) + 1
         room = torch.tensor(other.shape[1:], device=places.device) - extent
+        draw = partial(torch.randint, generator=random, device=_home(one, random))
         if (room >= 0).all():
-            shift = torch.stack([torch.randint(int(r) + 1, (), generator=random) for r in room])
+            shift = torch.stack([draw(int(r) + 1, ()) for r in room])
             y, x = (places - corner + shift.to(places.device)).T
         else:
-            y, x = (torch.randint(side, (len(places),), generator=random) for side in other.shape[1:])
+            y, x = (draw(side, (len(places),)) for side in other.shape[1:])
         here = one[:, places[:, 0], places[:, 1]]
         one[:, places[:, 0], places[:, 1]] = here + strength * (other[:, y, x] - here)
     return changed
@@ -183,8 +187,13 @@ def attended(features: Tensor, mask: Tensor, count: int) -> Tensor:
     return chosen.view_as(mask) & mask
 
 
-def _normal(like: Tensor, random: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=random).to(like.device)
+def _normal(like: Tensor, random: Random) -> Tensor:
+    return torch.randn(like.shape, generator=random, device=_home(like, random)).to(like.device)
+
+
+def _home(like: Tensor, random: Random) -> torch.device:
+    """Where numbers are drawn."""
+    return like.device if random is None else random.device
 
 
 def _within(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -202,6 +211,6 @@ def _placed(features: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
     return changed.permute(0, 3, 1, 2)
 
 
-def _project(offset: Tensor, low: float, high: float) -> Tensor:
+def _project(offset: Tensor, low: Tensor, high: Tensor) -> Tensor:
     length = offset.norm(dim=1, keepdim=True)
     return offset * (length.clamp(low, high) / length.clamp(min=1e-12))

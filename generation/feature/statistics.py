@@ -2,30 +2,29 @@
 
 Estimated on surfaces that code draws, so they depend on the backbone alone and are the same on every machine
 up to rounding. Those of the default backbone are shipped beside this file; ``python -m
-generation.feature.statistics`` writes them anew.
+generation.feature.shipping`` writes them anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from generation.backbones import DEFAULT, Backbone, load_backbone, to_batch
+from generation.backbones import DEFAULT, Backbone, to_batch
 from generation.textures import KINDS, procedural
 
 PICTURES, SIDE = 32, 256  # drawn for the estimate, and their side in pixels
-RADIUS = 0.75  # quantile of the normal distances that is GLASS's radius r
 SEPARABLE = (0.60, 0.80)  # a probe's accuracy at severity 0 and 1 (core.md 5.7: 60–80 % at the start)
 RIDGE = 1e-2
-SHIPPED = f"{DEFAULT}.safetensors"
+SHIPPED, FINGERPRINT = f"{DEFAULT}.safetensors", "fingerprint"
 
 Perturb = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 
@@ -33,16 +32,13 @@ Perturb = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 @dataclass(frozen=True)
 class Statistics:
     """Attributes: of tokens of normal surfaces: ``centre``, ``deviation`` (C each), ``basis`` (C×C, columns)
-    and ``spread`` (C) of their covariance; ``radius`` the 0.75 quantile of ‖(f − μ)/σ‖₂/√C; ``weight`` (C)
-    and ``bias`` of the probe. float32, on the CPU."""
+    and ``spread`` (C) of their covariance; ``weight`` (C) of the probe. float32, on the CPU."""
 
     centre: Tensor
     deviation: Tensor
     basis: Tensor
     spread: Tensor
-    radius: Tensor
     weight: Tensor
-    bias: Tensor
 
     def gradient(self, tokens: Tensor) -> Tensor:
         """Of the probe's score Σ_c w_c·|z_c|, z the standardised token: K×C to K×C. For
@@ -53,15 +49,25 @@ class Statistics:
 @lru_cache(maxsize=4)
 def statistics(backbone: Backbone) -> Statistics:
     """Those of a backbone: shipped, or estimated (seconds) once a process."""
-    shipped = Path(str(resources.files("generation.feature"))) / SHIPPED
-    if shipped.is_file():
-        stored = load_file(shipped)
-        found = bytes(stored.pop("fingerprint").tolist()).decode()
-        if found == backbone.fingerprint:
-            return Statistics(**stored)
+    if stored := shipped(backbone):
+        return Statistics(**{field.name: stored[field.name] for field in fields(Statistics)})
     return estimate(normal_features(backbone))
 
 
+def shipped(backbone: Backbone) -> dict[str, Tensor]:
+    """What the shipped file holds for a backbone, empty for all but the default one: the fields of
+    :class:`Statistics`, and by :func:`strengths_key` the strengths of each operator at severity 0 and 1."""
+    path = Path(str(resources.files("generation.feature"))) / SHIPPED
+    stored = load_file(path) if path.is_file() else {}
+    name = bytes(stored.pop(FINGERPRINT, torch.empty(0, dtype=torch.uint8)).tolist()).decode()
+    return stored if name == backbone.fingerprint else {}
+
+
+def strengths_key(operator: str) -> str:
+    return f"strengths of {operator}"
+
+
+@lru_cache(maxsize=2)
 def normal_features(backbone: Backbone) -> Tensor:
     """Features of the drawn surfaces: float32, N×C×h×w, on the CPU."""
     pictures = []
@@ -79,20 +85,11 @@ def estimate(features: Tensor) -> Statistics:
     centre = tokens.mean(0)
     deviation = tokens.std(0).clamp(min=1e-6)
     values, vectors = torch.linalg.eigh(torch.cov(tokens.T))
-    distance = ((tokens - centre) / deviation).norm(dim=1) / len(centre) ** 0.5
     noisy = tokens + 0.5 * deviation * torch.randn(
         tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    weight, bias = _fit(*((x - centre) / deviation for x in (tokens, noisy)))
-    found = Statistics(
-        centre,
-        deviation,
-        vectors,
-        values.clamp(min=1e-8).sqrt(),
-        torch.quantile(distance[:: max(1, len(distance) // 100_000)], RADIUS),
-        weight,
-        bias,
-    )
+    weight, _ = _fit(*((x - centre) / deviation for x in (tokens, noisy)))
+    found = Statistics(centre, deviation, vectors, values.clamp(min=1e-8).sqrt(), weight)
     return Statistics(**{name: value.float().contiguous() for name, value in vars(found).items()})
 
 
@@ -123,7 +120,7 @@ def _fit(clean: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
     return weight, -(mean @ weight)
 
 
-def strengths(features: Tensor, known: Statistics, perturb: Perturb, limit: float) -> tuple[float, float]:
+def separable(features: Tensor, known: Statistics, perturb: Perturb, limit: float) -> tuple[float, float]:
     """The strengths at which a probe tells 60 % and 80 %: those of severity 0 and 1.
 
     Bisection on the logarithm; where even ``limit`` stays below, it is ``limit``.
@@ -150,17 +147,3 @@ def strengths(features: Tensor, known: Statistics, perturb: Perturb, limit: floa
                 low, high = (low, middle) if told(middle) > target else (middle, high)
         found.append(high)
     return found[0], found[1]
-
-
-def write(folder: Path) -> Path:
-    """The default backbone's statistics, to be shipped."""
-    backbone = load_backbone(DEFAULT)
-    known = estimate(normal_features(backbone))
-    name = torch.tensor(list(backbone.fingerprint.encode()), dtype=torch.uint8)
-    path = folder / SHIPPED
-    save_file({**vars(known), "fingerprint": name}, path)
-    return path
-
-
-if __name__ == "__main__":
-    print(write(Path(__file__).parent))
