@@ -27,8 +27,13 @@ def band(image: np.ndarray, gain: np.ndarray, turn: np.ndarray) -> Render:
     Args:
         gain, turn: float32, H×(W // 2 + 1); :func:`hermitian` noise of sign 1 and −1, 0 outside the band.
     """
-    spectrum, exponent = _spectrum(image), (gain + 1j * turn).astype(np.complex64)[..., None]
-    return lambda strength: _picture(spectrum * np.exp(np.float32(strength) * exponent), image)
+    spectrum = _spectrum(image)
+
+    def render(strength: float) -> np.ndarray:
+        s = np.float32(strength)
+        return _picture(spectrum * (np.exp(s * gain) * _turned(s * turn))[..., None], image)
+
+    return render
 
 
 def swap(image: np.ndarray, other: np.ndarray, reach: float) -> Render:
@@ -54,7 +59,7 @@ def recombine(image: np.ndarray, other: np.ndarray) -> Render:
     spectrum = _spectrum(image)
     turn = np.angle(_spectrum(other) * np.conj(spectrum)).astype(np.float32)
     turn[0, 0] = 0
-    return lambda strength: _picture(spectrum * np.exp(1j * np.float32(strength) * turn), image)
+    return lambda strength: _picture(spectrum * _turned(np.float32(strength) * turn), image)
 
 
 def laplacian(image: np.ndarray, level: int, noise: np.ndarray) -> Render:
@@ -165,7 +170,7 @@ def shift(image: np.ndarray, angle: float) -> Render:
         if side % 2 == 0:
             ramp[(side // 2, slice(None)) if axis == 0 else (slice(None), side // 2)] = 0
     spectrum = _spectrum(image)
-    return lambda strength: _picture(spectrum * np.exp(1j * np.float32(strength) * ramp), image)
+    return lambda strength: _picture(spectrum * _turned(np.float32(strength) * ramp), image)
 
 
 def hermitian(rng: np.random.Generator, height: int, width: int, sign: int) -> np.ndarray:
@@ -209,6 +214,14 @@ def _amplitudes(image: np.ndarray, other: np.ndarray, chosen: np.ndarray) -> Ren
 
 def _add(image: np.ndarray, change: np.ndarray) -> Render:
     return lambda strength: image + np.float32(strength) * change
+
+
+def _turned(angle: np.ndarray) -> np.ndarray:
+    """exp(i·angle), float32 to complex64; numpy's complex exponential takes forty times as long."""
+    result = np.empty(angle.shape, np.complex64)
+    np.cos(angle, out=result.real)
+    np.sin(angle, out=result.imag)
+    return result
 
 
 def _spectrum(image: np.ndarray) -> np.ndarray:
