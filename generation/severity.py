@@ -23,10 +23,12 @@ TRIES = 9  # evaluations at most
 
 @dataclass(frozen=True)
 class Solved:
-    """Attributes: ``patch`` float32 in [0, 1], h×w×C; ``strength`` that gave it."""
+    """Attributes: ``patch`` float32 in [0, 1], h×w×C; ``strength`` that gave it; ``seen`` bool, h×w, the mask
+    of its change."""
 
     patch: np.ndarray
     strength: float
+    seen: np.ndarray
 
 
 def solved(
@@ -36,7 +38,7 @@ def solved(
     severity: float,
     render: Callable[[float], np.ndarray],
     *,
-    start: float = 0.5,
+    start: float | None = None,
     limit: float,
 ) -> Edit:
     """The edit whose change is what a severity asks for, as near as ``render`` comes; its measures tell what
@@ -45,15 +47,23 @@ def solved(
     Args:
         box, region: of the edit; bool, h×w, not empty.
         render: ``strength -> patch``; see :func:`solve`; clipped here.
+        start: a likely strength; None where the change grows in proportion to the strength: what would do if
+            nothing were clipped or too small to be seen.
     """
     wanted = wanted_change(severity, source.pixels, box, region)
     stored = source.pixels[box[0] : box[1], box[2] : box[3]]
+    if start is None:
+        start = wanted / max(_mean_change(render(limit), source.crop(box), region), 1e-6) * limit
     found = solve(lambda strength: np.clip(render(strength), 0, 1), stored, region, wanted, start, limit)
     # What nobody sees is no part of the mask and would be reset: it is left out here, so that it does not
     # count as leaked.
-    seen = changed(stored, quantise(found.patch, stored.dtype), region).inside > 0
-    patch = np.where(seen[..., None], found.patch, source.crop(box))
+    patch = np.where(found.seen[..., None], found.patch, source.crop(box))
     return Edit(box, patch, region, {"wanted_change": wanted, "solved_strength": found.strength})
+
+
+def _mean_change(after: np.ndarray, before: np.ndarray, region: np.ndarray) -> float:
+    """Mean over the region of the largest difference over channels, in 8-bit levels."""
+    return 255 * float(np.abs(after[region] - before[region]).max(axis=1).mean())
 
 
 def wanted_change(severity: float, pixels: np.ndarray, box: Box, region: np.ndarray) -> float:
@@ -92,9 +102,10 @@ def solve(
     strength = min(start, limit)
     for _ in range(TRIES):
         patch = render(strength)
-        change = changed(before, quantise(patch, before.dtype), region).level
+        seen = changed(before, quantise(patch, before.dtype), region)
+        change = seen.level
         if best is None or abs(change - wanted) < error:
-            best, error = Solved(patch, strength), abs(change - wanted)
+            best, error = Solved(patch, strength, seen.inside > 0), abs(change - wanted)
         if error <= CLOSE * wanted:
             break
         if change < wanted:

@@ -5,8 +5,9 @@
 A sample is drawn, applied, composed with its exact mask, gated, and drawn again where the gates reject it.
 One compute thread, each side in a process of its own, the same folder of textures. Our pictures and textures
 are in memory, as the pipeline's cache holds them; a second row decodes the texture file for every sample, as
-anomalib does. Recipes as the default configuration plans them, and one row with masks of a fifth of the
-picture.
+anomalib does. The first row does what anomalib's generator does, one region and a drawn opacity; the others
+are recipes as the default configuration plans them, with up to three regions and a solved severity, and one
+with masks of a fifth of the picture.
 """
 
 from __future__ import annotations
@@ -64,10 +65,12 @@ PEER_COUNTS = {256: 100, 1024: 10}
 WARM_UP = 10
 PICTURES = "docs/generators"  # beside the README
 BEGIN, END = "<!-- generators -->", "<!-- end of generators -->"  # around the table in the README
-FASTER = 10.0  # the target, at 256 px
+FASTER = 20.0  # the target, at 256 px, for LIKE_ANOMALIB
 DEFAULT_AREA = (0.002, 0.08)
 LARGE_AREA = (0.2, 0.2)
+LIKE_ANOMALIB = "perlin, textures, one region, drawn opacity"  # anomalib solves no severity, one noise field
 CASES: tuple[tuple[str, str, dict[str, Any], tuple[float, float], bool], ...] = (
+    (LIKE_ANOMALIB, "perlin", {"texture": "folder", "opacity": (0.2, 1.0)}, DEFAULT_AREA, False),
     ("perlin, textures", "perlin", {"texture": "folder"}, DEFAULT_AREA, False),
     ("perlin, textures decoded each time", "perlin", {"texture": "folder"}, DEFAULT_AREA, True),
     ("perlin, textures, a fifth of the picture", "perlin", {"texture": "folder"}, LARGE_AREA, False),
@@ -145,6 +148,8 @@ def measure(textures: Path, side: int) -> dict[str, Any]:
             return Source(normals[number % len(normals)], allowed, (donor,))
 
         recipes = plan(generator, params, area, COUNTS[side])
+        if name == LIKE_ANOMALIB:
+            recipes = [replace(recipe, count=1) for recipe in recipes]
         for recipe in recipes[:WARM_UP]:
             synthesise([replace(recipe, seed=-1 - recipe.seed & 0xFFFF)], source, found, None, Gates(), 6, [])
         seconds: list[float] = []
@@ -270,7 +275,7 @@ def passed(sides: dict[str, Any], features: dict[str, Any]) -> dict[str, bool]:
         (int(side), name, row) for side, found in sides.items() for name, row in found["operators"].items()
     ]
     return {
-        "speed": sides["256"]["speedup"]["perlin, textures"] >= FASTER,
+        "speed": sides["256"]["speedup"][LIKE_ANOMALIB] >= FASTER,
         "operators": all(
             1000 * row["grey"] <= (WAVELET_LIMITS if name == "wavelet" else LIMITS)[side]
             for side, name, row in rows
@@ -318,7 +323,7 @@ def show(result: dict[str, Any]) -> None:
         )
     console.print(table)
     targets = {
-        "speed": f"perlin with textures at 256 px at least {FASTER:g} times as fast as anomalib",
+        "speed": f"{LIKE_ANOMALIB} at 256 px at least {FASTER:g} times as fast as anomalib",
         "operators": "a grey sample at most 2 ms at 256 px (wavelets 4), 40 ms at 1024 px (150)",
         "rgb": f"RGB at most {RGB_LIMIT:g} times grey",
         "solver": f"a solved strength at most {SOLVER_LIMIT:g} times a fixed one",
