@@ -16,7 +16,8 @@ from generation.protocol import Box, Edit, FeatureEdit
 
 VISIBLE = 2  # 8-bit levels; a change above this belongs to the mask
 HOLE = 16  # pixels; unchanged islands up to this size belong to the mask
-PAD = 8  # pixels around the mask in which the picture's local variation is measured
+PAD = 8  # pixels around the region in which the picture's local variation is measured
+QUIET = 4.0  # 8-bit levels; the local variation counts at least that much, or a change that nobody sees would
 GRID = 16  # cells a side of the signature
 
 _SQUARE = np.ones((3, 3), np.uint8)
@@ -31,7 +32,7 @@ class Composite:
         mask: uint8, 0 or 255, H×W (features: h×w).
         leak: share of the changed places that lay outside the mask before they were reset, in [0, 1].
         hollow: share of the mask that did not change visibly (at most 2 levels), in [0, 1].
-        contrast: ``change`` relative to the local variation of the source around the mask, >= 0.
+        contrast: ``change`` relative to the local variation of the source around the region, >= 0.
         area: share of the picture that the mask covers, in [0, 1].
         change: mean change inside the mask, in 8-bit levels (features: mean distance of the tokens).
         signature: float32, (256,); the change summed over a 16×16 grid, for the near-duplicate gate.
@@ -53,8 +54,8 @@ def compose(pixels: np.ndarray, edit: Edit) -> Composite:
     With D the largest difference over the channels in 8-bit levels (16-bit pictures: difference / 257), the
     mask is {D > 2} within ``edit.region``, closed 3×3, holes of at most 16 pixels filled, within
     ``edit.region`` again. Outside the mask the picture is the source. Contrast is the mean of D inside the
-    mask over the mean of max_c |I − box5(I)| in the mask's bounding box padded by 8 pixels, both in 8-bit
-    levels, the latter at least 1 (inference: the specification leaves the local variation open).
+    mask over the mean of max_c |I − box5(I)| in the region's bounding box padded by 8 pixels, both in 8-bit
+    levels, the latter at least 4 (inference: the specification leaves the local variation open).
 
     Args:
         pixels: uint8 or uint16, H×W×C.
@@ -79,7 +80,7 @@ def compose(pixels: np.ndarray, edit: Edit) -> Composite:
         mask=mask,
         leak=(anywhere - cv2.countNonZero(found.kept)) / max(anywhere, 1),
         hollow=(covered - cv2.countNonZero(found.visible & inside)) / max(covered, 1),
-        contrast=found.level / local_variation(pixels, edit.box, inside) if covered else 0.0,
+        contrast=found.level / local_variation(pixels, edit.box, edit.region) if covered else 0.0,
         area=covered / mask.size,
         change=found.level,
         signature=signature(found.kept, edit.box, mask.shape),
@@ -212,21 +213,21 @@ def fill(mask: np.ndarray) -> np.ndarray:
     return closed[1:-1, 1:-1]
 
 
-def local_variation(pixels: np.ndarray, box: Box, inside: np.ndarray) -> float:
-    """Mean of max_c |I − box5(I)| around a mask, in 8-bit levels, at least 1.
+def local_variation(pixels: np.ndarray, box: Box, region: np.ndarray) -> float:
+    """Mean of max_c |I − box5(I)| around a region, in 8-bit levels, at least ``QUIET``.
 
     Args:
         pixels: uint8 or uint16, H×W×C.
-        box: place of ``inside`` in the picture.
-        inside: uint8, the mask within the box; not empty.
+        box: place of ``region`` in the picture.
+        region: bool, h×w; not empty.
     """
-    x, y, width, height = cv2.boundingRect(inside)
+    x, y, width, height = cv2.boundingRect(region.view(np.uint8))
     top, left = max(box[0] + y - PAD, 0), max(box[2] + x - PAD, 0)
     bottom, right = box[0] + y + height + PAD, box[2] + x + width + PAD
     window = pixels[top:bottom, left:right]
     smooth = cv2.blur(window, (5, 5), borderType=cv2.BORDER_REFLECT_101).reshape(window.shape)
     variation = channel_max(cv2.absdiff(window, smooth).reshape(window.shape))
-    return max(float(variation.mean()) / (1 if pixels.dtype == np.uint8 else 257), 1.0)
+    return max(float(variation.mean()) / (1 if pixels.dtype == np.uint8 else 257), QUIET)
 
 
 def signature(change: np.ndarray, box: Box, shape: tuple[int, ...]) -> np.ndarray:

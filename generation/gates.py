@@ -22,9 +22,8 @@ class Gates(BaseModel):
 
     leak_max: float = Field(0.15, ge=0, le=1, description="share of the change outside the mask")
     hollow_max: float = Field(0.25, ge=0, le=1, description="share of the mask without a visible change")
-    contrast_min: float = Field(1.0, ge=0, description="mean change in units of the local variation")
-    feature_contrast_min: float = Field(
-        0.05, ge=0, description="as contrast_min, for features: noise far below it trains nothing"
+    contrast_min: float = Field(
+        1.0, ge=0, description="mean change in units of the local variation; not of features"
     )
     area_low: float = Field(0.25, ge=0, le=1, description="smallest mask, relative to the requested area")
     area_high: float = Field(4.0, ge=1, description="largest mask, relative to the requested area")
@@ -56,16 +55,16 @@ def judge(
 
     Args:
         composite: the finished sample.
-        area: the requested share of the picture; 0 if none was requested.
+        area: the requested share of the picture; 0 if none was requested. A generator that ignores it says
+            so by its measure ``wanted_area``.
         gates: the limits.
         earlier: signatures of the samples accepted before from the same source picture in the same shard.
         measures: the generator's own figures; those that no gate knows are ignored.
 
     Returns:
-        ``constant`` (the model's picture), ``no anomaly`` (the word took no hold), ``empty``, ``area``,
-        ``leak``, ``hollow``, ``severity_unreachable`` (no strength gives the change that was asked for),
-        ``contrast``, ``duplicate of the source``, ``clip``,
-        ``duplicate of a sample``, or "".
+        ``constant`` (the model's picture), ``no anomaly`` (the word took no hold), ``severity_unreachable``
+        (no strength gives the change that was asked for), ``empty``, ``area``, ``leak``, ``hollow``,
+        ``contrast``, ``duplicate of the source``, ``clip``, ``duplicate of a sample``, or "".
     """
     for name, limit, reason in (
         ("spread", gates.spread_min, "constant"),
@@ -73,6 +72,10 @@ def judge(
     ):
         if measures.get(name, limit) < limit:
             return reason
+    asked = measures.get("wanted_change", composite.change)
+    if abs(composite.change - asked) > gates.severity_error * asked:
+        return "severity_unreachable"
+    area = measures.get("wanted_area", area)
     places = composite.mask.size
     covered = composite.area * places
     if covered < 1:
@@ -87,11 +90,8 @@ def judge(
         return "leak"
     if composite.hollow > gates.hollow_max:
         return "hollow"
-    asked = measures.get("wanted_change", composite.change)
-    if abs(composite.change - asked) > gates.severity_error * asked:
-        return "severity_unreachable"
     features = composite.content.dtype == np.float16
-    if composite.contrast < (gates.feature_contrast_min if features else gates.contrast_min):
+    if not features and composite.contrast < gates.contrast_min:
         return "contrast"
     if not features and composite.change < gates.change_min:
         return "duplicate of the source"

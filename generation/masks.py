@@ -156,6 +156,7 @@ def rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, aspe
     ratio = math.sqrt(math.exp(rng.uniform(-math.log(aspect), math.log(aspect))))
     height = int(np.clip(round(math.sqrt(pixels) * ratio), 1, allowed.shape[0]))
     width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
+    height = int(np.clip(round(pixels / width), 1, allowed.shape[0]))  # where the picture was not wide enough
     top, left = around(place(rng, allowed), height, width, allowed.shape)
     return top, top + height, left, left + width
 
@@ -308,10 +309,14 @@ def lens(
     ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
     # A lens has π/4 of its rectangle, and its soft edge shows over another half pixel on each side. It
     # should not leave the picture.
-    length = min(math.sqrt(pixels * ratio * 4 / math.pi), 0.8 * min(allowed.shape))
+    angle = rng.uniform(0, math.pi)
+    longest = 0.8 * min(allowed.shape)
+    if ratio * longest < math.sqrt(pixels * ratio * 4 / math.pi):  # a narrow picture: along its longer side
+        angle = 0.0 if allowed.shape[1] > allowed.shape[0] else math.pi / 2
+        longest = 0.8 * max(allowed.shape)
+    length = min(math.sqrt(pixels * ratio * 4 / math.pi), longest)
     thickness = max((pixels / length - SOFT) * 4 / math.pi, THINNEST)
     length = min(length, pixels / (thickness * math.pi / 4 + SOFT))
-    angle = rng.uniform(0, math.pi)
     arc = rng.uniform(-bend, bend) * length
     y, x = place(rng, allowed)
 

@@ -106,6 +106,7 @@ class FeatureEdit:
         clean: float16, C×h×w; the unperturbed features, for the gates.
         layers: names of the backbone's layers that were concatenated.
         backbone: fingerprint of the backbone; a reader refuses features of another one.
+        measures: as of :class:`Edit`.
     """
 
     feature: np.ndarray
@@ -113,6 +114,7 @@ class FeatureEdit:
     clean: np.ndarray
     layers: tuple[str, ...]
     backbone: str
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Undrawable(ValueError):
@@ -142,8 +144,7 @@ class Generator:
         model) -> edits``; pure; one edit a source. params: the generator's own settings with their defaults.
         donors: what the recipe must name for it: nothing, a texture, another normal picture, or one of
         another
-            category (foreign); a function
-            of its params if they decide.
+            category (foreign); a function of its params if they decide.
         defect: the word for what it draws when the configuration names none.
         load: ``load(params, device) -> model``; called once a worker; None if no model is needed.
         identify: ``identify(params) -> dict``; id, revision and licence of the model for provenance.

@@ -1,8 +1,11 @@
 """Severity as what is seen: a contrast against the picture's own variation, and the strength that gives it.
 
 The measure is that of the contrast gate (:func:`generation.compose.compose`): the mean change inside the mask
-over the mean local variation around it, a contrast-to-texture ratio (inference: as Weber's law has it, a
-change is seen in proportion to what surrounds it).
+over the mean local variation around the region, a contrast-to-texture ratio (inference: as Weber's law has
+it, a change is seen in proportion to what surrounds it).
+
+What is solved for leaves out what nobody sees, so that the ``leak`` of such a sample says what a generator
+changed outside its region, and not how its soft edge ends.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from generation.compose import changed, local_variation, quantise
 from generation.protocol import Box, Edit, Source
 
 FAINT, BOLD = 1.25, 6.0  # contrast at severity 0 and 1; the gate stands at 1
-QUIET = 4.0  # levels; a picture's variation counts at least that much, or nobody would see the change
+HALVINGS = 4  # strengths tried for the largest change of an operator that only takes away
 CLOSE = 0.04  # relative error at which the search ends
 TRIES = 9  # evaluations at most
 
@@ -40,6 +43,7 @@ def solved(
     *,
     start: float | None = None,
     limit: float,
+    takes_away: bool = False,
 ) -> Edit:
     """The edit whose change is what a severity asks for, as near as ``render`` comes; its measures tell what
     was wanted (the gates compare) and which strength it took.
@@ -49,14 +53,19 @@ def solved(
         render: ``strength -> patch``; see :func:`solve`; clipped here.
         start: a likely strength; None where the change grows in proportion to the strength: what would do if
             nothing were clipped or too small to be seen.
+        takes_away: whether the operator can do no more than remove or rearrange what is there: severity 1 is
+            then the most that it can do to this region, if that is less than ``BOLD``.
     """
-    wanted = wanted_change(severity, source.pixels, box, region)
     stored = source.pixels[box[0] : box[1], box[2] : box[3]]
+    variation = local_variation(source.pixels, box, region)
+    most = BOLD
+    if takes_away:
+        limit, largest = _furthest(render, stored, region, limit)
+        most = min(most, max(largest / variation, FAINT))
+    wanted = wanted_change(severity, variation, most)
     if start is None:
         start = wanted / max(_mean_change(render(limit), source.crop(box), region), 1e-6) * limit
     found = solve(lambda strength: np.clip(render(strength), 0, 1), stored, region, wanted, start, limit)
-    # What nobody sees is no part of the mask and would be reset: it is left out here, so that it does not
-    # count as leaked.
     patch = np.where(found.seen[..., None], found.patch, source.crop(box))
     return Edit(box, patch, region, {"wanted_change": wanted, "solved_strength": found.strength})
 
@@ -66,16 +75,28 @@ def _mean_change(after: np.ndarray, before: np.ndarray, region: np.ndarray) -> f
     return 255 * float(np.abs(after[region] - before[region]).max(axis=1).mean())
 
 
-def wanted_change(severity: float, pixels: np.ndarray, box: Box, region: np.ndarray) -> float:
-    """The mean change inside the mask, in 8-bit levels, that a severity asks for.
+def wanted_change(severity: float, variation: float, most: float = BOLD) -> float:
+    """The mean change inside the mask, in 8-bit levels, that a severity in [0, 1] asks for.
 
     Args:
-        severity: in [0, 1].
-        pixels: uint8 or uint16, H×W×C; the source.
-        box, region: of the mask; bool, h×w, not empty.
+        variation: of :func:`generation.compose.local_variation`.
+        most: contrast at severity 1.
     """
-    variation = local_variation(pixels, box, region.view(np.uint8))
-    return (FAINT + (BOLD - FAINT) * severity) * max(variation, QUIET)
+    return (FAINT + (most - FAINT) * severity) * variation
+
+
+def _furthest(
+    render: Callable[[float], np.ndarray], before: np.ndarray, region: np.ndarray, limit: float
+) -> tuple[float, float]:
+    """(strength, mean change) of the largest change up to a limit: a pattern that is moved by its period is
+    where it was, so that the largest strength need not change most."""
+    strengths = [limit / 2**k for k in range(HALVINGS)]
+    levels = [
+        changed(before, quantise(np.clip(render(strength), 0, 1), before.dtype), region).level
+        for strength in strengths
+    ]
+    best = int(np.argmax(levels))
+    return strengths[best], levels[best]
 
 
 def solve(

@@ -256,7 +256,7 @@ def _composed(recipe: Recipe, source: Source, edit: Edit | FeatureEdit | Excepti
             content: dict[str, Any] = {"feature": feature}
         else:
             composite = compose(source.pixels, edit)
-            content = {"pixels": composite.content, "measures": dict(edit.measures)}
+            content = {"pixels": composite.content}
     except Exception as error:
         return _failed(recipe, _deterministic(error))
     outcome = Outcome(
@@ -268,6 +268,7 @@ def _composed(recipe: Recipe, source: Source, edit: Edit | FeatureEdit | Excepti
         hollow=composite.hollow,
         contrast=composite.contrast,
         mask_area=composite.area,
+        measures=dict(edit.measures),
         **content,
     )
     return _Made(outcome, composite)

@@ -442,6 +442,11 @@ def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
 # --- encoding ------------------------------------------------------------------------------------------
 
 
+def eight_bit(pixels: np.ndarray) -> np.ndarray:
+    """uint8 or uint16 to uint8, rounded."""
+    return pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
 def encode(pixels: np.ndarray, format: Format) -> bytes:
     """The same bytes for the same pixels (and package versions), without date or other metadata.
 

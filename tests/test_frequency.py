@@ -7,10 +7,12 @@ import cv2
 import numpy as np
 import pytest
 import pywt
+from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from generation import registry
+from generation.compose import local_variation
 from generation.frequency import operators
 from generation.frequency.family import FrequencyParams
 from generation.gates import Gates
@@ -90,8 +92,6 @@ def test_grey_is_treated_like_three_equal_channels(name, size):
     for image in (grey, colour):
         other = np.repeat(image_of(*size, channels=1, seed=1), image.shape[2], axis=2)
         arguments = operator.arguments(np.random.default_rng(3), image, other, params)
-        if name == "peak":
-            arguments |= {"period": 5.0, "angle": 1.0, "phase": 0.5}  # drawn after the colours
         made.append(operator.render(image, **arguments)(operator.start))
     np.testing.assert_allclose(made[1], np.repeat(made[0], 3, axis=2), atol=1e-5)
 
@@ -168,8 +168,8 @@ def test_a_notch_takes_the_weave_away_and_leaves_the_rest():
     weave = 0.15 * np.cos(2 * math.pi * x / 8) + 0.1 * np.cos(2 * math.pi * y / 16)
     ground = 0.5 + 0.1 * gaussian_filter(np.random.default_rng(0).random((64, 96)) - 0.5, 2, mode="wrap")
     image = (ground + weave)[..., None].astype(np.float32)
-    places = operators.peaks(image, 3)
-    assert {(0, 12), (4, 0)} <= {(min(row, 64 - row), column) for row, column in places.tolist()}
+    places = operators.peaks(image, 2)
+    assert {(0, 12), (4, 0)} == {(min(row, 64 - row), column) for row, column in places.tolist()}
     changed = operators.notch(image, places, 0.4)(1.0)[..., 0]
     assert np.abs(changed - ground).mean() < 0.1 * np.abs(weave).mean()
 
@@ -214,37 +214,118 @@ def materials():
     return found
 
 
+TAKES_AWAY = ("apr", "notch", "blur", "shift")
+# Of 72 recipes on six materials; some are too plain or too rough for what an operator does.
+ENOUGH = {"notch": 0, "blur": 24, "shift": 40, "apr": 45, "laplacian": 45}
+
+
 @pytest.mark.parametrize("name", [*FREQUENCY, *CLASSIC])
-def test_the_contrast_is_the_one_that_was_asked_for(name):
-    """Over materials and severities: rank correlation >= 0.95 and, sample by sample, within 15 %; what a
-    material cannot give is rejected as such."""
-    reached, reasons = 0, set()
-    for material, given_source in materials().items():
-        outcomes = make(
+def test_the_severity_is_the_contrast(name):
+    """Over materials and severities: from 1.25 at 0 to 6 at 1, or rejected as out of reach."""
+    accepted, reasons = [], set()
+    for given_source in materials().values():
+        for outcome in make(
             [recipe(name, seed, severity=seed / 11) for seed in range(12)], given_source, gates=Gates()
-        )
-        accepted = [outcome for outcome in outcomes if outcome.status == "accepted"]
-        reasons |= {outcome.reason for outcome in outcomes if outcome.status != "accepted"}
-        wanted = [outcome.measures["wanted_change"] for outcome in accepted]
-        before = given_source.pixels.astype(int)
-        found = [
-            float(np.abs(o.pixels[o.mask > 0] - before[o.mask > 0]).max(axis=1).mean()) for o in accepted
-        ]
-        np.testing.assert_allclose(found, wanted, rtol=0.15, err_msg=material)
-        reached += len(accepted)
-        if len(accepted) >= 5:
-            assert spearmanr(wanted, found).statistic >= 0.95, material
-    assert reasons <= {
-        "leak",
-        "hollow",
-        "area",
-        "empty",
-        "severity_unreachable",
-        "duplicate of a sample",
-        "contrast",
-    }
-    # A notch needs something periodic, a blur something sharp; the others suit most materials.
-    assert reached >= {"notch": 0, "blur": 6, "shift": 12, "apr": 12}.get(name, 40)
+        ):
+            if outcome.status == "accepted":
+                accepted.append(outcome)
+            else:
+                reasons.add(outcome.reason)
+    assert len(accepted) >= ENOUGH.get(name, 60)
+    assert reasons <= {"severity_unreachable", "hollow", "duplicate of a sample"}
+    severity = np.array([outcome.recipe.severity for outcome in accepted])
+    contrast = np.array([outcome.contrast for outcome in accepted])
+    if name in TAKES_AWAY:  # 1 is the most that they can do to the region
+        assert (contrast <= 1.15 * (1.25 + 4.75 * severity)).all()
+    else:
+        np.testing.assert_allclose(contrast, 1.25 + 4.75 * severity, rtol=0.15)
+        assert spearmanr(severity, contrast).statistic >= 0.98
+
+
+@pytest.mark.parametrize("name", ["notch", "shift"])
+def test_a_weave_can_lose_its_thread(name):
+    """What takes away has, at the same place, more to show the higher the severity."""
+    weave = 128 + 50 * np.cos(2 * math.pi * np.arange(96)[None] / 8)
+    weave = weave + np.random.default_rng(0).normal(0, 2, (96, 96))
+    cloth = source(np.clip(weave, 0, 255).astype(np.uint8)[..., None], np.ones((96, 96), bool))
+    contrasts = []
+    for severity in (0.0, 0.5, 1.0):
+        made = make([recipe(name, seed, severity=severity) for seed in range(8)], cloth, gates=Gates())
+        kept = [outcome for outcome in made if outcome.status == "accepted"]
+        assert len(kept) >= 6
+        contrasts.append(np.mean([outcome.contrast for outcome in kept]))
+    assert contrasts[0] < contrasts[1] < contrasts[2]
+
+
+@pytest.mark.parametrize("name", FREQUENCY)
+def test_nothing_comes_around_from_the_opposite_border(name):
+    """A ramp: at its dark border no operator may bring in what is bright at the other."""
+    ramp = np.repeat(np.linspace(20, 220, 96)[None, :], 96, axis=0)
+    grain = np.random.default_rng(0).normal(0, 3, (96, 96))
+    allowed = np.zeros((96, 96), bool)
+    allowed[:, :12] = True
+    pixels = np.clip(ramp + grain, 0, 255).astype(np.uint8)[..., None]
+    given_source = replace(source(pixels, allowed), donors=(pixels[::-1].copy(),))
+    params = canonical_json({"strength": {"blur": 4.0, "shift": 8.0, "peak": 0.05}.get(name, 1.0)})
+    for outcome in make([recipe(name, seed, params=params) for seed in range(4)], given_source):
+        if outcome.pixels is not None:
+            assert np.abs(outcome.pixels[:, :12].astype(float) - ramp[:, :12, None]).max() < 70
+
+
+def test_amplitudes_beyond_the_other_picture_keep_the_phase():
+    image, other = image_of(24, 37), 0.05 * image_of(24, 37, seed=1)
+    changed = operators.mix(image, other)(4.0)
+    before, after = (np.fft.rfft2(x, axes=(0, 1)) for x in (image, changed))
+    strong = np.abs(after) > 1e-3
+    turn = np.angle(after * np.conj(before))[strong]
+    assert np.abs(turn).max() < 1e-2
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.8])
+def test_a_recombined_spectrum_is_that_of_a_real_picture(size, strength):
+    image, other = image_of(*size).astype(np.float64), image_of(*size, seed=1).astype(np.float64)
+    first, second = (np.fft.fft2(x, axes=(0, 1)) for x in (image, other))
+    turn = np.angle(second * np.conj(first))
+    rows, columns = np.meshgrid(*(-np.arange(n) % n == np.arange(n) for n in size), indexing="ij")
+    alone = (rows & columns)[..., None]
+    factor = np.where(alone, np.cos(strength * turn), np.exp(1j * strength * turn))
+    factor[0, 0] = 1
+    literal = np.fft.ifft2(first * factor, axes=(0, 1))
+    assert np.abs(literal.imag).max() < 1e-6
+    found = operators.recombine(image.astype(np.float32), other.astype(np.float32))(strength)
+    np.testing.assert_allclose(found, literal.real, atol=2e-5)
+
+
+def test_an_empty_band_stays_empty():
+    """A plain picture has no texture to disturb: what rounding leaves is not blown up into one."""
+    plain = source(np.full((96, 96, 3), 100, np.uint8))
+    outcomes = make([recipe("band", seed, severity=0.5) for seed in range(8)], plain, gates=Gates())
+    assert {outcome.reason for outcome in outcomes} == {"severity_unreachable"}
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("wavelet", {"families": ["db99"]}),
+        ("wavelet", {"levels": [0]}),
+        ("wavelet", {"families": []}),
+        ("laplacian", {"levels": [-1]}),
+        ("peak", {"period_low": 30, "period_high": 20}),
+        ("band", {"rings": []}),
+        ("band", {"rings": [[0.3, 0.1]]}),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_when_they_are_read(name, params):
+    with pytest.raises(ValidationError):
+        registry.get(name).params(**params)
+
+
+@pytest.mark.parametrize("family", ["db10", "dmey", "sym20"])
+def test_long_wavelets_work_on_small_pictures(family):
+    params = canonical_json({"families": [family]})
+    outcomes = make([recipe("wavelet", seed, area=0.1, params=params) for seed in range(3)])
+    assert {outcome.status for outcome in outcomes} <= {"accepted", "rejected"}
 
 
 def test_severity_follows_the_texture_of_the_material():
@@ -252,7 +333,7 @@ def test_severity_follows_the_texture_of_the_material():
     plain, rough = picture(96, 96), picture(96, 96)
     rough = np.clip(rough + np.random.default_rng(0).normal(0, 25, rough.shape), 0, 255).astype(np.uint8)
     box, region = (20, 60, 20, 60), np.ones((40, 40), bool)
-    levels = [wanted_change(0.5, pixels, box, region) for pixels in (plain, rough)]
+    levels = [wanted_change(0.5, local_variation(pixels, box, region)) for pixels in (plain, rough)]
     assert levels[1] > 2 * levels[0]
 
 
@@ -284,8 +365,11 @@ def test_the_whole_allowed_place():
     placed[y0:y1, x0:x1] = region
     np.testing.assert_array_equal(placed, allowed)
     (outcome,) = make(
-        [recipe("peak", params=canonical_json({"shape": "whole"}))], source(picture(40, 50), allowed)
+        [recipe("peak", params=canonical_json({"shape": "whole"}))],
+        source(picture(40, 50), allowed),
+        gates=Gates(),
     )
+    assert outcome.status == "accepted", outcome.reason
     assert (outcome.mask > 0).sum() > 0.7 * allowed.sum()
 
 

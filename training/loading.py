@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from manifests.pictures import decode, decode_mask, open_file
+from manifests.pictures import decode, decode_mask, eight_bit, open_file
 from manifests.shards import IMAGE_FORMATS, ShardError
 
 _REMEDY = "`flawsmith verify` notes all that is damaged, then `flawsmith run` makes it again"
@@ -139,10 +139,5 @@ def _sample(path: str, members: dict[str, Any]) -> Sample | None:
 def _picture(name: str, members: dict[str, Any], stem: str) -> np.ndarray | None:
     for suffix in IMAGE_FORMATS:
         if data := members.get(f"{stem}.{suffix}"):
-            pixels = decode(data, name=f"{name}.{stem}.{suffix}").pixels
-            return (
-                pixels
-                if pixels.dtype == np.uint8
-                else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-            )
+            return eight_bit(decode(data, name=f"{name}.{stem}.{suffix}").pixels)
     return None

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
+from manifests.pictures import eight_bit
 from manifests.workspace import Workspace
-from workflows.stored import Stored, eight_bit, licences, read_sample, some_accepted, source_images
+from workflows.stored import Stored, licences, read_sample, some_accepted, source_images
 
 TILE = 168  # pixels a side of one picture
 GAP = 4  # between the pictures of a sample

@@ -136,11 +136,6 @@ def licences(images: Sequence[Image]) -> dict[str, list[str]]:
     return {licence: sorted(found[licence]) for licence in sorted(found)}
 
 
-def eight_bit(pixels: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 to uint8, rounded."""
-    return pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
 def _picture(members: dict[str, bytes], stem: str, name: str) -> np.ndarray | None:
     for suffix in IMAGE_FORMATS:
         if data := members.get(f"{stem}.{suffix}"):

@@ -33,7 +33,6 @@ ROOM = 2.2  # area of the place that is given to an anomaly, over the area of th
 RATIOS, BEND = (4.0, 7.0), 0.15  # length over thickness of a line's place, and its bend
 STRIPS = 6  # tries at such a place
 SMALLEST_CROP = 48  # pixels; below it a crop shows too little to be a material
-QUIET = 4.0  # levels; a picture's variation counts at least that much
 FAINT = 1.6  # contrast at severity 0, in local variations; the gate stands at 1
 
 
@@ -244,8 +243,7 @@ def edits(
 
 def _faint(source: Source, spot: Spot) -> float:
     """The mean change that is just visible, in [0, 1]."""
-    variation = local_variation(source.pixels, spot.crop, spot.allowed.view(np.uint8))
-    return FAINT * max(variation, QUIET) / 255
+    return FAINT * local_variation(source.pixels, spot.crop, spot.allowed) / 255
 
 
 def _fitted(

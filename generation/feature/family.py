@@ -20,6 +20,7 @@ from pydantic import Field
 from generation.masks import Shape, shaped
 from generation.protocol import Donors, FeatureEdit, Generator, Params, Source
 from manifests.errors import UsageError
+from manifests.pictures import eight_bit
 from manifests.schema import Recipe
 
 if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not wait for it
@@ -173,8 +174,7 @@ def apply(
 def _features(pictures: Sequence[np.ndarray], model: Model) -> Any:
     from generation.backbones import to_batch
 
-    eight = [pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8) for pixels in pictures]
-    return model.backbone.features(to_batch(eight, model.size)).cpu()
+    return model.backbone.features(to_batch([eight_bit(p) for p in pictures], model.size)).cpu()
 
 
 def _apply(features: Any, one: FeatureDraw, foreign: Any, model: Model, operator: Operator) -> FeatureEdit:
@@ -191,13 +191,16 @@ def _apply(features: Any, one: FeatureDraw, foreign: Any, model: Model, operator
     random = torch.Generator().manual_seed(one.seed)
     changed = perturb(features, mask, strength, random)[0].numpy().astype(np.float16)
     clean, where = features[0].numpy().astype(np.float16), mask[0].numpy()
+    measures = {"wanted_area": float(one.region.mean())} if one.params.shape == "whole" else {}
+    backbone = model.backbone
     return FeatureEdit(
-        np.where(where, changed, clean), where, clean, model.backbone.layers, model.backbone.fingerprint
+        np.where(where, changed, clean), where, clean, backbone.layers, backbone.fingerprint, measures
     )
 
 
 def tokens(region: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A region at feature resolution: the tokens it covers by half, and at least the one it covers most.
+    """A region at feature resolution. Of each connected part, so that no small spot and no thin line is
+    lost, as many tokens as its area is worth, and at least one: those that it covers most.
 
     Args:
         region: bool, H×W; not empty.
@@ -207,8 +210,13 @@ def tokens(region: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     shrinks = region.shape[0] >= height and region.shape[1] >= width
     way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    share = cv2.resize(region.astype(np.float32), (width, height), interpolation=way)
-    return share >= min(np.float32(0.5), share.max())
+    count, labels = cv2.connectedComponents(region.view(np.uint8), connectivity=8)
+    chosen = np.zeros(height * width, np.bool_)
+    for label in range(1, count):
+        share = cv2.resize((labels == label).astype(np.float32), (width, height), interpolation=way).ravel()
+        most = max(1, round(float(share.sum())))
+        chosen[np.argsort(-share, kind="stable")[:most]] = True
+    return chosen.reshape(height, width)
 
 
 # -- the operators with what they need to know -------------------------------------------------------------

@@ -18,7 +18,9 @@ from torch import Tensor
 
 Random = torch.Generator | None
 Gradient = Callable[[Tensor], Tensor]  # tokens K×C to the gradient, K×C, that makes each less normal
-ASCENT_START = 0.1  # deviation of GLASS's starting noise, in channel deviations [0.015 of adapted features]
+ASCENT_START = (
+    0.1  # deviation of GLASS's starting noise over s, in channel deviations [0.015 of adapted features]
+)
 ASCENT_RATE = 0.1  # length of a step over the distance that is asked for
 ASCENT_STEPS = 20
 PROJECTED = 5  # steps between projections
@@ -48,11 +50,12 @@ def ascent(
 ) -> Tensor:
     """Gradient ascent with truncated projection (GLASS, Chen et al. 2024).
 
-    From slightly noisy tokens, 20 steps of a fixed length along the normalised gradient; after every fifth
-    the distance, in channel deviations over √C, is clamped. Manifold: that from the token itself, to [s, 2·s]
-    (published [0.5, 1]). Hypersphere: that from the normal centre, to [1 + s, 1 + 2·s] times the token's own;
-    published is [r, 2·r] with one r for all tokens, whose distances alone then give the changed ones away: a
-    probe tells 100 % at any r [measured], so that no severity could be set.
+    From tokens with noise of a tenth of the distance asked for, 20 steps of a fixed length along the
+    normalised gradient; after every fifth the distance, in channel deviations over √C, is clamped. Manifold:
+    that from the token itself, to [s, 2·s] (published [0.5, 1]). Hypersphere: that from the normal centre, to
+    [1 + s, 1 + 2·s] times the token's own; published is [r, 2·r] with one r for all tokens, whose distances
+    alone then give the changed ones away: a probe tells 100 % at any r [measured], so that no severity could
+    be set.
 
     Args:
         deviation, centre: C each.
@@ -66,7 +69,7 @@ def ascent(
     own = ((tokens - centre) / scale).norm(dim=1, keepdim=True)
     start, unit = (torch.zeros_like(own), 1.0) if manifold else (own, own)
     low, high = start + strength * unit, start + 2 * strength * unit
-    moved = tokens + ASCENT_START * deviation * _normal(tokens, random)
+    moved = tokens + ASCENT_START * strength * deviation * _normal(tokens, random)
     for step in range(1, ASCENT_STEPS + 1):
         direction = torch.nn.functional.normalize(gradient(moved) * scale, dim=1)
         moved = moved + ASCENT_RATE * strength * direction * scale
@@ -113,6 +116,8 @@ def flow_shift(
     Args:
         centre: μ, C. basis: V, C×C, columns. spread: √λ, C.
     """
+    if strength == 0:
+        return features  # decoding what was encoded rounds
     tokens = _tokens(features, mask)
     latent = (tokens - centre) @ basis / spread
     noisy = latent + _normal(latent, random)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import cv2
 import numpy as np
 import pywt
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 from scipy.fft import next_fast_len
 
 from generation.frequency import operators
@@ -26,10 +27,22 @@ from generation.textures import cut
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe
 
-CONTEXT = 16  # pixels around the mask that the transform sees
+CONTEXT = 16  # pixels around the mask that the transform sees, if the operator reaches no further
 SMALLEST = 4  # pixels of a picture's side; below it there are no frequencies to speak of
 EDGE = 3  # pixels of the mask's soft edge; less in small masks
 RINGS = ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0))  # radius over Nyquist [inferred]
+
+
+def _rings(rings: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    if bad := [ring for ring in rings if not 0 <= ring[0] < ring[1]]:
+        raise ValueError(f"a ring is (low, high) with 0 <= low < high, found {bad[0]}")
+    return rings
+
+
+def _wavelet_name(name: str) -> str:
+    if name not in pywt.wavelist(kind="discrete"):
+        raise ValueError(f"{name!r} is no discrete wavelet; PyWavelets has {', '.join(pywt.families())} …")
+    return name
 
 
 class FrequencyParams(Params):
@@ -58,7 +71,7 @@ class BandParams(FrequencyParams):
 
     amplitude: float = Field(0.5, ge=0)
     phase: float = Field(0.3, ge=0)
-    rings: tuple[tuple[float, float], ...] = RINGS
+    rings: Annotated[tuple[tuple[float, float], ...], Field(min_length=1), AfterValidator(_rings)] = RINGS
     sector: float = Field(180.0, gt=0, le=180)
 
 
@@ -90,7 +103,7 @@ class LaplacianParams(FrequencyParams):
         levels: of the pyramid to choose from; 0 is the finest.
     """
 
-    levels: tuple[int, ...] = (0, 1, 2)
+    levels: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
 
 
 class WaveletParams(FrequencyParams):
@@ -101,8 +114,10 @@ class WaveletParams(FrequencyParams):
         levels: to choose from; 1 is the finest.
     """
 
-    families: tuple[str, ...] = ("haar", "db2", "sym4", "bior2.2")
-    levels: tuple[int, ...] = (1, 2, 3)
+    families: tuple[Annotated[str, AfterValidator(_wavelet_name)], ...] = Field(
+        ("haar", "db2", "sym4", "bior2.2"), min_length=1
+    )
+    levels: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 3), min_length=1)
 
 
 class NotchParams(FrequencyParams):
@@ -129,6 +144,12 @@ class PeakParams(FrequencyParams):
     period_high: float = Field(24.0, ge=2)
     tint: float = Field(0.3, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> PeakParams:
+        if self.period_low > self.period_high:
+            raise ValueError(f"period_low {self.period_low:g} exceeds period_high {self.period_high:g}")
+        return self
+
 
 class SharpenParams(FrequencyParams):
     """Settings of ``sharpen``.
@@ -142,28 +163,50 @@ class SharpenParams(FrequencyParams):
 
 @dataclass(frozen=True)
 class Operator:
-    """Attributes: ``render`` of :mod:`generation.frequency.operators`; ``arguments``
-    ``(rng, image, other, params)``
-    its noise; ``start`` a likely strength, ``limit`` the largest that makes sense."""
+    """Attributes: ``render`` of :mod:`generation.frequency.operators`; ``arguments`` ``(rng, image, other,
+    params)`` its noise; ``start`` a likely strength, ``limit`` the largest that makes sense; ``reach`` pixels
+    from which content may be brought; ``takes_away`` as of :func:`generation.severity.solved`."""
 
     render: Callable[..., Render]
     arguments: Callable[[np.random.Generator, np.ndarray, np.ndarray, Any], dict[str, Any]]
     start: float
     limit: float
+    reach: int = CONTEXT
+    takes_away: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is transformed: a box of the picture, and how many pixels of its mirror image are added above,
+    below, left and right of it where the picture ends. Without them what lies at the opposite border, which
+    the transform takes for the next pixel, would come into the mask."""
+
+    box: Box
+    added: tuple[int, int, int, int]
+
+    def of(self, source: Source) -> np.ndarray:
+        """float32 in [0, 1], h×w×C."""
+        inner = source.crop(self.box)
+        if not any(self.added):
+            return inner
+        grown = cv2.copyMakeBorder(inner, *self.added, cv2.BORDER_REFLECT_101)
+        return grown.reshape(*grown.shape[:2], inner.shape[2])
 
 
 @dataclass(frozen=True)
 class FrequencyDraw:
-    """Attributes: ``box`` and ``region`` of the mask; ``outer`` the box that is transformed; ``arguments`` of
-    the operator; ``edge`` the width of the soft edge in pixels; ``strength`` None if it is solved for."""
+    """Attributes: ``box`` and ``region`` of the mask; ``window`` that is transformed; ``arguments`` of the
+    operator; ``edge`` the width of the soft edge in pixels; ``strength`` None if it is solved for; ``whole``
+    whether the mask is all that is allowed, whatever area was asked for."""
 
     box: Box
     region: np.ndarray
-    outer: Box
+    window: Window
     arguments: Mapping[str, Any]
     severity: float
     strength: float | None
     edge: int
+    whole: bool
 
 
 def draw(
@@ -184,13 +227,14 @@ def draw(
             f"{SMALLEST} pixels a side are needed"
         )
     box, region = shaped(rng, source.allowed, recipe.area, recipe.count, params.shape)
-    outer = _outer(box, source.allowed.shape)
-    image = source.crop(outer)
+    window = _window(box, source.allowed.shape, operator.reach)
+    image = window.of(source)
     other = _other(rng, recipe, source, image) if isinstance(params, OtherParams) else image
     arguments = operator.arguments(rng, image, other, params)
     size = math.sqrt(region.sum() / recipe.count / math.pi)
     edge = round(min(max(size / 4, 1), EDGE))
-    return FrequencyDraw(box, region, outer, arguments, recipe.severity, params.strength, edge)
+    whole = params.shape == "whole"
+    return FrequencyDraw(box, region, window, arguments, recipe.severity, params.strength, edge, whole)
 
 
 def apply(
@@ -201,9 +245,9 @@ def apply(
 
 def _apply(source: Source, one: FrequencyDraw, operator: Operator) -> Edit:
     """I'' = (1 − soft mask)·I + soft mask·I'(strength)."""
-    render = operator.render(source.crop(one.outer), **one.arguments)
+    render = operator.render(one.window.of(source), **one.arguments)
     y0, y1, x0, x1 = one.box
-    top, left = one.outer[0], one.outer[2]
+    top, left = one.window.box[0] - one.window.added[0], one.window.box[2] - one.window.added[2]
     inner = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
     before = source.crop(one.box)
     weight = feather(one.region, one.edge)[..., None]
@@ -212,19 +256,33 @@ def _apply(source: Source, one: FrequencyDraw, operator: Operator) -> Edit:
         return before + weight * (render(strength)[inner] - before)
 
     if one.strength is not None:
-        return Edit(one.box, np.clip(patch(one.strength), 0, 1), one.region)
-    start, limit = operator.start, operator.limit
-    return solved(source, one.box, one.region, one.severity, patch, start=start, limit=limit)
+        edit = Edit(one.box, np.clip(patch(one.strength), 0, 1), one.region)
+    else:
+        edit = solved(
+            source,
+            one.box,
+            one.region,
+            one.severity,
+            patch,
+            start=operator.start,
+            limit=operator.limit,
+            takes_away=operator.takes_away,
+        )
+    if not one.whole:
+        return edit
+    return replace(edit, measures={**edit.measures, "wanted_area": one.region.sum() / source.allowed.size})
 
 
-def _outer(box: Box, shape: tuple[int, ...]) -> Box:
-    """A box with context, of sides that transform fast, within the picture."""
-    sides = []
+def _window(box: Box, shape: tuple[int, ...], reach: int) -> Window:
+    """A box with ``reach`` pixels around it, of sides that transform fast."""
+    sides, added = [], []
     for (low, high), full in zip((box[:2], box[2:]), shape, strict=True):
-        length = min(next_fast_len(high - low + 2 * CONTEXT, real=True), full)
-        start = int(np.clip(low - (length - (high - low)) // 2, 0, full - length))
-        sides += [start, start + length]
-    return sides[0], sides[1], sides[2], sides[3]
+        length = next_fast_len(high - low + 2 * reach, real=True)
+        start = low - (length - (high - low)) // 2
+        end = start + length
+        sides += [max(start, 0), min(end, full)]
+        added += [max(-start, 0), max(end - full, 0)]
+    return Window((sides[0], sides[1], sides[2], sides[3]), (added[0], added[1], added[2], added[3]))
 
 
 def _other(rng: np.random.Generator, recipe: Recipe, source: Source, image: np.ndarray) -> np.ndarray:
@@ -290,13 +348,19 @@ def _wavelet(
     if deepest < 1:  # the filter is longer than a picture of a few pixels
         name, deepest = "haar", 1
     level = min(_level(rng, image, params.levels), deepest)
-    sides = [side // 2**level + 16 for side in image.shape[:2]]  # filters lengthen what they halve
+    sides = [_coefficients(side, name, level) for side in image.shape[:2]]
     return {
         "family": name,
         "level": level,
         "direction": int(rng.integers(3)),
         "noise": rng.standard_normal(sides, np.float32),
     }
+
+
+def _coefficients(side: int, name: str, level: int) -> int:
+    for _ in range(level):
+        side = pywt.dwt_coeff_len(side, pywt.Wavelet(name).dec_len, "symmetric")
+    return side
 
 
 def _level(rng: np.random.Generator, image: np.ndarray, levels: Sequence[int]) -> int:
@@ -316,11 +380,14 @@ def _peak(
 ) -> dict[str, Any]:
     low, high = math.log(params.period_low), math.log(params.period_high)
     tint = params.tint if image.shape[2] > 1 else 0.0
-    colour = np.ones(image.shape[2]) - tint * rng.random(image.shape[2])
-    return {
+    drawn = {
         "period": math.exp(rng.uniform(low, high)),
         "angle": rng.uniform(0, math.pi),
         "phase": rng.uniform(0, 2 * math.pi),
+    }
+    colour = np.ones(image.shape[2]) - tint * rng.random(image.shape[2])
+    return {
+        **drawn,
         "colour": (colour / colour.max()).astype(np.float32),
     }
 
@@ -385,7 +452,7 @@ FACT = _generator(
 )
 APR = _generator(
     "apr",
-    Operator(operators.recombine, _pair, 0.5, 1.0),
+    Operator(operators.recombine, _pair, 0.5, 1.0, takes_away=True),
     OtherParams,
     "foreign structure",
     "the phase of another picture (APR): misplaced structure in the material's own tones",
@@ -406,7 +473,7 @@ WAVELET = _generator(
 )
 NOTCH = _generator(
     "notch",
-    Operator(operators.notch, _notch, 1.0, 1.0),
+    Operator(operators.notch, _notch, 0.5, 1.0, takes_away=True),
     NotchParams,
     "missing weave",
     "periodic components missing: skipped threads, worn print, filled grooves",
@@ -420,7 +487,7 @@ PEAK = _generator(
 )
 BLUR = _generator(
     "blur",
-    Operator(operators.blur, _nothing, 2.0, 30.0),
+    Operator(operators.blur, _nothing, 2.0, 8.0, reach=24, takes_away=True),
     FrequencyParams,
     "blurred area",
     "a local low-pass: worn, smeared or polished places",
@@ -434,7 +501,7 @@ SHARPEN = _generator(
 )
 SHIFT = _generator(
     "shift",
-    Operator(operators.shift, _shift, 2.0, 32.0),
+    Operator(operators.shift, _shift, 2.0, 32.0, reach=32, takes_away=True),
     FrequencyParams,
     "misaligned pattern",
     "the pattern moved by its phase: misprint, slipped weave, offset joints",

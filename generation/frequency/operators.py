@@ -16,6 +16,9 @@ import numpy as np
 import pywt
 from scipy.fft import irfft2, rfft2
 
+ROUNDING = 1e-6  # of the largest amplitude; below it a spectrum in float32 holds nothing else
+STEEPEST = 8.0  # logarithm of the most that an amplitude is multiplied by
+LEAK = 2  # bins over which a component that is no whole number of periods spreads its amplitude
 OUTSTANDING = 2.5  # times the mean of its ring that an amplitude must be to count as a periodic component
 
 Render = Callable[[float], np.ndarray]
@@ -28,10 +31,13 @@ def band(image: np.ndarray, gain: np.ndarray, turn: np.ndarray) -> Render:
         gain, turn: float32, H×(W // 2 + 1); :func:`hermitian` noise of sign 1 and −1, 0 outside the band.
     """
     spectrum = _spectrum(image)
+    # What rounding leaves of an empty band is no texture to be disturbed.
+    spectrum[np.abs(spectrum) < ROUNDING * np.abs(spectrum).max(initial=0)] = 0
 
     def render(strength: float) -> np.ndarray:
         s = np.float32(strength)
-        return _picture(spectrum * (np.exp(s * gain) * _turned(s * turn))[..., None], image)
+        growth = np.exp(np.clip(s * gain, -STEEPEST, STEEPEST)) * _turned(s * turn)
+        return _picture(spectrum * growth[..., None], image)
 
     return render
 
@@ -41,7 +47,8 @@ def swap(image: np.ndarray, other: np.ndarray, reach: float) -> Render:
 
     Args:
         other: as large as ``image``.
-        reach: L; the square of half side ⌊min(H, W)·L⌋ around frequency 0 is swapped.
+        reach: L; the square of half side ⌊min(H, W)·L⌋ around frequency 0, without it [inferred], is
+            swapped. s = 1 is the published swap; below and beyond it see :func:`_amplitudes`.
     """
     half = max(1, math.floor(min(image.shape[:2]) * reach))
     rows, columns = _bins(image.shape)
@@ -49,17 +56,26 @@ def swap(image: np.ndarray, other: np.ndarray, reach: float) -> Render:
 
 
 def mix(image: np.ndarray, other: np.ndarray) -> Render:
-    """FACT (Xu et al. 2021): 𝒜' = (1 − s)·𝒜 + s·𝒜_other over the whole spectrum; phase of this picture."""
+    """FACT (Xu et al. 2021): 𝒜' = (1 − s)·𝒜 + s·𝒜_other over the whole spectrum but frequency 0 [inferred];
+    phase of this picture. Beyond s = 1 see :func:`_amplitudes`."""
     return _amplitudes(image, other, np.ones((image.shape[0], image.shape[1] // 2 + 1), np.bool_))
 
 
 def recombine(image: np.ndarray, other: np.ndarray) -> Render:
     """APR (Chen et al. 2021): the amplitude of this picture, the phase of another at s = 1, on the way there
-    (the shorter way round each circle [inferred]) below it."""
+    (the shorter way round each circle, and along the real line where a bin mirrors itself [inferred]) below
+    it. Frequency 0 stays [inferred]."""
     spectrum = _spectrum(image)
     turn = np.angle(_spectrum(other) * np.conj(spectrum)).astype(np.float32)
+    alone = _mirror(turn, -1, image.shape[1])
     turn[0, 0] = 0
-    return lambda strength: _picture(spectrum * _turned(np.float32(strength) * turn), image)
+
+    def render(strength: float) -> np.ndarray:
+        factor = _turned(np.float32(strength) * turn)
+        factor.imag[alone] = 0
+        return _picture(spectrum * factor, image)
+
+    return render
 
 
 def laplacian(image: np.ndarray, level: int, noise: np.ndarray) -> Render:
@@ -110,10 +126,10 @@ def notch(image: np.ndarray, places: np.ndarray, width: float) -> Render:
     rows, columns = _bins(image.shape)
     far = np.full((image.shape[0], image.shape[1] // 2 + 1), np.inf)
     for row, column in places:
-        for sign in (1, -1):  # the mirrored bin too, where the half spectrum holds both
-            dy = np.abs(rows - sign * rows[row, 0])
-            dy = np.minimum(dy, image.shape[0] - dy)
-            far = np.minimum(far, dy**2 + (columns - sign * column) ** 2)
+        for sign in (1, -1):  # the mirrored bin too
+            distances = (np.abs(rows - sign * rows[row, 0]), np.abs(columns - sign * column))
+            dy, dx = (np.minimum(d, n - d) for d, n in zip(distances, image.shape, strict=False))
+            far = np.minimum(far, dy**2 + dx**2)
     dip = np.exp(-far / (2 * width**2)).astype(np.float32)
     dip[0, 0] = 0
     return _add(image, -_picture(_spectrum(image) * dip[..., None], image))
@@ -122,15 +138,22 @@ def notch(image: np.ndarray, places: np.ndarray, width: float) -> Render:
 def peaks(image: np.ndarray, count: int) -> np.ndarray:
     """The strongest periodic components: bins of the half spectrum with the largest amplitudes among those
     that stand out from the mean of their ring. int, n×2, n <= ``count``; frequencies below 2 bins are left
-    out."""
+    out, and so are the bins next to a stronger one, into which its amplitude leaks. Of a component and its
+    mirror image one is named."""
     amplitude = np.abs(_spectrum(image)).sum(axis=2)
     rows, columns = _bins(image.shape)
     ring = np.rint(np.hypot(rows, columns)).astype(np.int64)
     counts = np.maximum(np.bincount(ring.ravel()), 1)
     mean = np.bincount(ring.ravel(), amplitude.ravel()) / counts
     outstanding = np.where((ring >= 2) & (amplitude > OUTSTANDING * mean[ring]), amplitude, 0)
-    order = np.argsort(outstanding, axis=None)[::-1][: min(count, np.count_nonzero(outstanding))]
-    return np.stack(np.unravel_index(order, amplitude.shape), axis=1)
+    found: list[tuple[int, int]] = []
+    for at in np.argsort(-outstanding, axis=None, kind="stable")[: np.count_nonzero(outstanding)]:
+        row, column = (int(i) for i in np.unravel_index(at, amplitude.shape))
+        if not any(_near((row, column), other, image.shape) for other in found):
+            found.append((row, column))
+        if len(found) == count:
+            break
+    return np.array(found, np.int64).reshape(-1, 2)
 
 
 def peak(image: np.ndarray, period: float, angle: float, phase: float, colour: np.ndarray) -> Render:
@@ -183,12 +206,9 @@ def hermitian(rng: np.random.Generator, height: int, width: int, sign: int) -> n
         float32, height×(width // 2 + 1).
     """
     noise = rng.standard_normal((height, width // 2 + 1), np.float32)
-    mirror = -np.arange(height) % height
-    for column in (0, width // 2) if width % 2 == 0 else (0,):
-        late = np.arange(height) > mirror
-        noise[late, column] = sign * noise[mirror[late], column]
-        if sign < 0:
-            noise[np.arange(height) == mirror, column] = 0
+    alone = _mirror(noise, sign, width)
+    if sign < 0:
+        noise[alone] = 0
     return noise
 
 
@@ -203,17 +223,45 @@ def bearing(height: int, width: int) -> np.ndarray:
 
 
 def _amplitudes(image: np.ndarray, other: np.ndarray, chosen: np.ndarray) -> Render:
-    """Amplitudes on the way to another picture's where ``chosen``, the phase kept; linear in the strength."""
+    """𝒜' = max(𝒜 + s·(𝒜_other − 𝒜), 0) where ``chosen``, the phase kept: the other's at s = 1, and beyond it
+    as far again in the same direction, where the severity asks for more [inferred]."""
     spectrum = _spectrum(image)
     amplitude = np.abs(spectrum)
     unit = np.where(amplitude > 0, spectrum / np.maximum(amplitude, 1e-12), 1)
     chosen = chosen.copy()
     chosen[0, 0] = False
-    return _add(image, _picture((np.abs(_spectrum(other)) - amplitude) * unit * chosen[..., None], image))
+    step = (np.abs(_spectrum(other)) - amplitude) * chosen[..., None]
+    return lambda s: _picture(unit * np.maximum(amplitude + np.float32(s) * step, 0), image)
 
 
 def _add(image: np.ndarray, change: np.ndarray) -> Render:
     return lambda strength: image + np.float32(strength) * change
+
+
+def _near(one: tuple[int, int], other: tuple[int, int], shape: tuple[int, ...]) -> bool:
+    """Whether two bins are within LEAK bins of each other, or of each other's mirror images."""
+    for sign in (1, -1):
+        steps = [abs(a - sign * b) % n for a, b, n in zip(one, other, shape, strict=False)]
+        if all(min(step, n - step) <= LEAK for step, n in zip(steps, shape, strict=False)):
+            return True
+    return False
+
+
+def _mirror(values: np.ndarray, sign: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make a half spectrum even (sign 1) or odd (−1) under negation, in place: the columns of frequency 0
+    and, for an even width, Nyquist hold both k and −k, and there the second half mirrors the first.
+
+    Returns:
+        the places, rows and columns, of the bins that mirror themselves and are left as they were.
+    """
+    rows = np.arange(len(values))
+    mirror = -rows % len(values)
+    both = [0, width // 2] if width % 2 == 0 else [0]
+    for column in both:
+        late = rows > mirror
+        values[late, column] = sign * values[mirror[late], column]
+    alone = np.flatnonzero(rows == mirror)
+    return np.repeat(alone, len(both)), np.tile(both, len(alone))
 
 
 def _turned(angle: np.ndarray) -> np.ndarray:
