@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
 from generation.masks import around, place, rectangle, union
@@ -13,6 +15,8 @@ from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from generation.severity import solved
 from manifests.schema import Recipe
 
+PUBLISHED_AREA, PUBLISHED_ASPECT = (0.02, 0.15), (0.3, 1 / 0.3)  # share of the picture; height over width
+HUE = 0.1  # of the published colour jitter, in turns
 AMPLIFIED = 5.0  # most that a jitter is amplified where the severity asks for more than the paste gives
 
 
@@ -20,35 +24,39 @@ class CutPasteParams(Params):
     """Settings of ``cutpaste``.
 
     Attributes:
-        aspect: largest ratio of the rectangle's sides, drawn log-uniformly in [1/aspect, aspect].
-        jitter: largest change of brightness, contrast and tint, as a share.
-        calibrate: bring the change to what the severity asks for: a weaker paste is transparent, a stronger
-            one recoloured more. False: opaque, recoloured by the jitter, as published.
+        aspect: largest ratio of the rectangle's sides, drawn log-uniformly in [1/aspect, aspect]. jitter:
+        largest change of brightness, contrast and tint, as a share. published: as in the paper, whatever
+        area, count and severity the recipe asks for: one opaque rectangle
+            of 2 to 15 % of the picture, anywhere, its brightness, contrast, saturation (each by ``jitter``)
+            and hue (by 0.1) varied. Otherwise the change is brought to what the severity asks for: a weaker
+            paste is transparent, a stronger one recoloured more.
     """
 
     aspect: float = 3.3
     jitter: float = 0.4
-    calibrate: bool = True
+    published: bool = False
 
 
 Colours = tuple[tuple[float, ...], tuple[float, ...]]  # gain and offset of each channel
+Factors = tuple[float, float, float, float]  # of brightness, contrast, saturation; turns of the hue
 
 
 @dataclass(frozen=True)
 class Paste:
-    """One rectangle: where to, from where (top left corner), and gain and offset of each channel."""
+    """One rectangle: where to, from where (top left corner), and gain and offset of each channel, or the
+    factors of :func:`colour_jitter`."""
 
     target: Box
     source: tuple[int, int]
     gain: tuple[float, ...]
     offset: tuple[float, ...]
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
 class CutPasteDraw:
     pastes: tuple[Paste, ...]
     severity: float
-    calibrate: bool
     box: Box
     region: np.ndarray
 
@@ -57,6 +65,8 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDr
     """Rectangles that together have the wanted area, each around an allowed place."""
     params = CutPasteParams(**recipe.settings())
     shape = source.allowed.shape
+    if params.published:
+        return _published(rng, source.allowed, params.jitter)
     shares = rng.uniform(1, 2, recipe.count)
     pastes: list[Paste] = []
     solid: list[tuple[Box, np.ndarray]] = []
@@ -72,7 +82,25 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDr
     region &= source.allowed[y0:y1, x0:x1]
     if not region.any():
         raise Undrawable("no room")
-    return CutPasteDraw(tuple(pastes), recipe.severity, params.calibrate, (y0, y1, x0, x1), region)
+    return CutPasteDraw(tuple(pastes), recipe.severity, (y0, y1, x0, x1), region)
+
+
+def _published(rng: np.random.Generator, allowed: np.ndarray, strength: float) -> CutPasteDraw:
+    aspect = math.exp(rng.uniform(*np.log(PUBLISHED_ASPECT)))
+    pixels = rng.uniform(*PUBLISHED_AREA) * allowed.size
+    height = int(np.clip(round(math.sqrt(pixels * aspect)), 1, allowed.shape[0]))
+    width = int(np.clip(round(math.sqrt(pixels / aspect)), 1, allowed.shape[1]))
+    target, corner = (within(rng, height, width, allowed.shape) for _ in range(2))
+    box = (target[0], target[0] + height, target[1], target[1] + width)
+    region = allowed[box[0] : box[1], box[2] : box[3]].copy()
+    if not region.any():
+        raise Undrawable("no room")
+    return CutPasteDraw((Paste(box, corner, (), (), factors(rng, strength)),), 1.0, box, region)
+
+
+def within(rng: np.random.Generator, height: int, width: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Top left corner of a rectangle, uniformly among all that lie in the picture."""
+    return int(rng.integers(shape[0] - height + 1)), int(rng.integers(shape[1] - width + 1))
 
 
 def apply(sources: Sequence[Source], draws: Sequence[CutPasteDraw], _model: Any) -> list[Edit]:
@@ -82,6 +110,11 @@ def apply(sources: Sequence[Source], draws: Sequence[CutPasteDraw], _model: Any)
 def _apply(source: Source, one: CutPasteDraw) -> Edit:
     before = source.crop(one.box)
     keep = one.region[..., None]
+
+    if (published := one.pastes[0].factors) is not None:
+        (y, x), (height, width) = one.pastes[0].source, one.region.shape
+        piece = colour_jitter(source.crop((y, y + height, x, x + width)), published)
+        return Edit(one.box, np.where(keep, piece, before), one.region)
 
     def render(strength: float) -> np.ndarray:
         patch = before.copy()
@@ -94,8 +127,6 @@ def _apply(source: Source, one: CutPasteDraw) -> Edit:
             view += np.float32(min(strength, 1.0)) * (piece - view)
         return np.where(keep, patch, before)
 
-    if not one.calibrate:
-        return Edit(one.box, render(1.0), one.region)
     return solved(source, one.box, one.region, one.severity, render, limit=AMPLIFIED)
 
 
@@ -109,6 +140,37 @@ def jitter(rng: np.random.Generator, channels: int, strength: float) -> Colours:
     tint = rng.uniform(-0.25, 0.25, channels) * strength if channels == 3 else np.zeros(channels)
     gain = 1 + 0.5 * contrast + tint
     return tuple(gain.tolist()), (float(0.5 * brightness),) * channels
+
+
+def factors(rng: np.random.Generator, strength: float) -> Factors:
+    """As published: factors from U(1 − s, 1 + s), turns of the hue from U(−0.1, 0.1)."""
+    brightness, contrast, saturation = rng.uniform(max(1 - strength, 0), 1 + strength, 3).tolist()
+    return brightness, contrast, saturation, float(rng.uniform(-HUE, HUE))
+
+
+def colour_jitter(piece: np.ndarray, by: Factors) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, one after the other, as torchvision's ``ColorJitter``, which
+    puts them in a random order.
+
+    Args:
+        piece: float32 in [0, 1], h×w×C; grey has no saturation and no hue.
+    """
+    brightness, contrast, saturation, hue = by
+    piece = np.clip(piece * np.float32(brightness), 0, 1)
+    mean = np.float32(_grey(piece).mean())
+    piece = np.clip(mean + np.float32(contrast) * (piece - mean), 0, 1)
+    if piece.shape[2] == 1:
+        return piece
+    grey = _grey(piece)
+    hsv = cv2.cvtColor(np.clip(grey + np.float32(saturation) * (piece - grey), 0, 1), cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0] + np.float32(360 * hue)) % 360
+    return np.clip(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), 0, 1)
+
+
+def _grey(piece: np.ndarray) -> np.ndarray:
+    """Luma, h×w×1."""
+    weights = np.array([0.299, 0.587, 0.114], np.float32) if piece.shape[2] == 3 else np.ones(1, np.float32)
+    return (piece @ weights)[..., None]
 
 
 def amplified(gain: Sequence[float], offset: Sequence[float], factor: float) -> Colours:

@@ -156,7 +156,8 @@ def rectangle(rng: np.random.Generator, allowed: np.ndarray, pixels: float, aspe
     ratio = math.sqrt(math.exp(rng.uniform(-math.log(aspect), math.log(aspect))))
     height = int(np.clip(round(math.sqrt(pixels) * ratio), 1, allowed.shape[0]))
     width = int(np.clip(round(pixels / height), 1, allowed.shape[1]))
-    height = int(np.clip(round(pixels / width), 1, allowed.shape[0]))  # where the picture was not wide enough
+    if width == allowed.shape[1]:  # the picture was not wide enough
+        height = int(np.clip(round(pixels / width), 1, allowed.shape[0]))
     top, left = around(place(rng, allowed), height, width, allowed.shape)
     return top, top + height, left, left + width
 

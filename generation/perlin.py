@@ -26,8 +26,8 @@ class PerlinParams(Params):
         texture: ``folder`` (pictures of the texture folder), ``normals`` (other good pictures of the
             source) or ``procedural`` (drawn by code).
         augment: vary a texture's levels by three of DRAEM's augmenters.
-        mask: ``area``, a blob of the wanted size; ``threshold``, wherever Perlin noise over the whole picture
-            exceeds 0.5, as published, whatever its size.
+        mask: ``area``, a blob of the wanted size with a soft edge of a pixel; ``threshold``, wherever Perlin
+            noise over the whole picture exceeds 0.5, as published, whatever its size, its edge hard.
         lattice: least and largest exponent of the threshold mask's cells a side.
         rotation: of the threshold mask, at most, in degrees.
         opacity: range from which the texture's weight is drawn, as published; null: solved for each sample,
@@ -52,6 +52,7 @@ class PerlinDraw:
     texture: np.ndarray
     severity: float
     opacity: float | None
+    edge: int
 
 
 def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PerlinDraw:
@@ -81,7 +82,8 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PerlinDraw
     if params.augment and params.texture != "procedural":
         texture = augment(rng, texture)
     opacity = None if params.opacity is None else float(rng.uniform(*params.opacity))
-    return PerlinDraw(box, region, texture, recipe.severity, opacity)
+    edge = EDGE if params.mask == "area" else 0
+    return PerlinDraw(box, region, texture, recipe.severity, opacity, edge)
 
 
 def apply(sources: Sequence[Source], draws: Sequence[PerlinDraw], _model: Any) -> list[Edit]:
@@ -90,7 +92,7 @@ def apply(sources: Sequence[Source], draws: Sequence[PerlinDraw], _model: Any) -
 
 def _apply(source: Source, one: PerlinDraw) -> Edit:
     """I' = I + opacity·soft mask·(A − I)."""
-    weight = feather(one.region, EDGE)[..., None]
+    weight = feather(one.region, one.edge)[..., None]
     before = source.crop(one.box)
     change = weight * (one.texture.astype(np.float32) / np.float32(255) - before)
     if one.opacity is not None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from generation.cutpaste import AMPLIFIED, amplified, jitter, recolour
+from generation.cutpaste import (
+    AMPLIFIED,
+    Factors,
+    amplified,
+    colour_jitter,
+    factors,
+    jitter,
+    recolour,
+    within,
+)
 from generation.masks import around, lens, place
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from generation.severity import solved
 from manifests.schema import Recipe
+
+PUBLISHED_WIDTH, PUBLISHED_LENGTH = (2.0, 16.0), (10.0, 25.0)  # pixels at a side of 256
+PUBLISHED_TURN = 45.0  # degrees, at most
 
 
 class ScarParams(Params):
@@ -22,32 +35,35 @@ class ScarParams(Params):
         ratio_low, ratio_high: length over width, drawn log-uniformly.
         bend: largest sideways bend, as a share of the length.
         jitter: largest change of brightness, contrast and tint, as a share.
-        calibrate: as of ``cutpaste``.
+        published: as in the paper, whatever area, count and severity the recipe asks for: one opaque strip,
+            2–16 × 10–25 pixels at a side of 256, turned by at most 45°, anywhere, its colours varied as of
+            ``cutpaste``.
     """
 
     ratio_low: float = 6.0
     ratio_high: float = 30.0
     bend: float = 0.12
     jitter: float = 0.6
-    calibrate: bool = True
+    published: bool = False
 
 
 @dataclass(frozen=True)
 class Stroke:
-    """One scar: its soft weight (float32, h×w) in a box, where its content comes from, and the colours."""
+    """One scar: its soft weight (float32, h×w) in a box, where its content comes from, and the colours as of
+    :class:`generation.cutpaste.Paste`."""
 
     target: Box
     weight: np.ndarray
     source: tuple[int, int]
     gain: tuple[float, ...]
     offset: tuple[float, ...]
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
 class ScarDraw:
     strokes: tuple[Stroke, ...]
     severity: float
-    calibrate: bool
     box: Box
     allowed: np.ndarray
 
@@ -55,10 +71,11 @@ class ScarDraw:
 def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw:
     """Strokes that together have the wanted area, each around an allowed place.
 
-    The published sizes (2–16 × 10–25 px at a side of 256) follow from the areas and ratios drawn here; the
-    lens shape and the slight bend are inference, for the look of a scratch.
+    The lens shape and the slight bend are inference, for the look of a scratch.
     """
     params = ScarParams(**recipe.settings())
+    if params.published:
+        return _published(rng, source.allowed, params.jitter)
     shares = rng.uniform(1, 2, recipe.count)
     strokes = []
     for share in shares / shares.sum():
@@ -73,7 +90,26 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw:
     if not any((_part(allowed, stroke.target, y0, x0) & (stroke.weight > 0)).any() for stroke in strokes):
         raise Undrawable("no room")
     box = (int(y0), int(y1), int(x0), int(x1))
-    return ScarDraw(tuple(strokes), recipe.severity, params.calibrate, box, allowed)
+    return ScarDraw(tuple(strokes), recipe.severity, box, allowed)
+
+
+def _published(rng: np.random.Generator, allowed: np.ndarray, strength: float) -> ScarDraw:
+    scale = min(allowed.shape) / 256
+    width, length = rng.uniform(*PUBLISHED_WIDTH) * scale, rng.uniform(*PUBLISHED_LENGTH) * scale
+    angle = math.radians(rng.uniform(-PUBLISHED_TURN, PUBLISHED_TURN))
+    sine, cosine = abs(math.sin(angle)), math.cos(angle)
+    sides = (math.ceil(length * cosine + width * sine), math.ceil(length * sine + width * cosine))
+    height, wide = (min(max(side, 1), full) for side, full in zip(sides, allowed.shape, strict=True))
+    y, x = (np.arange(side) - (side - 1) / 2 for side in (height, wide))
+    along = y[:, None] * math.cos(angle) + x[None] * math.sin(angle)
+    across = x[None] * math.cos(angle) - y[:, None] * math.sin(angle)
+    weight = ((np.abs(along) <= length / 2) & (np.abs(across) <= width / 2)).astype(np.float32)
+    (top, left), corner = (within(rng, height, wide, allowed.shape) for _ in range(2))
+    box = (top, top + height, left, left + wide)
+    part = allowed[top : top + height, left : left + wide]
+    if not (part & (weight > 0)).any():
+        raise Undrawable("no room")
+    return ScarDraw((Stroke(box, weight, corner, (), (), factors(rng, strength)),), 1.0, box, part)
 
 
 def apply(sources: Sequence[Source], draws: Sequence[ScarDraw], _model: Any) -> list[Edit]:
@@ -87,6 +123,11 @@ def _apply(source: Source, one: ScarDraw) -> Edit:
         inside = _part(one.allowed, stroke.target, one.box[0], one.box[2]) & (stroke.weight > 0)
         _part(region, stroke.target, one.box[0], one.box[2])[:] |= inside
 
+    if (published := one.strokes[0].factors) is not None:
+        (y, x), (height, width) = one.strokes[0].source, one.strokes[0].weight.shape
+        piece = colour_jitter(source.crop((y, y + height, x, x + width)), published)
+        return Edit(one.box, np.where(region[..., None], piece, before), region)
+
     def render(strength: float) -> np.ndarray:
         patch = before.copy()
         for stroke in one.strokes:
@@ -99,8 +140,6 @@ def _apply(source: Source, one: ScarDraw) -> Edit:
             view += (stroke.weight * inside * np.float32(min(strength, 1.0)))[..., None] * (piece - view)
         return patch
 
-    if not one.calibrate:
-        return Edit(one.box, render(1.0), region)
     return solved(source, one.box, region, one.severity, render, limit=AMPLIFIED)
 
 

@@ -197,7 +197,7 @@ AUGMENTERS = (_gamma, _brightness, _solarize, _posterize, _invert, _contrast, _t
 
 
 def augment(rng: np.random.Generator, piece: np.ndarray) -> np.ndarray:
-    """Three different random changes (core.md 5.2), then a random flip and quarter turn's worth of variety.
+    """Three different random changes (core.md 5.2), then a random flip of each axis.
 
     The changes are those of DRAEM that act on each channel's levels: gamma, brightness, solarize,
     posterize, invert, contrast, tint. Their composition is one table of 256 levels a channel, so that the

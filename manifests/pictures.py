@@ -447,6 +447,16 @@ def eight_bit(pixels: np.ndarray) -> np.ndarray:
     return pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
+def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """H×W×C to H×W×``channels`` (1 or 3): grey is repeated, colour is averaged. For a second picture, which
+    must be like the one it serves."""
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return np.rint(pixels.mean(axis=2, keepdims=True)).astype(pixels.dtype)
+
+
 def encode(pixels: np.ndarray, format: Format) -> bytes:
     """The same bytes for the same pixels (and package versions), without date or other metadata.
 

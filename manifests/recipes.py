@@ -230,7 +230,8 @@ def _donors(kind: Donors, generator: str, image: Image, pool: Pool, draw: float)
         if not pool.textures:
             raise UsageError(
                 f"generator {generator!r} takes its textures from a folder: set generation.textures to a "
-                "folder of pictures, or the generator's params.texture to 'normals' or 'procedural'"
+                "folder of pictures, or let it take others (params.texture: procedural for perlin, "
+                "params.other: normals for the frequency family)"
             )
         return (pool.textures[int(draw * len(pool.textures))].image_id,)
     if kind == "foreign":

@@ -38,13 +38,13 @@ def literal(pixels, edit):
     picture = np.where(mask[..., None], after, pixels).astype(pixels.dtype)
     contrast = 0.0
     if mask.any():
-        ys, xs = np.nonzero(mask)
+        ys, xs = np.nonzero(allowed)
         window = pixels[max(ys.min() - 8, 0) : ys.max() + 9, max(xs.min() - 8, 0) : xs.max() + 9].astype(
             np.float64
         )
         smooth = np.rint(ndimage.uniform_filter(window, (5, 5, 1), mode="mirror"))
         variation = np.abs(window - smooth).max(axis=2).mean() * (255 / levels)
-        contrast = change[mask].mean() / max(variation, 1.0)
+        contrast = change[mask].mean() / max(variation, 4.0)
     return picture, mask, leak, hollow, contrast
 
 

@@ -360,7 +360,7 @@ class PictureCache:
             PictureError: a picture is missing, damaged or has changed since it was read.
         """
         pixels = self.pixels(recipe.image_id)
-        donors = tuple(_channels(self.pixels(donor), pixels.shape[2]) for donor in recipe.donors)
+        donors = tuple(pictures.with_channels(self.pixels(donor), pixels.shape[2]) for donor in recipe.donors)
         return Source(pixels, self.allowed(recipe.image_id, recipe.location), donors)
 
     def _image(self, image_id: str) -> Image:
@@ -406,15 +406,6 @@ class PictureCache:
 
 def _size(value: Any) -> int:
     return int(getattr(value, "nbytes", 0)) or len(value)
-
-
-def _channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Donors get the channel count of the picture they serve: grey is repeated, colour is averaged."""
-    if pixels.shape[2] == channels:
-        return pixels
-    if channels == 3:
-        return np.repeat(pixels, 3, axis=2)
-    return np.rint(pixels.mean(axis=2, keepdims=True)).astype(pixels.dtype)
 
 
 def members_of(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str, bytes]:
