@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -268,6 +268,9 @@ class OneNIP(nn.Module):
                 )
             kept = _spread(_pooled(self._tokens(own)), self.settings.bank)
             self.bank[row] = self._tokens(own[kept]).half()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.parameters())}]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Reconstruction of normals, restoration of anomalies, and the refiner's dice (core.md 4.4)."""
