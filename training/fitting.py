@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -119,7 +120,9 @@ def fit(
         detector.load_state_dict(state.weights)
         resuming.restore_moments(optimizer, state.moments)
     step, best, held_out = state.step, state.best, state.held_out
-    model = accelerator.prepare(detector)
+    with warnings.catch_warnings():  # torch renames an option that accelerate still passes on
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model = accelerator.prepare(detector)
     began = saved = time.monotonic()
     wait, interval = 0.0, resuming.EVERY
     drawn = draw(examples, s, seed, rank, ranks, step)
