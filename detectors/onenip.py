@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,10 +128,22 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(s.hidden)
 
     def forward(self, x: Tensor, other: Tensor, position: Tensor, forbidden: Tensor | None) -> Tensor:
-        found, _ = self.attention(
-            x + position, other + position, other, attn_mask=forbidden, need_weights=False
+        a = self.attention
+        parts = zip(a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (
+            F.linear(tokens, weight, bias).unflatten(-1, (a.num_heads, -1)).transpose(1, 2)
+            for tokens, (weight, bias) in zip((x + position, other + position, other), parts, strict=True)
         )
-        return self.norm(x + self.dropout(found))
+        allowed = None if forbidden is None else ~forbidden
+        found = _attend(q, k, v, allowed, a.dropout if self.training else 0.0)
+        return self.norm(x + self.dropout(a.out_proj(found.transpose(1, 2).flatten(2))))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, allowed, dropout)
+    with torch.autocast("cpu", enabled=False):  # in bfloat16 it takes twice as long there (measured)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), allowed, dropout)
 
 
 class EncoderLayer(nn.Module):
@@ -269,6 +281,9 @@ class OneNIP(nn.Module):
                 )
             kept = _spread(_pooled(self._tokens(own)), self.settings.bank)
             self.bank[row] = self._tokens(own[kept]).half()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.parameters())}]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Reconstruction of normals, restoration of anomalies, and the refiner's dice (core.md 4.4)."""

@@ -32,11 +32,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: int = Field(224, ge=32, description="pictures are resized to this many pixels a side")
-    steps: int = Field(300, ge=0, description="optimiser steps")
-    batch: int = Field(8, ge=1, description="samples a step, over all processes")
+    steps: int = Field(300, ge=0, description="optimiser steps; 0: `prepare` alone fits it, without samples")
+    batch: int = Field(8, ge=1, description="samples a step, over all processes and micro-batches")
+    accumulate: int = Field(1, ge=1, description="micro-batches a step: less memory, the same mean gradient")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
     clip: float = Field(0.1, gt=0, description="largest gradient norm")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop when so many evaluations (20 in all steps) found no smaller loss on held-out "
+        "synthetic samples, and keep the best weights; null: never",
+    )
 
 
 class Detector(Protocol):
@@ -62,14 +69,20 @@ class Detector(Protocol):
     calibration: dict[str, float]
 
     def extract(self, images: Tensor) -> Tensor:
-        """The frozen part: uint8 N×3×size×size to float32 features, the first axis kept."""
+        """The frozen part: uint8 N×3×size×size to float32 features of any shape, the first axis kept. The
+        loop keeps them as float16."""
 
     def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
         """Closed-form part of the fit, before the first step: features of the train split's normals and the
         category of each."""
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as torch's optimisers take it: ``params`` and, where they differ from the
+        settings, ``lr`` (the peak) and ``weight_decay``. The loss must reach every parameter."""
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """``loss`` is minimised, the others are reported.
+        """``loss`` is minimised, the others are reported. Each is a mean over the batch. Random numbers come
+        from torch's global generator.
 
         Args:
             batch: ``normal``, ``synthetic``, ``prompt``: features, each of B pictures: a normal, the anomaly

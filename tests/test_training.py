@@ -17,7 +17,8 @@ from manifests.shards import ShardError, pack, sample_json
 from training import checkpoints
 from training.checkpoints import CheckpointError
 from training.evaluation import Judged, at_size, figures, ignored, judge, predict, score_rows, truth
-from training.fitting import Normal, collect, draw, learning_rate, train
+from training.examples import Normal, collect, draw
+from training.fitting import learning_rate, train
 from training.loading import Sample, ShardFile, read_samples, small_mask
 
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
@@ -182,7 +183,7 @@ def test_batches_are_fair_and_prompts_share_the_category(trained):
     normals = [Normal(f"n{i}", "ab"[i % 2], texture(i)) for i in range(6)]
     examples = collect(trained, [sample(i, "ab"[i % 2]) for i in range(6)], normals)
     settings = SETTINGS.model_copy(update={"steps": 6, "batch": 3})
-    drawn = list(draw(examples, settings, seed=0))
+    drawn = [batch for (batch,) in draw(examples, settings, seed=0)]
     seen = [tuple(row.flatten()[:8].tolist()) for batch in drawn for row in batch["synthetic"]]
     assert {seen.count(row) for row in seen} == {3}
     own = {name: examples.normals[[i for i in range(6) if "ab"[i % 2] == name]] for name in "ab"}
@@ -190,7 +191,7 @@ def test_batches_are_fair_and_prompts_share_the_category(trained):
         for prompt, name in zip(batch["prompt"], batch["category"], strict=True):
             assert any(torch.equal(prompt, normal) for normal in own[name])
     halves = [list(draw(examples, settings, 0, rank, 2)) for rank in (0, 1)]
-    assert sum(len(part[0]["mask"]) for part in halves) == 3
+    assert sum(len(part[0][0]["mask"]) for part in halves) == 3
 
 
 def test_nothing_to_train_on_is_an_error(normals):

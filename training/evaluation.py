@@ -18,7 +18,7 @@ from detectors.protocol import Detector
 from manifests.pictures import load, load_location, load_mask
 from manifests.schema import GOOD, Image
 from training.components import SIZE_LIMITS, Size, label_components, size_class
-from training.fitting import CHUNK, chunks, extract
+from training.examples import CHUNK, chunks, extract
 from training.intervals import Estimate, evaluate_images, evaluate_pixels, mean_estimate
 from training.loading import small_mask
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -14,6 +18,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from manifests.pictures import decode, decode_mask, eight_bit, open_file
 from manifests.shards import IMAGE_FORMATS, ShardError
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 _REMEDY = "`flawsmith verify` notes all that is damaged, then `flawsmith run` makes it again"
 
 
@@ -59,31 +65,51 @@ class Sample:
         return self.recipe["image_id"]
 
 
-def read_samples(shards: Iterable[ShardFile], excluded: Collection[str] = frozenset()) -> Iterator[Sample]:
-    """The picture samples of some shards, in their order.
+def read_samples(
+    shards: Iterable[ShardFile],
+    excluded: Collection[str] = frozenset(),
+    *,
+    wanted: Callable[[dict[str, Any]], bool] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Sample]:
+    """The picture samples of some shards, in their order, decoded in threads.
 
     Samples that hold features in place of a picture are counted and skipped.
 
     Args:
         shards: with the counts of their manifest.
         excluded: sample ids a person rejected.
+        wanted: asked with a sample's recipe, before its pictures are decoded.
+        rank, ranks: only this share of what is left: the ``rank``-th and every ``ranks``-th after it.
 
     Raises:
         ShardError: a shard is missing or damaged, holds another number of samples than its manifest says,
             or a sample lacks its mask.
         PictureError: a picture in it is damaged.
     """
-    for shard in shards:
-        count = 0
-        for members in _members(shard.path):
-            count += 1
-            if members["__key__"] not in excluded and (sample := _sample(shard.path, members)):
-                yield sample
-        if count != shard.accepted:
-            raise ShardError(
-                f"{shard.path}: {count} samples can be read, its manifest says {shard.accepted}: it is cut "
-                f"short or damaged; {_REMEDY}"
-            )
+    return in_order(_sample, islice(_chosen(shards, excluded, wanted), rank, None, ranks))
+
+
+def in_order(
+    work: Callable[[Item], Made], items: Iterable[Item], threads: int = 0
+) -> Generator[Made, None, None]:
+    """``map`` with the work done ahead of time in ``threads`` (0: one a core), results and errors in order.
+
+    ``items`` are taken where the results are, two a thread ahead of them.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    waiting: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def small_mask(mask: np.ndarray, size: int) -> np.ndarray:
@@ -114,18 +140,38 @@ def _members(path: str) -> Iterator[dict[str, Any]]:
         raise ShardError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
 
 
-def _sample(path: str, members: dict[str, Any]) -> Sample | None:
-    name = f"{path}: sample {members['__key__']}"
-    if "json" not in members:
-        raise ShardError(f"{name} has no .json; {_REMEDY}")
-    if "feature.npy" in members:
-        return None
+def _chosen(
+    shards: Iterable[ShardFile],
+    excluded: Collection[str],
+    wanted: Callable[[dict[str, Any]], bool] | None,
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, raw members and record of the picture samples that are asked for; every shard is counted."""
+    for shard in shards:
+        count = 0
+        for members in _members(shard.path):
+            count += 1
+            name = f"{shard.path}: sample {members['__key__']}"
+            if "json" not in members:
+                raise ShardError(f"{name} has no .json; {_REMEDY}")
+            if members["__key__"] in excluded or "feature.npy" in members:
+                continue
+            record = json.loads(members["json"])
+            if wanted is None or wanted(record["recipe"]):
+                yield name, members, record
+        if count != shard.accepted:
+            raise ShardError(
+                f"{shard.path}: {count} samples can be read, its manifest says {shard.accepted}: it is cut "
+                f"short or damaged; {_REMEDY}"
+            )
+
+
+def _sample(chosen: tuple[str, dict[str, Any], dict[str, Any]]) -> Sample:
+    name, members, record = chosen
     if "mask.png" not in members:
         raise ShardError(f"{name} has no mask.png; {_REMEDY}")
     image = _picture(name, members, "image")
     if image is None:
         raise ShardError(f"{name} has no image; {_REMEDY}")
-    record = json.loads(members["json"])
     return Sample(
         sample_id=members["__key__"],
         image=image,

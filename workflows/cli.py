@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -135,13 +136,21 @@ def generate(config: ConfigPath, workspace: WorkspaceOption, scheduler: Schedule
         rounds.generate(space, number, settings.cluster)
 
 
-@app.command(epilog="Example: flawsmith train runs/bottle")
+@app.command(
+    epilog="Examples: flawsmith train runs/bottle | accelerate launch --num_processes 4 -m workflows.cli "
+    "train runs/bottle"
+)
 def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
-    """Train the detector on a round's samples."""
+    """Train the detector on a round's samples. Goes on where it was broken off.
+
+    On several GPUs, or several processes, it is started by `accelerate launch`, as in the second example.
+    """
+    from training.fitting import processes
     from workflows import detecting
 
     space = _existing(workspace)
-    with space.writing():
+    rank, _ = processes()
+    with space.writing() if rank == 0 else nullcontext():  # the others only read
         detecting.train(space, _round(space, round_))
 
 
@@ -531,3 +540,7 @@ def main() -> NoReturn:
         typer.echo("flawsmith: interrupted; the same command goes on where it stopped", err=True)
         sys.exit(FAILED)
     sys.exit(OK)
+
+
+if __name__ == "__main__":  # accelerate launch -m workflows.cli
+    main()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -115,6 +115,22 @@ class Detector(Settings):
         return method, method.settings.model_validate({**preset, **self.settings})
 
 
+class Training(Settings):
+    """The mix that a round's detector learns from. A sample's weight is how often it is drawn, relative to
+    another: with the defaults, all samples of the round come equally often."""
+
+    earlier: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="weight of the previous round's samples, where this round's have 1; its square for the "
+        "round before that, and so on; 0: this round only",
+    )
+    generators: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="weights of generators' samples; 1 if not named; 0 leaves them out"
+    )
+
+
 class Evaluation(Settings):
     resamples: int = Field(300, ge=0, le=10_000, description="bootstrap resamples behind each interval")
     quantile: float = Field(0.99, gt=0, lt=1, description="of calibration normals: the alarm threshold")
@@ -133,6 +149,7 @@ class Config(Settings):
     generation: Generation = Generation()
     output: Output = Output()
     detector: Detector = Detector()
+    training: Training = Training()
     evaluation: Evaluation = Evaluation()
     feedback: Feedback = Feedback()
     cluster: Cluster = Cluster()
@@ -205,6 +222,11 @@ def _check(config: Config) -> list[str]:
             )
     if generators and not any(s.share > 0 for s in config.generation.generators.values()):
         problems.append("generation.generators: no generator has a share above 0")
+    for key in config.training.generators:
+        try:
+            registry.get(key)
+        except UsageError as error:
+            problems.append(f"training.generators: {error}")
     if config.output.bits == 16 and config.output.format != "png":
         problems.append(f"output.bits: 16 needs output.format: png, found {config.output.format}")
     if config.generation.location == "roi" and not any(source.roi for source in config.source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ class Advance(Protocol):
     def __call__(self, count: int, total: int | None = None, /) -> None: ...
 
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+# Of several training processes, the first alone speaks.
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 class _Rate(ProgressColumn):

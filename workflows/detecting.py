@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from manifests.workspace import Workspace, round_file
 from training import checkpoints
 from training.components import component_contrast, component_recall, label_components
 from training.evaluation import Judged, figures, judge, predict, score_rows
-from training.fitting import Normal
+from training.examples import Normal
+from training.fitting import processes
 from training.fitting import train as fit_detector
-from training.loading import Sample, ShardFile, read_samples, small_mask
+from training.loading import Sample, ShardFile, in_order, read_samples, small_mask
+from training.resuming import Slot
 from workflows.console import progress, say
 from workflows.rounds import open_round, remember, vetoes
-from workflows.stages import Round, device
+from workflows.stages import Round, device, read_settings
 
+STATE = "training.state"  # in a round's folder while its detector is trained
 FEW = 5  # below so many calibration normals, augmented train pictures serve too
 HELD_OUT = 10  # one sample in so many is kept from training, to be judged as heldout_synthetic
 
@@ -53,34 +57,56 @@ def train(space: Workspace, number: int) -> bool:
     """Trains the round's detector from its shards and the train split's normals; whether it did.
 
     Skipped if a detector is there that can be loaded and that no later veto concerns. A new detector makes
-    the old one's figures void, so they are removed.
+    the old one's figures void, so they are removed. Of several processes (``accelerate launch``) each reads
+    its share of the samples, and the first alone writes.
 
     Raises:
         UsageError: the settings are wrong, or there is nothing to train on.
     """
     round_ = open_round(space, number)
     name = round_.config.detector.name
-    vetoed = sorted(sample_id for sample_id in vetoes(space) if sample_id.startswith(f"{number:03d}-"))
+    first_process = processes()[0] == 0
+    mixed = [f"{earlier:03d}-" for earlier in _mixed_rounds(space, round_)]
+    vetoed = sorted(sample_id for sample_id in vetoes(space) if sample_id[:4] in mixed)
+    state = round_file(number, STATE)
     if _is_current(space, number, vetoed):
+        if first_process:
+            space.remove(state)
         say(f"round {number}: {name} is trained")
         return False
+    _, settings = round_.config.detector.resolved()
     max_side = round_.config.output.max_side
     images = [image for image in round_.images.values() if image.split == "train" and image.defect == GOOD]
     with progress(f"round {number}: reading normals", None, "pictures") as advance:
-        normals = _normals(images, max_side, advance)
-        calibration = calibration_normals(round_, normals, advance)
-    _, settings = round_.config.detector.resolved()
+        normals = _normals(images, max_side, settings.size, advance)
+        calibration = calibration_normals(round_, normals, settings.size, advance)
     with progress(f"round {number}: training {name}", settings.steps, "steps") as advance:
+        done = 0
+
+        def on_step(step: int, _steps: int, _losses: dict[str, float]) -> None:
+            nonlocal done
+            advance(step - done)
+            done = step
+
         detector = fit_detector(
             name,
             settings,
-            (sample for sample in samples_of(space, number) if not held_out(sample.sample_id)),
+            _mix(space, round_, held=settings.patience is not None),
             normals,
             calibration,
             seed=round_.config.seed,
             device=device(),
-            on_step=lambda _step, _steps, _losses: advance(1),
+            weight=partial(_weight, round_=round_),
+            slot=Slot(
+                read=lambda: space.read_bytes(state) if space.exists(state) else None,
+                write=lambda data: space.write_bytes(state, data),
+            ),
+            folder=space.path("") if space.is_local else None,
+            on_step=on_step,
+            say=lambda line: say(f"round {number}: training {name}: {line}"),
         )
+    if not first_process:
+        return True
     for stale in ("found.parquet", "metrics.parquet", "scores.parquet"):
         space.remove(round_file(number, stale))
     licences = [image.licence for image in round_.images.values() if image.licence]
@@ -98,7 +124,38 @@ def train(space: Workspace, number: int) -> bool:
         checkpoints.save(aside, name, detector, seed=round_.config.seed, licences=licences, notes=notes)
         for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
             space.write_bytes(f"{folder}/{file}", (Path(aside) / file).read_bytes())
+    space.remove(state)
     return True
+
+
+def _mixed_rounds(space: Workspace, round_: Round) -> list[int]:
+    """The rounds whose samples the round's detector learns from: its own and, where they have a weight, the
+    earlier ones of the same configuration."""
+    if round_.config.training.earlier == 0:
+        return [round_.number]
+    _, _, first = read_settings(space, round_.number)
+    return list(range(first, round_.number + 1))
+
+
+def _mix(space: Workspace, round_: Round, *, held: bool) -> Iterator[Sample]:
+    """This process's share of the samples to train on, with the held-out ones if ``held``."""
+    generators = round_.config.training.generators
+
+    def wanted(recipe: dict[str, Any]) -> bool:
+        return generators.get(recipe["generator"], 1.0) > 0 and (held or not held_out(recipe["sample_id"]))
+
+    rank, ranks = processes()
+    shards = [shard for number in _mixed_rounds(space, round_) for shard in _shards(space, number)]
+    return read_samples(shards, vetoes(space), wanted=wanted, rank=rank, ranks=ranks)
+
+
+def _weight(sample: Sample, round_: Round) -> float:
+    """Of a sample in the round's mix; 0 for the held-out ones."""
+    if held_out(sample.sample_id):
+        return 0.0
+    training = round_.config.training
+    age = round_.number - sample.recipe["round"]
+    return training.earlier**age * training.generators.get(sample.recipe["generator"], 1.0)
 
 
 def _is_current(space: Workspace, number: int, vetoed: list[str]) -> bool:
@@ -114,24 +171,32 @@ def held_out(sample_id: str) -> bool:
     return int(sample_id.rsplit("-", 1)[-1]) % HELD_OUT == 0
 
 
-def samples_of(space: Workspace, number: int) -> Iterator[Sample]:
-    """The picture samples of a round that nobody rejected, in plan order.
+def samples_of(
+    space: Workspace, number: int, wanted: Callable[[dict[str, Any]], bool] | None = None
+) -> Iterator[Sample]:
+    """The picture samples of a round that nobody rejected, in plan order. ``wanted`` is
+    asked with their recipes, if given.
 
     Raises:
         FlawsmithError: the round has no shards yet.
     """
+    return read_samples(_shards(space, number), vetoes(space), wanted=wanted)
+
+
+def _shards(space: Workspace, number: int) -> list[ShardFile]:
     if not space.exists(round_file(number, "shards.parquet")):
         raise FlawsmithError(f"round {number} has no samples yet: `flawsmith run` or `generate` makes them")
     rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
     prefix = "" if space.is_local else f"{space.url.partition('://')[0]}://"
-    shards = [ShardFile(prefix + space.path(row["path"]), row["accepted"]) for row in rows]
-    return read_samples(shards, vetoes(space))
+    return [ShardFile(prefix + space.path(row["path"]), row["accepted"]) for row in rows]
 
 
-def calibration_normals(round_: Round, train_normals: Sequence[Normal], advance: Any) -> list[Normal]:
+def calibration_normals(
+    round_: Round, train_normals: Sequence[Normal], size: int, advance: Any
+) -> list[Normal]:
     """Normals of the calibration split; a category with fewer than ``FEW`` gets mirrored train ones."""
     images = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
-    normals = _normals(images, round_.config.output.max_side, advance)
+    normals = _normals(images, round_.config.output.max_side, size, advance)
     for category in round_.pool.normals:
         have = sum(normal.category == category for normal in normals)
         own = [normal for normal in train_normals if normal.category == category]
@@ -142,10 +207,15 @@ def calibration_normals(round_: Round, train_normals: Sequence[Normal], advance:
     return normals
 
 
-def _normals(images: Sequence[Image], max_side: int | None, advance: Any) -> list[Normal]:
+def _normals(images: Sequence[Image], max_side: int | None, size: int, advance: Any) -> list[Normal]:
+    """Read in threads; kept at the detector's input size, so that many fit into memory."""
+
+    def read(image: Image) -> Normal:
+        return Normal(image.image_id, image.category, square(load(image, max_side=max_side), size))
+
     normals = []
-    for image in images:
-        normals.append(Normal(image.image_id, image.category, load(image, max_side=max_side)))
+    for normal in in_order(read, images):
+        normals.append(normal)
         advance(1)
     return normals
 
@@ -221,7 +291,7 @@ def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Ju
 def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[Judged]:
     """The samples kept from training beside the calibration normals: synthetic figures, labelled so."""
     size = detector.settings.size
-    held = [sample for sample in samples_of(space, round_.number) if held_out(sample.sample_id)]
+    held = list(samples_of(space, round_.number, lambda recipe: held_out(recipe["sample_id"])))
     found = predict(detector, [s.image for s in held], [s.category for s in held])
     judged = []
     for sample, (score, scores) in zip(held, found, strict=True):

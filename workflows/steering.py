@@ -17,7 +17,7 @@ from manifests.workspace import Workspace, round_file
 from training import proxy
 from training.components import label_components
 from training.evaluation import ignored, truth
-from training.fitting import CHUNK, chunks
+from training.examples import CHUNK, chunks
 from workflows.console import progress, say
 from workflows.detecting import samples_of
 from workflows.feedback import Found, Move, Trial, decide, propose, sample_weights, search

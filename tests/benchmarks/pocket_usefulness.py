@@ -20,7 +20,7 @@ from tests.benchmarks.pocket_case import Case, Part, Units, described, evenly, s
 from tests.benchmarks.pocket_samples import DEFAULT, ROWS, SIDE
 from training import proxy
 from training.evaluation import truth
-from training.fitting import chunks
+from training.examples import chunks
 from training.intervals import Estimate, draw_counts
 
 MOST_NORMALS = 48  # a category, as in a run
