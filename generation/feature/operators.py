@@ -2,7 +2,8 @@
 
 Each takes float32 features N×C×h×w, a bool mask N×h×w of the places to change, a strength and a generator of
 random numbers on the CPU, and returns new features of the same shape: equal outside the mask, and at strength
-0 everywhere. Deviations and centre come from :class:`generation.feature.statistics.Statistics`.
+0 everywhere. In training, ``gaussian`` and ``jitter`` take None in place of the generator: torch's global one,
+drawn on the features' device. Deviations and centre come from :class:`generation.feature.statistics.Statistics`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ PROJECTED = 5  # steps between projections
 
 
 def gaussian(
-    features: Tensor, mask: Tensor, strength: float, random: torch.Generator, deviation: Tensor
+    features: Tensor, mask: Tensor, strength: float, random: torch.Generator | None, deviation: Tensor
 ) -> Tensor:
     """Isotropic noise (SimpleNet, DFD): N(0, (s·σ_c)²), σ_c the deviation of each channel, C."""
     return _within(mask, features + strength * deviation[:, None, None] * _normal(features, random), features)
 
 
-def jitter(features: Tensor, mask: Tensor, strength: float, random: torch.Generator) -> Tensor:
+def jitter(features: Tensor, mask: Tensor, strength: float, random: torch.Generator | None) -> Tensor:
     """Noise that grows with the token (UniAD, OneNIP): N(0, 1)·s·‖f‖₂/C; 20 as published."""
     length = features.norm(dim=1, keepdim=True) / features.shape[1]
     return _within(mask, features + strength * length * _normal(features, random), features)
@@ -183,8 +184,9 @@ def attended(features: Tensor, mask: Tensor, count: int) -> Tensor:
     return chosen.view_as(mask) & mask
 
 
-def _normal(like: Tensor, random: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=random).to(like.device)
+def _normal(like: Tensor, random: torch.Generator | None) -> Tensor:
+    device = random.device if random else like.device
+    return torch.randn(like.shape, generator=random, device=device).to(like.device)
 
 
 def _within(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
