@@ -116,7 +116,7 @@ def load_backbone(
             raise BackboneError(f"backbone {name}: no layers {unknown}; it has {sorted(known)}")
     if not chosen:
         raise BackboneError(
-            f"backbone {name}: no level of stride {', '.join(map(str, wanted))}; name its layers: {list(known)}"
+            f"backbone {name}: no level of the strides {list(wanted)}; name its layers: {list(known)}"
         )
     device = torch.device(device)
     taps = _Taps(network, [known[module][0] for module in chosen]).eval().requires_grad_(False)

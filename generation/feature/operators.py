@@ -2,8 +2,9 @@
 
 Each takes float32 features N×C×h×w, a bool mask N×h×w of the places to change, a strength and a generator of
 random numbers on the CPU, and returns new features of the same shape: equal outside the mask, and at strength
-0 everywhere. In training, ``gaussian`` and ``jitter`` take None in place of the generator: torch's global one,
-drawn on the features' device. Deviations and centre come from :class:`generation.feature.statistics.Statistics`.
+0 everywhere. For training, ``gaussian`` and ``jitter`` take None in place of the generator: torch's global
+one, on the features' device. Deviations and centre come from
+:class:`generation.feature.statistics.Statistics`.
 """
 
 from __future__ import annotations
