@@ -186,6 +186,17 @@ def test_a_share_of_the_samples_is_left_normal(backbone):
     assert kept.float().mean().item() == pytest.approx(0.8, abs=0.03)
 
 
+def test_half_precision_keeps_the_noise(backbone):
+    detector = make(backbone, noise=0.001, left_normal=0.0)
+    batch = batch_of(detector)
+    with torch.autocast("cpu", torch.bfloat16):
+        patches = detector._adapted(batch["normal"])
+        losses = detector.loss(batch)
+    assert (detector._noisy(patches) - patches).std().item() == pytest.approx(0.001, rel=0.05)
+    losses["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
+
+
 def test_a_batch_of_normals_alone_has_a_finite_loss(backbone):
     detector = make(backbone, left_normal=1.0)
     losses = detector.loss(batch_of(detector))
