@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from detectors.coreset import k_centre
 from detectors.protocol import Batch, Method, Settings
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from generation.feature.operators import jitter
@@ -279,7 +280,8 @@ class OneNIP(nn.Module):
                 raise UsageError(
                     f"category {category}: no normal picture in the train split to serve as a prompt"
                 )
-            kept = _spread(_pooled(self._tokens(own)), self.settings.bank)
+            kept = k_centre(_pooled(self._tokens(own)), self.settings.bank)
+            kept = [kept[i % len(kept)] for i in range(self.settings.bank)]
             self.bank[row] = self._tokens(own[kept]).half()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -371,16 +373,6 @@ def _channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pooled(tokens: Tensor) -> Tensor:
     return tokens.float().mean(dim=1)
-
-
-def _spread(points: Tensor, count: int) -> list[int]:
-    """Indices of ``count`` points that cover the rest: each is the farthest from those before it."""
-    chosen = [int((points - points.mean(dim=0)).norm(dim=1).argmin())]
-    distance = (points - points[chosen[0]]).norm(dim=1)
-    while len(chosen) < min(count, len(points)):
-        chosen.append(int(distance.argmax()))
-        distance = torch.minimum(distance, (points - points[chosen[-1]]).norm(dim=1))
-    return [chosen[i % len(chosen)] for i in range(count)]
 
 
 def build(settings: OneNIPSettings, categories: Sequence[str], device: str | torch.device = "cpu") -> OneNIP:

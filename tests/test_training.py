@@ -241,6 +241,21 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(tmp_path, trained, ma
         checkpoints.load(tmp_path)
 
 
+def test_a_header_whose_length_begins_as_a_pickle_does_is_no_pickle(tmp_path, trained):
+    from safetensors.torch import load_file, save_file
+
+    checkpoints.save(tmp_path, "onenip", trained, seed=3)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    for length in range(0, 256, 8):  # the header grows with its notes, by eight bytes at a time
+        save_file(tensors, weights, metadata={"note": "x" * length})
+        if weights.read_bytes().startswith(b"\x80"):
+            break
+    else:
+        pytest.fail("no header of such a length was made")
+    assert checkpoints.load(tmp_path).calibration == trained.calibration
+
+
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "pytorch_model.bin", "model.pkl"])
 def test_a_pickle_by_name_is_refused(tmp_path, name):
     torch.save({}, tmp_path / name)

@@ -82,7 +82,8 @@ def load(folder: str | Path, device: str = "cpu") -> Detector:
             f"{folder / CONFIG}: settings do not fit this version of {method.name}: {error}; train again"
         ) from error
     data = _read(folder / WEIGHTS)
-    if data.startswith((ZIP, PICKLE)):
+    # safetensors begins with a length, whose first byte may be a pickle's, and then its header's brace
+    if data.startswith((ZIP, PICKLE)) and data[8:9] != b"{":
         raise CheckpointError(_refused(folder / WEIGHTS))
     try:
         tensors = load_tensors(data)

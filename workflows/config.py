@@ -146,6 +146,9 @@ class Config(Settings):
     samples: int = Field(300, ge=1, description="recipes a round")
     rounds: int = Field(2, ge=1, le=1000)
     seed: int = Field(0, ge=0, lt=2**63)
+    shots: int | None = Field(
+        None, ge=1, description="normals of each category to use at all, chosen by seed; null: every one"
+    )
     generation: Generation = Generation()
     output: Output = Output()
     detector: Detector = Detector()

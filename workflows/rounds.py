@@ -120,7 +120,7 @@ def read_sources(config: Config, previous: list[Image]) -> Scan:
             advance(count - done, total)
             done = count
 
-        return scan(config.source, previous, report)
+        return scan(config.source, previous, report, shots=config.shots, seed=config.seed)
 
 
 def write_settings(

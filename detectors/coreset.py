@@ -1,0 +1,30 @@
+"""A few points that cover many: greedy k-centre selection (Sener and Savarese, ICLR 2018; PatchCore)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def k_centre(points: Tensor, count: int) -> list[int]:
+    """Indices of the chosen points: each is the farthest from those before it.
+
+    The first is the one nearest to the mean, so that the choice depends on the points alone [inferred;
+    PatchCore begins with a random one]. Time grows with N·``count``.
+
+    Args:
+        points: float32, N×D, N > 0.
+
+    Returns:
+        ``count`` different indices; fewer if there are no more different points.
+    """
+    chosen = [int(_distance(points, points.mean(dim=0)).argmin())]
+    nearest = _distance(points, points[chosen[0]])
+    while len(chosen) < count and nearest.max() > 0:
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, _distance(points, points[chosen[-1]]))
+    return chosen
+
+
+def _distance(points: Tensor, one: Tensor) -> Tensor:
+    return (points - one).norm(dim=1)

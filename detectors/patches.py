@@ -1,0 +1,48 @@
+"""Patches: a backbone's taps packed as one row a picture, and patch scores as a map.
+
+What PatchCore (Roth et al., CVPR 2022) and the detectors that grew out of it have in common. A row holds the
+taps and not the features of overlapping neighbourhoods, which are many times as large and cheap to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generation.backbones import Backbone
+
+Shape = tuple[int, int, int]  # channels, height, width
+
+STRIDES = (8, 16)  # of the middle levels: layer2 and layer3 of a ResNet
+BLUR = 4.0  # deviation of the Gaussian that smooths maps, in pixels of a picture of 256 (PatchCore, DFD)
+
+
+def tap_shapes(backbone: Backbone, size: int) -> tuple[Shape, ...]:
+    """Shape of each tap for pictures of ``size`` pixels a side."""
+    taps = backbone.taps(torch.zeros(1, 3, size, size))
+    return tuple((tap.shape[1], tap.shape[2], tap.shape[3]) for tap in taps)
+
+
+def pack(taps: Sequence[Tensor]) -> Tensor:
+    """Taps N×C×h×w, each of its own shape, to rows N×P."""
+    return torch.cat([tap.flatten(1) for tap in taps], dim=1)
+
+
+def unpack(rows: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """The inverse of :func:`pack`."""
+    parts = rows.split([c * h * w for c, h, w in shapes], dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def to_maps(scores: Tensor, size: int) -> Tensor:
+    """Patch scores N×h×w to maps, float32 N×size×size: bilinear, then smoothed by a Gaussian."""
+    maps = F.interpolate(scores[:, None].float(), (size, size), mode="bilinear")
+    sigma = BLUR * size / 256
+    radius = round(4 * sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=maps.device) / sigma) ** 2)
+    kernel = (kernel / kernel.sum())[None, None, :, None]
+    padded = F.pad(maps, [radius] * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, kernel), kernel.transpose(2, 3))[:, 0]
