@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ENTRY_POINTS = "flawsmith.detectors"
-BUILT_IN = {"onenip": "detectors.onenip:ONENIP"}
+BUILT_IN = {"onenip": "detectors.onenip:ONENIP", "vlad": "detectors.vlad:VLAD"}
 
 Batch = Mapping[str, Any]
 
