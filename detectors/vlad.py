@@ -337,7 +337,7 @@ class Vlad(nn.Module):
         if not self.settings.smooth:
             return fused
         reach = round(4 * self.settings.smooth)  # as scipy cuts it off
-        return gaussian_blur(fused, [2 * reach + 1], [self.settings.smooth])
+        return gaussian_blur(fused, 2 * reach + 1, self.settings.smooth)
 
     def _unpack(self, features: Tensor) -> tuple[list[Tensor], Tensor]:
         """Packed features to float32 raw tokens N×h²×C of each layer, and embeddings N×d."""
