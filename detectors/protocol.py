@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "flawsmith.detectors"
 BUILT_IN = {
-    "dfd": "detectors.dfd:METHOD",
+    "dfd": "detectors.dfd:DFD_METHOD",
     "memory_bank": "detectors.memory_bank:MEMORY_BANK",
     "onenip": "detectors.onenip:ONENIP",
+    "vlad": "detectors.vlad:VLAD",
 }
 
 Batch = Mapping[str, Any]

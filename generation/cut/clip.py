@@ -107,13 +107,14 @@ class Clip:
                 )
 
 
-def load_clip(name: str = POCKET, device: str | torch.device = "cpu") -> Clip:
+def load_clip(name: str = POCKET, device: str | torch.device = "cpu", size: int | None = None) -> Clip:
     """Load a frozen image–text model.
 
     Args:
         name: ``pocket`` (shipped), a folder in open_clip's layout, a pair ``MODEL/TAG`` such as
             ``ViT-B-16/laion2b_s34b_b88k``, or ``hf-hub:OWNER/NAME``.
         device: where it runs.
+        size: side of the pictures it shall see; position embeddings are interpolated. None: as published.
 
     Raises:
         ModelError: no such model, no hub, missing or damaged files.
@@ -123,7 +124,12 @@ def load_clip(name: str = POCKET, device: str | torch.device = "cpu") -> Clip:
     model_name, settings = arguments(name)
     try:
         model: Any = open_clip.create_model(
-            model_name, require_pretrained=True, weights_only=True, device="cpu", **settings
+            model_name,
+            require_pretrained=True,
+            weights_only=True,
+            device="cpu",
+            force_image_size=size,
+            **settings,
         )
         tokenize: Any = open_clip.get_tokenizer(model_name)
     except (*BROKEN, AttributeError) as error:
