@@ -125,6 +125,22 @@ SCORES = pa.schema(
     ]
 )
 
+STRESS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("detector", pa.string()),
+        ("seed", pa.int64()),
+        ("kind", pa.string()),  # viewpoint | light | blur
+        ("level", pa.int8()),  # 0 = undisturbed
+        ("strength", pa.float64()),  # in the unit of the kind, see training/stress.py
+        ("category", pa.string()),  # 'mean' for the unweighted mean over categories
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ]
+)
+
 TRIALS = pa.schema(
     [
         ("round", pa.int32()),

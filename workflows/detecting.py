@@ -24,6 +24,7 @@ from training.evaluation import Judged, figures, judge, predict, score_rows
 from training.fitting import Normal
 from training.fitting import train as fit_detector
 from training.loading import Sample, ShardFile, read_samples, small_mask
+from training.tiling import is_tiled, tile_normals, tile_samples
 from workflows.console import progress, say
 from workflows.rounds import open_round, remember, vetoes
 from workflows.stages import Round, device
@@ -70,24 +71,29 @@ def train(space: Workspace, number: int) -> bool:
         normals = _normals(images, max_side, advance)
         calibration = calibration_normals(round_, normals, advance)
     _, settings = round_.config.detector.resolved()
+    samples = (sample for sample in samples_of(space, number) if not held_out(sample.sample_id))
+    tiles, size = round_.config.detector.tiles, settings.size
     with progress(f"round {number}: training {name}", settings.steps, "steps") as advance:
         detector = fit_detector(
             name,
             settings,
-            (sample for sample in samples_of(space, number) if not held_out(sample.sample_id)),
-            normals,
-            calibration,
+            samples if tiles is None else tile_samples(samples, size, tiles),
+            normals if tiles is None else list(tile_normals(normals, size, tiles)),
+            calibration if tiles is None else list(tile_normals(calibration, size, tiles)),
             seed=round_.config.seed,
             device=device(),
             on_step=lambda _step, _steps, _losses: advance(1),
         )
-    for stale in ("found.parquet", "metrics.parquet", "scores.parquet"):
+    for stale in ("found.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
         space.remove(round_file(number, stale))
     licences = [image.licence for image in round_.images.values() if image.licence]
     thresholds = alarm_thresholds(round_, detector, calibration)
+    if tiles is not None:  # a picture scores as its worst tile; the detector was calibrated on single tiles
+        detector.calibration["threshold"] = max(score for score, _ in thresholds.values())
     windows = {image.window for image in round_.images.values() if image.window}
     notes = {
         "max_side": max_side,
+        "tiles": tiles,
         "window": list(windows.pop()) if len(windows) == 1 else None,
         "vetoed": vetoed,
         "thresholds": {category: score for category, (score, _) in thresholds.items()},
@@ -180,14 +186,13 @@ def evaluate(space: Workspace, number: int) -> bool:
     round_ = open_round(space, number)
     detector, notes = load_detector(space, number)
     judged = _judge(round_, detector, "feedback", f"round {number}: judging feedback pictures")
-    metric_rows = _write_figures(space, round_, judged, "feedback")
-    _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic")
+    alarms = notes["thresholds"]
+    metric_rows = _write_figures(space, round_, judged, "feedback", alarms)
+    _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic", alarms)
     means = {r["metric"]: r["value"] for r in metric_rows if r["category"] == "mean" and r["size"] == "all"}
     remember(space, number, "metric", {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()})
-    thresholds = {
-        category: (score, notes["map_thresholds"][category])
-        for category, score in notes["thresholds"].items()
-    }
+    on_pictures, on_maps = notes["thresholds"], notes["map_thresholds"]
+    thresholds = {category: (score, on_maps[category]) for category, score in on_pictures.items()}
     found = what_was_found(round_, judged, thresholds)
     space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
     return True
@@ -204,25 +209,31 @@ def evaluate_final(space: Workspace) -> None:
         if "test" in space.read_table(metrics)["split"].to_pylist():
             say(f"round {number}: the test split was scored before; the stored figures stand")
             continue
-        detector, _ = load_detector(space, number)
+        detector, notes = load_detector(space, number)
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
         look = {"round": number, "when": when, "pictures": len(judged)}
         space.append_table("looks.parquet", pa.Table.from_pylist([look]), {"round": number, "when": when})
-        _write_figures(space, round_, judged, "test")
+        _write_figures(space, round_, judged, "test", notes["thresholds"])
 
 
 def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Judged]:
     images = [image for image in round_.images.values() if image.split == split]
     with progress(title, len(images), "pictures") as advance:
-        return judge(detector, images, round_.config.output.max_side, lambda _done, _total: advance(1))
+        return judge(
+            detector,
+            images,
+            round_.config.output.max_side,
+            lambda _done, _total: advance(1),
+            tiles=round_.config.detector.tiles,
+        )
 
 
 def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[Judged]:
     """The samples kept from training beside the calibration normals: synthetic figures, labelled so."""
-    size = detector.settings.size
+    tiles = round_.config.detector.tiles
     held = [sample for sample in samples_of(space, round_.number) if held_out(sample.sample_id)]
-    found = predict(detector, [s.image for s in held], [s.category for s in held])
+    found = predict(detector, [s.image for s in held], [s.category for s in held], tiles)
     judged = []
     for sample, (score, scores) in zip(held, found, strict=True):
         source = round_.images[sample.image_id]
@@ -233,12 +244,14 @@ def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[
                 "defect": sample.recipe["generator"],
             }
         )
-        judged.append(Judged(image, score, scores, small_mask(sample.mask, size), None))
+        judged.append(Judged(image, score, scores, small_mask(sample.mask, scores.shape), None))
     normals = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
-    return judged + judge(detector, normals, round_.config.output.max_side)
+    return judged + judge(detector, normals, round_.config.output.max_side, tiles=tiles)
 
 
-def _write_figures(space: Workspace, round_: Round, judged: list[Judged], split: str) -> list[dict[str, Any]]:
+def _write_figures(
+    space: Workspace, round_: Round, judged: list[Judged], split: str, thresholds: dict[str, float]
+) -> list[dict[str, Any]]:
     labels: dict[str, Any] = {
         "round_": round_.number,
         "detector": round_.config.detector.name,
@@ -247,7 +260,8 @@ def _write_figures(space: Workspace, round_: Round, judged: list[Judged], split:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined figures give no row, which the tables show as "–"
-        rows = figures(judged, **labels, resamples=round_.config.evaluation.resamples)
+        resamples = round_.config.evaluation.resamples
+        rows = figures(judged, **labels, resamples=resamples, thresholds=thresholds)
     replace = {"split": split}
     scores = to_table(score_rows(judged, **labels), SCORES)
     space.append_table(round_file(round_.number, "scores.parquet"), scores, replace)
@@ -259,12 +273,12 @@ def alarm_thresholds(
     round_: Round, detector: Detector, normals: Sequence[Normal]
 ) -> dict[str, tuple[float, float]]:
     """By category: the stated quantile of calibration normals' (picture scores, map values)."""
-    quantile = round_.config.evaluation.quantile
-    found = list(predict(detector, [n.pixels for n in normals], [n.category for n in normals]))
+    quantile, tiles = round_.config.evaluation.quantile, round_.config.detector.tiles
+    found = list(predict(detector, [n.pixels for n in normals], [n.category for n in normals], tiles))
     thresholds = {}
     for category in sorted({normal.category for normal in normals}):
         own = [result for normal, result in zip(normals, found, strict=True) if normal.category == category]
-        maps = np.stack([scores for _, scores in own])
+        maps = np.concatenate([scores.ravel() for _, scores in own])
         thresholds[category] = (
             float(np.quantile([score for score, _ in own], quantile)),
             float(np.quantile(maps, quantile)),
@@ -288,8 +302,10 @@ def what_was_found(
             hit = float(entry.score > on_picture)
             rows.append({**row, "component": 0, "area": np.nan, "contrast": np.nan, "hit": hit})
             continue
-        size = entry.map.shape[0]
-        pixels = square(load(image, max_side=round_.config.output.max_side), size)
+        pixels = load(image, max_side=round_.config.output.max_side)
+        size = round_.config.detector.resolved()[1].size
+        if round_.config.detector.tiles is None or not is_tiled(pixels.shape[:2], size):
+            pixels = square(pixels, size)
         labels, _ = label_components(entry.mask)
         for found in component_recall([entry.map], [entry.mask], on_map, [entry.ignore]):
             contrast = component_contrast(pixels, labels == found.label)
