@@ -102,12 +102,12 @@ METRICS = pa.schema(
         ("detector", pa.string()),
         ("seed", pa.int64()),
         ("category", pa.string()),  # 'mean' for the unweighted mean over categories
-        ("defect", pa.string()),  # 'all' for every type together
+        ("defect", pa.string()),  # 'all' for every type together; MVTec LOCO also 'mean' over the types
         ("size", pa.string()),  # 'all', or tiny | small | large by component area
         ("split", pa.string()),  # feedback | test | heldout_synthetic
         ("metric", pa.string()),
         ("value", pa.float64()),
-        ("low", pa.float64()),
+        ("low", pa.float64()),  # of the 95 % interval; null where it is undefined
         ("high", pa.float64()),
     ]
 )

@@ -225,7 +225,7 @@ def figures(
         for metric, estimate in estimates.items():
             if np.isnan(estimate.value):
                 continue
-            low, high = estimate.interval
+            low, high = ends(estimate)
             table.append(
                 {
                     "round": round_,
@@ -242,6 +242,12 @@ def figures(
                 }
             )
     return table
+
+
+def ends(estimate: Estimate) -> tuple[float | None, float | None]:
+    """Of the interval, as tables store it: null where it is undefined."""
+    low, high = estimate.interval
+    return (None, None) if np.isnan(low) else (low, high)
 
 
 def mean_estimates(shares: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:

@@ -294,7 +294,8 @@ def evaluate_rate(
 
     Args:
         hits: bool, N.
-        groups, resamples, seed: as for :func:`evaluate_images`.
+        groups, resamples, seed: as for :func:`evaluate_images`. There is no interval where it holds of all or
+            of none: resamples could not say anything else, which is no certainty.
 
     >>> evaluate_rate(np.array([True, False, False, False]), "abcd").value
     0.25
@@ -303,7 +304,7 @@ def evaluate_rate(
         return Estimate(float("nan"), np.full(resamples, np.nan))
     index, count = group_indices(groups, len(hits))
     value = float(np.mean(hits))
-    if count < 2:
+    if count < 2 or value in (0, 1):
         return Estimate(value, np.full(resamples, np.nan))
     draws = draw_counts(count, resamples, seed)
     pictures = draws @ np.bincount(index, minlength=count)

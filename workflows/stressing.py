@@ -7,7 +7,7 @@ from typing import Any
 
 from manifests.schema import STRESS, to_table
 from manifests.workspace import Workspace, round_file
-from training.evaluation import UNDISTURBED, Judged, judge, mean_estimates, whole_category
+from training.evaluation import UNDISTURBED, Judged, ends, judge, mean_estimates, whole_category
 from training.intervals import Estimate
 from training.stress import LEVELS, STRENGTHS, Stress
 from workflows.console import progress
@@ -56,7 +56,7 @@ def stress(space: Workspace, number: int) -> list[dict[str, Any]]:
         for category, estimates in categories.items():
             for metric, estimate in estimates.items():
                 if estimate.value == estimate.value:
-                    low, high = estimate.interval
+                    low, high = ends(estimate)
                     rows.append(
                         {**labels, **place, "category": category, "metric": metric}
                         | {"value": estimate.value, "low": low, "high": high}
