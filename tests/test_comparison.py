@@ -2,14 +2,21 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from manifests.schema import Image
+from manifests.errors import UsageError
+from manifests.schema import IMAGES, Image, to_table
+from manifests.sources import SourceSettings, scan
+from manifests.workspace import Workspace
 from training.comparison import (
     compare,
     delong,
@@ -22,6 +29,8 @@ from training.comparison import (
 from training.evaluation import Judged
 from training.intervals import Estimate, evaluate_images, evaluate_pixels
 from training.metrics import MetricsError
+from workflows import comparing
+from workflows.tables import comparison_table
 
 
 def brute_force(first, second, labels):
@@ -203,3 +212,105 @@ def test_results_on_other_pictures_are_no_pair():
         compare(both, other)
     with pytest.raises(MetricsError, match="same pictures"):
         compare(both, both[:-1])
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+def brightness(size, signal, categories=("part",)):
+    """Its map is the picture's brightness, shown faintly under noise where ``signal`` is small."""
+
+    def score(batch):
+        values = batch["features"].float().mean(dim=1) / 255
+        noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(len(values)))
+        maps = signal * values + noise
+        return maps.amax(dim=(1, 2)), maps
+
+    return SimpleNamespace(
+        settings=SimpleNamespace(size=size), categories=categories, calibration={"threshold": 0.5},
+        extract=lambda images: images.float(), score=score,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A source, a workspace of it with two checkpoints, and the notes that each was trained with."""
+    root = tmp_path / "part"
+    for number in range(30):
+        pixels = np.full((64, 96), 60, np.uint8)
+        pixels[0, 0] = number
+        defect = number >= 18
+        where = root / ("train/good" if number < 6 else "test/good" if not defect else "test/spot")
+        where.mkdir(parents=True, exist_ok=True)
+        if defect:
+            masks = root / "ground_truth/spot"
+            masks.mkdir(parents=True, exist_ok=True)
+            mask = np.zeros((64, 96), np.uint8)
+            mask[20:40, number : number + 20] = 255
+            pixels[mask > 0] = 200
+            cv2.imwrite(str(masks / f"{number}_mask.png"), mask)
+        cv2.imwrite(str(where / f"{number}.png"), pixels)
+    images = scan([SourceSettings(path=str(root))]).images
+    folders = [tmp_path / "w/rounds" / name / "detectors/brightness" for name in ("000", "001")]
+    Workspace(str(tmp_path / "w")).write_table("images.parquet", to_table(images, IMAGES))
+    notes = {folder: {} for folder in folders}
+    detectors = dict(zip(folders, [brightness(32, 1.0), brightness(48, 8.0)], strict=True))
+    monkeypatch.setattr(comparing, "load", lambda folder, device: detectors[folder])
+    monkeypatch.setattr(comparing, "read_config", lambda folder: {"notes": notes[folder]})
+    return SimpleNamespace(root=root, images=images, folders=folders, notes=notes, detectors=detectors)
+
+
+def test_rounds_are_compared_on_feedback_pictures_and_the_test_split_is_not_read(place):
+    for image in place.images:
+        if image.split == "test":
+            Path(image.path).unlink()
+    rows = comparing.compare(*place.folders, resamples=50)
+    found = {row["metric"]: row for row in rows}
+    assert {row["category"] for row in rows} == {"part"}
+    assert found["pixel_ap"]["difference"] > 0.2 and found["pixel_ap"]["low"] > 0
+    table = comparison_table(rows)
+    assert len(table.splitlines()) == 1 + len(rows) and "image_auroc" in table
+
+
+def test_a_folder_with_pictures_of_the_test_split_loses_them(place, capsys):
+    seen = []
+    scorer = place.detectors[place.folders[0]]
+    extract = scorer.extract
+    scorer.extract = lambda images: seen.append(len(images)) or extract(images)
+    comparing.compare(*place.folders, data=place.root, resamples=20)
+    splits = [image.split for image in place.images]
+    assert sum(seen) == splits.count("feedback")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{splits.count('test')} of {24} pictures are left out" in said
+
+
+def test_what_cannot_be_compared_is_a_usage_error(place, tmp_path):
+    first, second = place.folders
+    loose = tmp_path / "loose"
+    place.detectors[loose], place.notes[loose] = brightness(32, 1.0), {}
+    with pytest.raises(UsageError, match="--data FOLDER"):
+        comparing.compare(loose, first)
+    place.detectors[second] = brightness(32, 1.0, categories=("nut",))
+    with pytest.raises(UsageError, match="trained on nut, not on part"):
+        comparing.compare(first, second)
+    other = tmp_path / "v/rounds/000/detectors/brightness"
+    swapped = [replace(i, split="test") if i.split == "feedback" else i for i in place.images]
+    Workspace(str(tmp_path / "v")).write_table("images.parquet", to_table(swapped, IMAGES))
+    place.detectors[other], place.notes[other] = brightness(32, 1.0), {}
+    with pytest.raises(UsageError, match="in the test split for the second"):
+        comparing.compare(first, other)
+
+
+@pytest.mark.parametrize("tiles", [(None, None), (0.25, None), (0.25, 0.5)])
+def test_maps_are_compared_at_one_size(place, tiles, monkeypatch):
+    for folder, overlap in zip(place.folders, tiles, strict=True):
+        place.notes[folder] = {"tiles": overlap, "max_side": 80}
+    shapes = []
+    monkeypatch.setattr(
+        comparing,
+        "compare_results",
+        lambda a, b, resamples: shapes.extend((e.map.shape, e.mask.shape) for e in (*a, *b)) or [],
+    )
+    comparing.compare(*place.folders)
+    expected = (48, 48) if tiles == (None, None) else (53, 80)
+    assert set(shapes) == {(expected, expected)}

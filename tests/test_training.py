@@ -338,6 +338,39 @@ def test_judged_pictures_become_rows_of_the_tables(tmp_path, trained):
     assert to_table(scores, SCORES)["label"].to_pylist() == [0] * 4 + [1] * 6
 
 
+def test_alarms_are_counted_at_the_threshold(tmp_path):
+    """4 good pictures, of which 1 raises an alarm; 3 holes, of which 2 do; 2 stains, of which none does."""
+    defects = ["good"] * 4 + ["hole"] * 3 + ["stain"] * 2
+    scores = [0.1, 0.2, 0.5, 0.9, 0.8, 0.7, 0.3, 0.1, 0.2]
+    images = [row(tmp_path, i, defect) for i, defect in enumerate(defects)]
+    judged = [replace(perfect(i, truth(i, 64)), score=s) for i, s in zip(images, scores, strict=True)]
+    rows = figures(
+        judged, round_=0, detector="d", split="feedback", training_seed=0, resamples=9, thresholds={"a": 0.5}
+    )
+    found = {
+        (r["category"], r["defect"], r["metric"]): r["value"]
+        for r in rows
+        if r["metric"] in ("image_fpr", "image_recall")
+    }
+    assert found == {
+        ("a", "all", "image_fpr"): 0.25, ("mean", "all", "image_fpr"): 0.25,
+        ("a", "all", "image_recall"): pytest.approx(2 / 5),
+        ("mean", "all", "image_recall"): pytest.approx(2 / 5),
+        ("a", "hole", "image_recall"): pytest.approx(2 / 3), ("a", "stain", "image_recall"): 0,
+    }  # fmt: skip
+    none = next(r for r in rows if (r["defect"], r["metric"]) == ("stain", "image_recall"))
+    assert none["low"] is None  # none of two is no proof that none ever will
+
+
+def test_good_pictures_alone_tell_of_false_alarms(tmp_path):
+    judged = [replace(perfect(i, truth(i, 64)), score=s) for s, i in enumerate([row(tmp_path, 0)])]
+    (one, mean) = figures(
+        judged, round_=0, detector="d", split="feedback", training_seed=0, thresholds={"a": -1.0}
+    )
+    assert (one["category"], one["metric"], one["value"]) == ("a", "image_fpr", 1.0)
+    assert mean["category"] == "mean"
+
+
 def perfect(image: Image, mask, ignore=None, wrong=None) -> Judged:
     scores = mask.astype(np.float32) if mask is not None else np.zeros((64, 64), np.float32)
     if wrong is not None:
