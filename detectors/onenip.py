@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detectors.protocol import Batch, Method, Settings
+from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from manifests.errors import UsageError
 
@@ -292,7 +292,7 @@ class OneNIP(nn.Module):
         """½·rec + ½·κ·ref, and the largest mean of 16×16 pixels of it (core.md 4.6)."""
         rec, ref = self.parts(batch)
         maps = 0.5 * rec + 0.5 * self.calibration.get("kappa", 1.0) * ref
-        return F.avg_pool2d(maps[:, None], POOL, stride=1).amax(dim=(1, 2, 3)), maps
+        return F.avg_pool2d(counted(maps, batch)[:, None], POOL, stride=1).amax(dim=(1, 2, 3)), maps
 
     @torch.inference_mode()
     def parts(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from detectors.protocol import Detector
 from manifests.pictures import has_saturations, load, load_defects, load_location, load_mask, shrunk
@@ -64,6 +65,7 @@ def predict(
     pictures: Iterable[np.ndarray],
     categories: Iterable[str] | None = None,
     tiles: float | None = None,
+    ignore: Iterable[np.ndarray | None] | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Scores and maps (float32, size×size), one a picture, in order.
 
@@ -72,34 +74,43 @@ def predict(
         categories: one a picture; needed by some settings of some detectors.
         tiles: overlap of the tiles in which pictures larger than the input are scored: the picture's score is
             then that of its worst tile, its map has the picture's size. None: whole pictures, resized.
+        ignore: bool, of the map's shape, or None; one a picture: True places raise no picture's score.
     """
     names = iter(categories) if categories is not None else None
+    skipped = iter(ignore) if ignore is not None else None
     if tiles is not None:
         for picture in pictures:
-            yield _predict_tiled(detector, picture, next(names) if names is not None else None, tiles)
+            name = next(names) if names is not None else None
+            yield _predict_tiled(detector, picture, name, tiles, next(skipped) if skipped else None)
         return
+    nothing = np.zeros((detector.settings.size,) * 2, bool)
     for chunk in chunks(pictures, CHUNK):
         batch: dict[str, Any] = {"features": extract(detector, chunk)}
         if names is not None:
             batch["category"] = [next(names) for _ in chunk]
+        places = [next(skipped) for _ in chunk] if skipped is not None else []
+        if any(mask is not None for mask in places):
+            stacked = np.stack([nothing if mask is None else mask for mask in places])
+            batch["ignore"] = torch.from_numpy(stacked)
         scores, maps = detector.score(batch)
         yield from zip(scores.tolist(), maps.float().cpu().numpy(), strict=True)
 
 
 def _predict_tiled(
-    detector: Detector, picture: np.ndarray, category: str | None, overlap: float
+    detector: Detector,
+    picture: np.ndarray,
+    category: str | None,
+    overlap: float,
+    ignore: np.ndarray | None,
 ) -> tuple[float, np.ndarray]:
     shape, size = picture.shape[:2], detector.settings.size
-    at = windows(shape, size, overlap)
-    found = list(
-        predict(
-            detector,
-            (window.of(picture) for window in at),
-            None if category is None else [category] * len(at),
-        )
-    )
+    categories = [category] if category is not None else None
     if not is_tiled(shape, size):
-        return found[0]
+        return next(predict(detector, [picture], categories, ignore=[ignore]))
+    at = windows(shape, size, overlap)
+    skipped = None if ignore is None else [small_mask(window.of(ignore), size) for window in at]
+    tiles = (window.of(picture) for window in at)
+    found = list(predict(detector, tiles, categories and categories * len(at), ignore=skipped))
     return max(score for score, _ in found), blend((scores for _, scores in found), at, shape)
 
 
@@ -140,15 +151,14 @@ def judge(
     """
     size = detector.settings.size
     pictures = (disturb(load(image, max_side=max_side), stress, image.image_id) for image in images)
-    found = predict(detector, pictures, [image.category for image in images], tiles)
+    skipped = [ignored(image, map_shape(image, size, max_side, tiles), stress) for image in images]
+    found = predict(detector, pictures, [image.category for image in images], tiles, skipped)
     judged = []
-    for image, (score, scores) in zip(images, found, strict=True):
-        shape = shape_of(image) if shape_of is not None else map_shape(image, size, max_side, tiles)
+    for image, ignore, (score, scores) in zip(images, skipped, found, strict=True):
+        shape = shape_of(image) if shape_of is not None else scores.shape
         if scores.shape != shape:
-            scores = at_size(scores, *shape)
-        judged.append(
-            Judged(image, score, scores, truth(image, shape, stress), ignored(image, shape, stress))
-        )
+            scores, ignore = at_size(scores, *shape), ignored(image, shape, stress)
+        judged.append(Judged(image, score, scores, truth(image, shape, stress), ignore))
         if on_picture:
             on_picture(len(judged), len(images))
     return judged

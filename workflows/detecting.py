@@ -20,7 +20,7 @@ from manifests.schema import GOOD, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import checkpoints
 from training.components import component_contrast, component_recall, label_components
-from training.evaluation import Judged, figures, judge, predict, score_rows
+from training.evaluation import Judged, figures, ignored, judge, predict, score_rows
 from training.fitting import Normal
 from training.fitting import train as fit_detector
 from training.loading import Sample, ShardFile, read_samples, small_mask
@@ -144,14 +144,18 @@ def calibration_normals(round_: Round, train_normals: Sequence[Normal], advance:
         for k in range(max(0, FEW - have)):
             source = own[k % len(own)]
             flip = source.pixels[:, ::-1] if k // len(own) % 2 == 0 else source.pixels[::-1]
-            normals.append(Normal(source.image_id, category, np.ascontiguousarray(flip)))
+            ignore = source.ignore
+            if ignore is not None:
+                ignore = ignore[:, ::-1] if k // len(own) % 2 == 0 else ignore[::-1]
+            normals.append(Normal(source.image_id, category, np.ascontiguousarray(flip), ignore))
     return normals
 
 
 def _normals(images: Sequence[Image], max_side: int | None, advance: Any) -> list[Normal]:
     normals = []
     for image in images:
-        normals.append(Normal(image.image_id, image.category, load(image, max_side=max_side)))
+        pixels = load(image, max_side=max_side)
+        normals.append(Normal(image.image_id, image.category, pixels, ignored(image, pixels.shape[:2])))
         advance(1)
     return normals
 
@@ -274,11 +278,25 @@ def alarm_thresholds(
 ) -> dict[str, tuple[float, float]]:
     """By category: the stated quantile of calibration normals' (picture scores, map values)."""
     quantile, tiles = round_.config.evaluation.quantile, round_.config.detector.tiles
-    found = list(predict(detector, [n.pixels for n in normals], [n.category for n in normals], tiles))
+    size = detector.settings.size
+    places: list[np.ndarray | None] = []
+    for normal in normals:
+        shape = normal.pixels.shape[:2]
+        tiled = tiles is not None and is_tiled(shape, size)
+        ignore = normal.ignore
+        places.append(ignore if ignore is None else small_mask(ignore, shape if tiled else size))
+    pictures, names = [normal.pixels for normal in normals], [normal.category for normal in normals]
+    found = list(predict(detector, pictures, names, tiles, places))
     thresholds = {}
-    for category in sorted({normal.category for normal in normals}):
-        own = [result for normal, result in zip(normals, found, strict=True) if normal.category == category]
-        maps = np.concatenate([scores.ravel() for _, scores in own])
+    for category in sorted(set(names)):
+        own = [result for name, result in zip(names, found, strict=True) if name == category]
+        skipped = [place for name, place in zip(names, places, strict=True) if name == category]
+        maps = np.concatenate(
+            [
+                scores.ravel() if skip is None else scores[~skip]
+                for (_, scores), skip in zip(own, skipped, strict=True)
+            ]
+        )
         thresholds[category] = (
             float(np.quantile([score for score, _ in own], quantile)),
             float(np.quantile(maps, quantile)),
