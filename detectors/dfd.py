@@ -38,7 +38,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from detectors.patches import STRIDES, pack, tap_shapes, to_maps, unpack
-from detectors.protocol import Batch, Method, Settings
+from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from generation.feature.operators import gaussian
 from manifests.errors import UsageError
@@ -313,7 +313,7 @@ class DFD(nn.Module):
         one batch; a batch of one picture has no range, and its score is 0. ``threshold`` then says little.
         """
         maps = self.path_maps(batch["features"])
-        scores = maps.amax(dim=(2, 3))
+        scores = torch.stack([counted(path, batch).amax(dim=(1, 2)) for path in maps])
         if self.settings.normalise == "batch":
             scores, maps = _leaking(scores, maps)
         else:

@@ -84,6 +84,7 @@ class MemoryBank(nn.Module):
         self.calibration: dict[str, float] = {}
         self._backbone = backbone
         self.shapes = tap_shapes(backbone, settings.size)
+        self.grid = self.shapes[0][1:]
         channels, rows = backbone.channels, len(self.categories)
         self.register_buffer("bank", torch.zeros(rows, settings.coreset, channels, dtype=torch.float16))
         self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # patches in each row of bank
@@ -129,7 +130,12 @@ class MemoryBank(nn.Module):
         Pictures are compared one by one, so that none depends on what it is scored with.
         """
         names = batch.get("category") or [None] * len(batch["features"])
-        found = [self._score(row[None], name) for row, name in zip(batch["features"], names, strict=True)]
+        ignored = batch.get("ignore")
+        skipped = [None] * len(names) if ignored is None else [patches_in(one, self.grid) for one in ignored]
+        found = [
+            self._score(row[None], name, skip)
+            for row, name, skip in zip(batch["features"], names, skipped, strict=True)
+        ]
         scores, distances = (torch.stack(parts) for parts in zip(*found, strict=True))
         return scores, to_maps(distances, self.settings.size)
 
@@ -141,16 +147,14 @@ class MemoryBank(nn.Module):
         scores = torch.cat([self.score(batch)[0] for batch in normals])
         self.calibration = {"threshold": torch.quantile(scores, QUANTILE).item()}
 
-    def _score(self, features: Tensor, category: str | None) -> tuple[Tensor, Tensor]:
-        """Score and distances h×w of one picture."""
-        patches, bank = self._patches(features)[0], self._bank(category)
-        distances, nearest = torch.cdist(patches, bank).min(dim=1)
-        place = distances.argmax()
-        score = distances[place]
-        count = min(self.settings.neighbours, len(bank))
-        if count > 1:
+    def _score(self, features: Tensor, category: str | None, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Score and distances h×w of one picture; the score is not read from the patches ``skip``, bool
+        h×w.""" patches, bank = self._patches(features)[0], self._bank(category) distances, nearest =
+        torch.cdist(patches, bank).min(dim=1) place = (distances if skip is None else distances -
+        distances.max() * skip.flatten()).argmax() score = distances[place] count =
+        min(self.settings.neighbours, len(bank)) if count > 1:
             score = score * novelty(patches[place], bank[nearest[place]], bank, count)
-        return score, distances.view(self.shapes[0][1:])
+        return score, distances.view(self.grid)
 
     def _patches(self, features: Tensor) -> Tensor:
         """N×P packed taps to float32 patch features N×T×C."""
@@ -167,6 +171,12 @@ class MemoryBank(nn.Module):
             )
         row = self.categories.index(category)
         return self.bank[row, : self.filled[row]].float()
+
+
+def patches_in(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The patches all of whose pixels lie in a mask: bool H×W to bool h×w."""
+    outside = F.adaptive_max_pool2d((~mask).float()[None, None], grid)[0, 0]
+    return (outside == 0).to(mask.device)
 
 
 def novelty(patch: Tensor, nearest: Tensor, bank: Tensor, count: int) -> Tensor:

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from detectors.coreset import k_centre
-from detectors.protocol import Batch, Method, Settings
+from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from generation.feature.operators import jitter
 from manifests.errors import UsageError
@@ -310,7 +310,7 @@ class OneNIP(nn.Module):
         """½·rec + ½·κ·ref, and the largest mean of 16×16 pixels of it (core.md 4.6)."""
         rec, ref = self.parts(batch)
         maps = 0.5 * rec + 0.5 * self.calibration.get("kappa", 1.0) * ref
-        return F.avg_pool2d(maps[:, None], POOL, stride=1).amax(dim=(1, 2, 3)), maps
+        return F.avg_pool2d(counted(maps, batch)[:, None], POOL, stride=1).amax(dim=(1, 2, 3)), maps
 
     @torch.inference_mode()
     def parts(self, batch: Batch) -> tuple[Tensor, Tensor]:

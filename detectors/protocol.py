@@ -102,7 +102,9 @@ class Detector(Protocol):
         """Scores (float32, B) and maps (float32, B×size×size), higher = more anomalous.
 
         Args:
-            batch: ``features`` of B pictures; ``category``: list of B names, where the settings need it.
+            batch: ``features`` of B pictures; ``category``: list of B names, where the settings need it;
+                ``ignore``, not always there: bool B×size×size, places that may raise no score (see
+                :func:`counted`).
         """
 
     def calibrate(self, normals: Sequence[Batch]) -> None:
@@ -133,6 +135,16 @@ class Method:
     settings: type[Settings]
     presets: Mapping[str, Mapping[str, Any]]
     build: Callable[[Any, Sequence[str], Any], Detector]
+
+
+def counted(maps: Tensor, batch: Batch) -> Tensor:
+    """Maps B×size×size from which a picture's score is read: ignored places are as low as the lowest other
+    place of their picture."""
+    if "ignore" not in batch:
+        return maps
+    ignore = batch["ignore"].to(maps.device)
+    lowest = maps.masked_fill(ignore, float("inf")).amin(dim=(1, 2), keepdim=True)
+    return maps.where(~ignore, lowest.where(lowest.isfinite(), maps.amin(dim=(1, 2), keepdim=True)))
 
 
 def names() -> list[str]:

@@ -41,7 +41,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from detectors.protocol import Batch, Method, Settings
+from detectors.protocol import Batch, Method, Settings, counted
 from generation.cut.checkpoints import POCKET
 from generation.cut.clip import Clip, load_clip
 from generation.cut.prompts import fill, load_bank
@@ -278,7 +278,7 @@ class Vlad(nn.Module):
         """½·(p_cls + max S) and ½·S, with S in units that normals hardly reach (core.md 2.2)."""
         p_cls, branches = self.parts(batch)
         maps = 0.5 * self._fused(branches) / self.calibration.get("unit", 1.0)
-        return 0.5 * p_cls + maps.amax(dim=(1, 2)), maps
+        return 0.5 * p_cls + counted(maps, batch).amax(dim=(1, 2)), maps
 
     @torch.inference_mode()
     def parts(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

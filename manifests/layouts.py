@@ -3,8 +3,9 @@
 Nothing is decoded here. Every listing is in an order of its own names, never of the directory.
 
 * ``mvtec``: any folder below the path that holds ``train/good`` is a category; ``test/good`` and
-  ``test/<defect>`` beside it are judged; masks are ``ground_truth/<defect>/<stem>_mask.png`` or
-  ``<stem>.png``.
+  ``test/<defect>`` beside it are judged; masks are ``ground_truth/<defect>/<stem>_mask.png``,
+  ``<stem>.png``, or, as in MVTec LOCO, all pictures in ``<stem>/``, one a defect. Where there is
+  ``validation/good``, it is the calibration split and all of ``train/good`` the train split.
 * ``folder``: every picture below the path is a normal one.
 * ``list``: CSV, JSONL or Parquet with the column ``path`` and, where wanted, ``category, defect, mask_path,
   split, group, licence, mm_per_pixel``; paths are relative to the list. ``split`` is ``train`` or ``test``
@@ -215,7 +216,8 @@ def _list_mvtec(path: str, category: str | None) -> Listing:
         outside -= _list_category(top, root, category or name, result, ignored)
     result.problems.extend(_ignored(path, ignored))
     if outside:
-        what = f"{outside} pictures outside train/{GOOD}, test/* and ground_truth/* are ignored"
+        places = f"train/{GOOD}, validation/{GOOD}, test/* and ground_truth/*"
+        what = f"{outside} pictures outside {places} are ignored"
         result.problems.append(
             Problem("warning", path, what, "name them as a source of their own if they matter")
         )
@@ -229,9 +231,12 @@ def _list_category(top: Path, root: Path, category: str, result: Listing, ignore
         for file in _pictures_below(root, Path("ground_truth"), ignored)
     }
     unused = set(masks)
-    pictures = _pictures_below(root, Path("train", GOOD), ignored) + _pictures_below(
-        root, Path("test"), ignored
-    )
+    in_folders: dict[Path, list[Path]] = defaultdict(list)
+    for key in masks:
+        in_folders[key.parent].append(key)
+    validation = _pictures_below(root, Path("validation", GOOD), ignored)
+    pictures = _pictures_below(root, Path("train", GOOD), ignored) + validation
+    pictures += _pictures_below(root, Path("test"), ignored)
     for file in pictures:
         split, defect = file.parts[:2]
         if len(file.parts) < 3:
@@ -246,8 +251,14 @@ def _list_category(top: Path, root: Path, category: str, result: Listing, ignore
         ]
         unused.difference_update(named[:1])
         mask = str(root / masks[named[0]]) if named else None
+        if split == "test" and not named and stem in in_folders:
+            unused.difference_update(in_folders[stem])
+            mask = str(root / "ground_truth" / stem)
         relative = (root / file).relative_to(top).as_posix()
-        result.found.append(Found(str(root / file), relative, category, defect, split, mask))
+        if split == "validation":
+            split = "calibration"
+        final = bool(validation) and split != "test"
+        result.found.append(Found(str(root / file), relative, category, defect, split, mask, final))
     for key in sorted(unused):
         what = f"a mask without picture: test/{key.as_posix().removesuffix('_mask')}.* is missing"
         result.problems.append(

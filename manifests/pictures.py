@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from manifests.schema import GOOD, Image
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
+DEFECTS_CONFIG = "defects_config.json"
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # MPO comes with JPEG
@@ -366,14 +368,102 @@ def load_mask(image: Image, max_side: int | None = None) -> np.ndarray:
             f"{image.path}: a defect picture without mask; only image-level figures are possible"
         )
     if image.mask_path is None:
-        return np.zeros(_shrunk(shape, max_side), bool)
+        return np.zeros(shrunk(shape, max_side), bool)
     turned = orientation_of(_unchanged(image), name=image.path)
-    mask = decode_mask(read_bytes(image.mask_path), name=image.mask_path, shape=shape, orientation=turned)
-    if _shrunk(shape, max_side) == shape:
+    mask = read_mask(image.mask_path, shape, turned)
+    if shrunk(shape, max_side) == shape:
         return mask
     share = shrink(mask.astype(np.float32)[:, :, None], max_side)[:, :, 0]
     small = share >= 0.5
     return small if small.any() else share > 0
+
+
+def read_mask(path: str, shape: tuple[int, int], orientation: int = 1) -> np.ndarray:
+    """The mask at ``path``, or, where that is a folder (MVTec LOCO), all the masks in it together.
+
+    Args:
+        shape, orientation: as for :func:`decode_mask`.
+
+    Returns:
+        bool, H×W.
+    """
+    masks = [
+        decode_mask(read_bytes(file), name=file, shape=shape, orientation=orientation)
+        for file in _mask_files(path)
+    ]
+    return np.any(masks, axis=0)
+
+
+def has_saturations(image: Image) -> bool:
+    """Whether the picture's defects are stored one by one beside a file of saturation thresholds."""
+    return image.mask_path is not None and os.path.isfile(_defects_config(image.mask_path))
+
+
+def load_defects(image: Image) -> list[tuple[np.ndarray, int]]:
+    """The defects of one picture of MVTec LOCO, at its original size, each with its saturation area.
+
+    A defect is one PNG; the value of its pixels names its entry in the category's ``defects_config.json``,
+    whose ``saturation_threshold`` is a share of the defect's area, rounded down, if ``relative_saturation``
+    is true, else a number of pixels (core.md 6.5).
+
+    Returns:
+        (bool H×W, pixels at which it counts as found, at least 1), one a defect; none for a normal picture.
+
+    Raises:
+        PictureError: a mask or the file cannot be used, or does not know a pixel value.
+    """
+    if image.mask_path is None:
+        return []
+    shape = (image.height, image.width)
+    turned = orientation_of(_unchanged(image), name=image.path)
+    thresholds = _saturations(_defects_config(image.mask_path))
+    defects = []
+    for file in _mask_files(image.mask_path):
+        data = read_bytes(file)
+        mask = decode_mask(data, name=file, shape=shape, orientation=turned)
+        with _refusing(file):
+            value = int(_split_alpha(_pixels(_open(data, file, MAX_PIXELS), data, file))[0].max())
+        if value not in thresholds:
+            known = ", ".join(map(str, sorted(thresholds)))
+            raise PictureError(
+                f"{file}: pixels of value {value}, but {DEFECTS_CONFIG} knows {known}; correct one of them"
+            )
+        threshold, relative = thresholds[value]
+        area = int(np.count_nonzero(mask))
+        defects.append((mask, max(1, int(threshold * area if relative else min(threshold, area)))))
+    return defects
+
+
+def _mask_files(path: str) -> list[str]:
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(n for n in os.listdir(path) if os.path.splitext(n)[1].lower() in EXTENSIONS)
+    if not names:
+        raise PictureError(f"{path}: no mask in the folder; draw the defect or correct the label")
+    return [os.path.join(path, name) for name in names]
+
+
+def _defects_config(mask_folder: str) -> str:
+    """``CATEGORY/defects_config.json``, of ``CATEGORY/ground_truth/DEFECT/STEM``."""
+    return os.path.join(os.path.dirname(mask_folder), "..", "..", DEFECTS_CONFIG)
+
+
+@functools.lru_cache(maxsize=64)
+def _saturations(path: str) -> dict[int, tuple[float, bool]]:
+    """By pixel value: (saturation threshold, whether it is a share of the defect's area)."""
+    try:
+        return {
+            int(entry["pixel_value"]): (
+                float(entry["saturation_threshold"]),
+                bool(entry["relative_saturation"]),
+            )
+            for entry in json.loads(read_bytes(path))
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise PictureError(
+            f"{path}: no list of pixel_value, saturation_threshold and relative_saturation "
+            f"({type(error).__name__}: {error}); restore it from the data set"
+        ) from error
 
 
 def load_location(path: str, shape: tuple[int, int]) -> np.ndarray:
@@ -424,7 +514,8 @@ def _unchanged(image: Image) -> bytes:
     return data
 
 
-def _shrunk(shape: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+def shrunk(shape: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    """The (H, W) that :func:`load` gives a picture of ``shape``."""
     longest = max(shape)
     if max_side is None or longest <= max_side:
         return shape
@@ -432,7 +523,7 @@ def _shrunk(shape: tuple[int, int], max_side: int | None) -> tuple[int, int]:
 
 
 def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
-    height, width = _shrunk(pixels.shape[:2], max_side)
+    height, width = shrunk(pixels.shape[:2], max_side)
     if (height, width) == pixels.shape[:2]:
         return pixels
     small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)

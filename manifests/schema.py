@@ -102,12 +102,12 @@ METRICS = pa.schema(
         ("detector", pa.string()),
         ("seed", pa.int64()),
         ("category", pa.string()),  # 'mean' for the unweighted mean over categories
-        ("defect", pa.string()),  # 'all' for every type together
+        ("defect", pa.string()),  # 'all' for every type together; MVTec LOCO also 'mean' over the types
         ("size", pa.string()),  # 'all', or tiny | small | large by component area
         ("split", pa.string()),  # feedback | test | heldout_synthetic
         ("metric", pa.string()),
         ("value", pa.float64()),
-        ("low", pa.float64()),
+        ("low", pa.float64()),  # of the 95 % interval; null where it is undefined
         ("high", pa.float64()),
     ]
 )
@@ -122,6 +122,22 @@ SCORES = pa.schema(
         ("split", pa.string()),
         ("label", pa.int8()),  # 1 = anomalous
         ("score", pa.float64()),
+    ]
+)
+
+STRESS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("detector", pa.string()),
+        ("seed", pa.int64()),
+        ("kind", pa.string()),  # viewpoint | light | blur
+        ("level", pa.int8()),  # 0 = undisturbed
+        ("strength", pa.float64()),  # in the unit of the kind, see training/stress.py
+        ("category", pa.string()),  # 'mean' for the unweighted mean over categories
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
     ]
 )
 

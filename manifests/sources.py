@@ -254,7 +254,7 @@ def _read(number: int, source: SourceSettings, found: Found) -> tuple[_Read | No
 
 
 def _checked_mask(found: Found, path: str, shape: tuple[int, int], orientation: int) -> str | None:
-    mask = pictures.decode_mask(pictures.read_bytes(path), name=path, shape=shape, orientation=orientation)
+    mask = pictures.read_mask(path, shape, orientation)
     if found.defect == GOOD:
         if mask.any():
             raise PictureError(f"{path}: a normal picture with a mask that is not empty; correct the label")

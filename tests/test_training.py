@@ -3,6 +3,8 @@
 import io
 import pickle
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 from detectors.onenip import OneNIPSettings
+from detectors.protocol import counted
 from manifests.errors import UsageError
-from manifests.pictures import encode, encode_mask
+from manifests.pictures import encode, encode_mask, sha256
 from manifests.schema import METRICS, SCORES, Image, to_table
 from manifests.shards import ShardError, pack, sample_json
 from training import checkpoints
@@ -20,6 +23,7 @@ from training.evaluation import Judged, at_size, figures, ignored, judge, predic
 from training.examples import Normal, collect, draw
 from training.fitting import learning_rate, train
 from training.loading import Sample, ShardFile, read_samples, small_mask
+from workflows.detecting import alarm_thresholds
 
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
 
@@ -304,8 +308,6 @@ def test_a_cut_file_and_an_empty_folder_are_named(tmp_path, trained):
 
 def row(tmp_path, number: int, defect: str = "good", **changes) -> Image:
     """A picture on disk; a defect is a white square, with a mask."""
-    from manifests.pictures import sha256
-
     pixels, mask = texture(number, (80, 120, 1)), np.zeros((80, 120), np.uint8)
     if defect != "good":
         mask[20:50, 30:60] = 255
@@ -354,6 +356,39 @@ def test_judged_pictures_become_rows_of_the_tables(tmp_path, trained):
     assert to_table(scores, SCORES)["label"].to_pylist() == [0] * 4 + [1] * 6
 
 
+def test_alarms_are_counted_at_the_threshold(tmp_path):
+    """4 good pictures, of which 1 raises an alarm; 3 holes, of which 2 do; 2 stains, of which none does."""
+    defects = ["good"] * 4 + ["hole"] * 3 + ["stain"] * 2
+    scores = [0.1, 0.2, 0.5, 0.9, 0.8, 0.7, 0.3, 0.1, 0.2]
+    images = [row(tmp_path, i, defect) for i, defect in enumerate(defects)]
+    judged = [replace(perfect(i, truth(i, 64)), score=s) for i, s in zip(images, scores, strict=True)]
+    rows = figures(
+        judged, round_=0, detector="d", split="feedback", training_seed=0, resamples=9, thresholds={"a": 0.5}
+    )
+    found = {
+        (r["category"], r["defect"], r["metric"]): r["value"]
+        for r in rows
+        if r["metric"] in ("image_fpr", "image_recall")
+    }
+    assert found == {
+        ("a", "all", "image_fpr"): 0.25, ("mean", "all", "image_fpr"): 0.25,
+        ("a", "all", "image_recall"): pytest.approx(2 / 5),
+        ("mean", "all", "image_recall"): pytest.approx(2 / 5),
+        ("a", "hole", "image_recall"): pytest.approx(2 / 3), ("a", "stain", "image_recall"): 0,
+    }  # fmt: skip
+    none = next(r for r in rows if (r["defect"], r["metric"]) == ("stain", "image_recall"))
+    assert none["low"] is None  # none of two is no proof that none ever will
+
+
+def test_good_pictures_alone_tell_of_false_alarms(tmp_path):
+    judged = [replace(perfect(i, truth(i, 64)), score=s) for s, i in enumerate([row(tmp_path, 0)])]
+    (one, mean) = figures(
+        judged, round_=0, detector="d", split="feedback", training_seed=0, thresholds={"a": -1.0}
+    )
+    assert (one["category"], one["metric"], one["value"]) == ("a", "image_fpr", 1.0)
+    assert mean["category"] == "mean"
+
+
 def perfect(image: Image, mask, ignore=None, wrong=None) -> Judged:
     scores = mask.astype(np.float32) if mask is not None else np.zeros((64, 64), np.float32)
     if wrong is not None:
@@ -377,6 +412,66 @@ def test_ignored_places_do_not_count(tmp_path):
         if (r["category"], r["size"], r["defect"]) == ("mean", "all", "all")
     }
     assert values["pixel_ap"] == values["aupro"] == 1
+
+
+def brightness(size=64):
+    """Its map is the picture's brightness, its score the largest counted value."""
+
+    def score(batch):
+        maps = batch["features"].float().mean(dim=1) / 255
+        return counted(maps, batch).amax(dim=(1, 2)), maps
+
+    return SimpleNamespace(settings=SimpleNamespace(size=size), extract=lambda x: x.float(), score=score)
+
+
+@pytest.mark.parametrize("tiles", [None, 0.25])
+def test_a_picture_gets_no_score_from_ignored_places(tmp_path, tiles):
+    roi, ignore = np.zeros((80, 120), np.uint8), np.zeros((80, 120), np.uint8)
+    roi[:, 30:] = 255
+    ignore[:40] = 255
+    places = {"roi_path": roi, "ignore_path": ignore}
+    for name, mask in places.items():
+        cv2.imwrite(str(tmp_path / f"{name}.png"), mask)
+    paths = {name: str(tmp_path / f"{name}.png") for name in places}
+    images = [row(tmp_path, 0), row(tmp_path, 1)]
+    for image, spot in zip(images, ((60, 5), (60, 100)), strict=True):  # outside the region, inside it
+        pixels = np.full((80, 120), 50, np.uint8)
+        pixels[spot[0] - 4 : spot[0] + 4, spot[1] - 4 : spot[1] + 4] = 250
+        pixels[2:12, 50:60] = 255  # in the ignore mask
+        cv2.imwrite(image.path, pixels)
+    images = [replace(i, sha256=sha256(Path(i.path).read_bytes()), **paths) for i in images]
+    low, high = (entry.score for entry in judge(brightness(), images, tiles=tiles))
+    assert low == pytest.approx(50 / 255, abs=0.01) and high == pytest.approx(250 / 255, abs=0.01)
+    plain = [replace(image, roi_path=None, ignore_path=None) for image in images]
+    assert min(entry.score for entry in judge(brightness(), plain, tiles=tiles)) > 0.99
+    assert judge(brightness(), [plain[0], images[0]], tiles=tiles)[1].score == low
+
+
+def test_onenip_reads_its_score_off_the_counted_places(trained):
+    pictures = [texture(7), texture(8)]
+    (score, scores), other = predict(trained, pictures)
+    ignore = np.zeros((64, 64), bool)
+    ignore[scores > np.quantile(scores, 0.3)] = True
+    (less, same), unchanged = predict(trained, pictures, ignore=[ignore, None])
+    np.testing.assert_array_equal(same, scores)
+    lowest = torch.from_numpy(np.where(ignore, scores[~ignore].min(), scores))
+    assert less == torch.nn.functional.avg_pool2d(lowest[None], 16, stride=1).max().item() < score
+    assert unchanged[0] == other[0]
+
+
+def test_alarm_thresholds_are_set_on_counted_places_of_normals():
+    """Every normal has a bright corner that its region of interest leaves out."""
+    pixels, ignore = np.full((80, 80, 1), 50, np.uint8), np.zeros((80, 80), bool)
+    pixels[:20, :20], ignore[:20, :20] = 255, True
+    for tiles in (None, 0.25):
+        config = SimpleNamespace(
+            evaluation=SimpleNamespace(quantile=0.99), detector=SimpleNamespace(tiles=tiles)
+        )
+        round_ = SimpleNamespace(config=config)
+        normals = [Normal("n", "a", pixels, ignore), Normal("m", "b", pixels)]
+        found = alarm_thresholds(round_, brightness(), normals)
+        assert found["a"] == pytest.approx((50 / 255, 50 / 255), abs=0.01)
+        assert found["b"] == pytest.approx((1, 1), abs=0.01)
 
 
 def test_without_masks_only_image_figures_are_given(tmp_path):

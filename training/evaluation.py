@@ -1,8 +1,9 @@
 """A trained detector on real pictures: scores and maps, and their figures as rows of the tables.
 
 Maps and masks are compared at the detector's input size; masks get there by nearest neighbour (core.md 6.2),
-and a mask that would vanish keeps every pixel it touches (inference: its picture is no normal one).
-Official figures of some data sets want the original size: :func:`at_size` brings a map there.
+and a mask that would vanish keeps every pixel it touches (inference: its picture is no normal one). With
+tiles, pictures larger than that are compared at their own size (that of ``max_side``). sPRO wants the
+original size: :func:`at_size` brings a map there.
 """
 
 from __future__ import annotations
@@ -13,14 +14,28 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from detectors.protocol import Detector
-from manifests.pictures import load, load_location, load_mask
+from manifests.pictures import has_saturations, load, load_defects, load_location, load_mask, shrunk
 from manifests.schema import GOOD, Image
 from training.components import SIZE_LIMITS, Size, label_components, size_class
 from training.examples import CHUNK, chunks, extract
-from training.intervals import Estimate, evaluate_images, evaluate_pixels, mean_estimate
+from training.intervals import (
+    Estimate,
+    evaluate_images,
+    evaluate_pixels,
+    evaluate_rate,
+    evaluate_spro,
+    mean_estimate,
+)
 from training.loading import small_mask
+from training.metrics import LogicalDefect, saturated_pixels
+from training.stress import Stress, disturb, place
+from training.tiling import blend, is_tiled, windows
+
+Shape = tuple[int, int]
+UNDISTURBED = Stress("blur", 0)
 
 
 @dataclass(frozen=True)
@@ -29,9 +44,9 @@ class Judged:
 
     Attributes:
         score: higher = more anomalous.
-        map: float32, size×size.
-        mask: bool, size×size; None if a defect picture has no mask.
-        ignore: bool, size×size; True where nothing counts; None if everything does.
+        map: float32, h×w; size×size unless the picture was scored in tiles.
+        mask: bool, h×w; None if a defect picture has no mask.
+        ignore: bool, h×w; True where nothing counts; None if everything does.
     """
 
     image: Image
@@ -46,21 +61,57 @@ class Judged:
 
 
 def predict(
-    detector: Detector, pictures: Iterable[np.ndarray], categories: Iterable[str] | None = None
+    detector: Detector,
+    pictures: Iterable[np.ndarray],
+    categories: Iterable[str] | None = None,
+    tiles: float | None = None,
+    ignore: Iterable[np.ndarray | None] | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Scores and maps (float32, size×size), one a picture, in order.
 
     Args:
         pictures: uint8, H×W×C with C = 1 or 3, any sizes; consumed a few at a time.
         categories: one a picture; needed by some settings of some detectors.
+        tiles: overlap of the tiles in which pictures larger than the input are scored: the picture's score is
+            then that of its worst tile, its map has the picture's size. None: whole pictures, resized.
+        ignore: bool, of the map's shape, or None; one a picture: True places raise no picture's score.
     """
     names = iter(categories) if categories is not None else None
+    skipped = iter(ignore) if ignore is not None else None
+    if tiles is not None:
+        for picture in pictures:
+            name = next(names) if names is not None else None
+            yield _predict_tiled(detector, picture, name, tiles, next(skipped) if skipped else None)
+        return
+    nothing = np.zeros((detector.settings.size,) * 2, bool)
     for chunk in chunks(pictures, CHUNK):
         batch: dict[str, Any] = {"features": extract(detector, chunk)}
         if names is not None:
             batch["category"] = [next(names) for _ in chunk]
+        places = [next(skipped) for _ in chunk] if skipped is not None else []
+        if any(mask is not None for mask in places):
+            stacked = np.stack([nothing if mask is None else mask for mask in places])
+            batch["ignore"] = torch.from_numpy(stacked)
         scores, maps = detector.score(batch)
         yield from zip(scores.tolist(), maps.float().cpu().numpy(), strict=True)
+
+
+def _predict_tiled(
+    detector: Detector,
+    picture: np.ndarray,
+    category: str | None,
+    overlap: float,
+    ignore: np.ndarray | None,
+) -> tuple[float, np.ndarray]:
+    shape, size = picture.shape[:2], detector.settings.size
+    categories = [category] if category is not None else None
+    if not is_tiled(shape, size):
+        return next(predict(detector, [picture], categories, ignore=[ignore]))
+    at = windows(shape, size, overlap)
+    skipped = None if ignore is None else [small_mask(window.of(ignore), size) for window in at]
+    tiles = (window.of(picture) for window in at)
+    found = list(predict(detector, tiles, categories and categories * len(at), ignore=skipped))
+    return max(score for score, _ in found), blend((scores for _, scores in found), at, shape)
 
 
 def at_size(scores: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -68,11 +119,21 @@ def at_size(scores: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(scores, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
+def map_shape(image: Image, size: int, max_side: int | None, tiles: float | None) -> Shape:
+    """(h, w) of the map that :func:`judge` gives a picture."""
+    shape = shrunk((image.height, image.width), max_side)
+    return shape if tiles is not None and is_tiled(shape, size) else (size, size)
+
+
 def judge(
     detector: Detector,
     images: Sequence[Image],
     max_side: int | None = None,
     on_picture: Callable[[int, int], None] | None = None,
+    *,
+    tiles: float | None = None,
+    stress: Stress = UNDISTURBED,
+    shape_of: Callable[[Image], Shape] | None = None,
 ) -> list[Judged]:
     """Score real pictures.
 
@@ -80,40 +141,55 @@ def judge(
         images: rows of the images table.
         max_side: as the samples were made with, so that training and test pictures have equal detail.
         on_picture: ``on_picture(done, total)``.
+        tiles: see :func:`predict`.
+        stress: what is done to the pictures first; their masks move with them.
+        shape_of: (h, w) at which a picture's map is compared with its mask, where two detectors of different
+            input sizes are; None: the map's own.
 
     Raises:
         PictureError: a picture or mask cannot be used.
     """
     size = detector.settings.size
-    pictures = (load(image, max_side=max_side) for image in images)
-    found = predict(detector, pictures, [image.category for image in images])
+    pictures = (disturb(load(image, max_side=max_side), stress, image.image_id) for image in images)
+    skipped = [ignored(image, map_shape(image, size, max_side, tiles), stress) for image in images]
+    found = predict(detector, pictures, [image.category for image in images], tiles, skipped)
     judged = []
-    for image, (score, scores) in zip(images, found, strict=True):
-        judged.append(Judged(image, score, scores, truth(image, size), ignored(image, size)))
+    for image, ignore, (score, scores) in zip(images, skipped, found, strict=True):
+        shape = shape_of(image) if shape_of is not None else scores.shape
+        if scores.shape != shape:
+            scores, ignore = at_size(scores, *shape), ignored(image, shape, stress)
+        judged.append(Judged(image, score, scores, truth(image, shape, stress), ignore))
         if on_picture:
             on_picture(len(judged), len(images))
     return judged
 
 
-def truth(image: Image, size: int) -> np.ndarray | None:
-    """The mask at size×size by nearest neighbour, bool; None for a defect picture without one."""
+def truth(image: Image, size: int | Shape, stress: Stress = UNDISTURBED) -> np.ndarray | None:
+    """The mask at size×size, or h×w, by nearest neighbour, bool; None for a defect picture without one."""
     if image.defect == GOOD:
-        return np.zeros((size, size), bool)
+        return np.zeros(_shape(size), bool)
     if image.mask_path is None:
         return None
-    return small_mask(load_mask(image), size)
+    return small_mask(place(load_mask(image), stress, image.image_id), size)
 
 
-def ignored(image: Image, size: int) -> np.ndarray | None:
-    """Where nothing counts: outside the region of interest or inside the ignore mask; bool, size×size."""
-    if image.roi_path is None and image.ignore_path is None:
+def ignored(image: Image, size: int | Shape, stress: Stress = UNDISTURBED) -> np.ndarray | None:
+    """Where nothing counts: outside the region of interest, inside the ignore mask, or beyond the picture's
+    border where stress moved it; bool, size×size or h×w."""
+    moved = stress.kind == "viewpoint" and stress.strength > 0
+    if image.roi_path is None and image.ignore_path is None and not moved:
         return None
-    skipped = np.zeros((size, size), bool)
+    shape = (image.height, image.width) if moved else _shape(size)  # moved in the picture's aspect
+    skipped = np.zeros(shape, bool)
     if image.roi_path is not None:
-        skipped |= ~load_location(image.roi_path, (size, size))
+        skipped |= ~load_location(image.roi_path, shape)
     if image.ignore_path is not None:
-        skipped |= load_location(image.ignore_path, (size, size))
-    return skipped
+        skipped |= load_location(image.ignore_path, shape)
+    return small_mask(place(skipped, stress, image.image_id, outside=True), size) if moved else skipped
+
+
+def _shape(size: int | Shape) -> Shape:
+    return (size, size) if isinstance(size, int) else size
 
 
 def figures(
@@ -124,6 +200,7 @@ def figures(
     split: str,
     training_seed: int,
     resamples: int = 300,
+    thresholds: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the metrics table.
 
@@ -132,6 +209,13 @@ def figures(
     defects and for each size. Pixel figures are given where every defect picture of a category has a mask, so
     that they speak of the same pictures as the image figures. Undefined figures (no defect, no good picture)
     give no row. Intervals resample the images' ``group``.
+
+    Where all defects of a category have saturation thresholds (MVTec LOCO), ``spro`` is given for each type,
+    their mean as ``defect='all'``, and, with ``defect='mean'``, the types' mean of ``image_auroc`` (core.md
+    6.5).
+
+    With alarm ``thresholds`` of picture scores by category: ``image_fpr``, the share of good pictures above
+    it, and ``image_recall``, the share of defect pictures above it.
     """
     rows: dict[tuple[str, str, str], dict[str, Estimate]] = {}
     categories = sorted({entry.image.category for entry in judged})
@@ -139,19 +223,19 @@ def figures(
         own = [entry for entry in judged if entry.image.category == category]
         for (defect, size), estimates in _category(own, number, resamples).items():
             rows[category, defect, size] = estimates
-    for size in ("all", *SIZE_LIMITS):
-        shares = [rows[name, "all", size] for name in categories if (name, "all", size) in rows]
-        metrics = sorted({metric for share in shares for metric in share})
-        rows["mean", "all", size] = {
-            metric: mean_estimate([share[metric] for share in shares if metric in share])
-            for metric in metrics
-        }
+        if thresholds is not None:
+            for defect, estimates in _alarms(own, thresholds[category], number, resamples).items():
+                key = (category, defect, "all")
+                rows[key] = rows.get(key, {}) | estimates
+    for defect, size in (("all", "all"), *(("all", size) for size in SIZE_LIMITS), ("mean", "all")):
+        shares = [rows[name, defect, size] for name in categories if (name, defect, size) in rows]
+        rows["mean", defect, size] = mean_estimates(shares)
     table = []
     for (category, defect, size), estimates in rows.items():
         for metric, estimate in estimates.items():
             if np.isnan(estimate.value):
                 continue
-            low, high = estimate.interval
+            low, high = ends(estimate)
             table.append(
                 {
                     "round": round_,
@@ -168,6 +252,20 @@ def figures(
                 }
             )
     return table
+
+
+def ends(estimate: Estimate) -> tuple[float | None, float | None]:
+    """Of the interval, as tables store it: null where it is undefined."""
+    low, high = estimate.interval
+    return (None, None) if np.isnan(low) else (low, high)
+
+
+def mean_estimates(shares: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """By metric, the mean over those of ``shares`` that have it."""
+    metrics = sorted({metric for share in shares for metric in share})
+    return {
+        metric: mean_estimate([share[metric] for share in shares if metric in share]) for metric in metrics
+    }
 
 
 def score_rows(
@@ -189,37 +287,134 @@ def score_rows(
     ]
 
 
+def whole_category(own: Sequence[Judged], number: int, resamples: int) -> dict[str, Estimate]:
+    """Image and pixel figures of one category, all its defects together; empty without a defect.
+
+    Args:
+        number: of the category; keeps the categories' resamples apart. The same pictures in the same order
+            have the same draws, whatever the detector.
+    """
+    if not any(entry.anomalous for entry in own):
+        return {}
+    return _whole(_good_first(own), _masked(own), resamples, _seed(number))
+
+
+def spro_figures(own: Sequence[Judged], number: int, resamples: int) -> dict[str, Estimate]:
+    """sPRO of one category by defect type, their mean as ``all``; empty unless all defects have thresholds.
+
+    Maps are brought to the pictures' original sizes, one picture at a time. Memory: twice the bytes of the
+    defect-free pixels as float32.
+    """
+    bad = [entry for entry in own if entry.anomalous]
+    if not bad or not all(has_saturations(entry.image) for entry in bad):
+        return {}
+    own = _good_first(own)
+    pixels = []
+    for entry in own:
+        shape = (entry.image.height, entry.image.width)
+        defects = [LogicalDefect(mask, area) for mask, area in load_defects(entry.image)]
+        pixels.append(saturated_pixels(at_size(entry.map, *shape), defects, ignored(entry.image, shape)))
+    return evaluate_spro(
+        pixels,
+        [entry.image.defect for entry in own],
+        [entry.image.group for entry in own],
+        resamples=resamples,
+        seed=_seed(number),
+    )
+
+
+def _good_first(own: Sequence[Judged]) -> list[Judged]:
+    """The order in which groups are numbered, and so drawn."""
+    return sorted(own, key=lambda entry: entry.anomalous)
+
+
+def _seed(number: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(0, spawn_key=(number,))
+
+
+def _masked(own: Sequence[Judged]) -> bool:
+    return all(entry.mask is not None for entry in own)
+
+
 def _category(
     own: Sequence[Judged], number: int, resamples: int
 ) -> Mapping[tuple[str, str], dict[str, Estimate]]:
     """Estimates of one category by (defect, size). ``number`` keeps the categories' resamples apart."""
     found: dict[tuple[str, str], dict[str, Estimate]] = {}
+    own = _good_first(own)
     good = [entry for entry in own if not entry.anomalous]
     bad = [entry for entry in own if entry.anomalous]
     if not bad:
         return found
-    seed = np.random.SeedSequence(0, spawn_key=(number,))
-    masked = all(entry.mask is not None for entry in bad)
+    seed, masked = _seed(number), _masked(own)
     for defect in ["all", *sorted({entry.image.defect for entry in bad})]:
         chosen = good + [entry for entry in bad if defect in ("all", entry.image.defect)]
-        estimates: dict[str, Estimate] = {}
-        if good:
-            estimates |= evaluate_images(
-                np.array([entry.score for entry in chosen]),
-                np.array([entry.anomalous for entry in chosen]),
-                [entry.image.group for entry in chosen],
-                resamples=resamples,
-                seed=seed,
-            )
-        if masked:
-            estimates |= _pixels(chosen, "all", resamples, seed)
-        found[defect, "all"] = estimates
+        found[defect, "all"] = _whole(chosen, masked, resamples, seed)
     if masked:
         masks = [entry.mask for entry in bad if entry.mask is not None]
         areas = [area / mask.size for mask in masks for area in label_components(mask)[1]]
         for size in sorted({size_class(area) for area in areas}):
             found["all", size] = _pixels(own, size, resamples, seed)
+    saturated = spro_figures(own, number, resamples)
+    for defect, estimate in saturated.items():
+        found[defect, "all"] |= {"spro": estimate}
+    if saturated and good:
+        defects = np.array([entry.image.defect for entry in own])
+        types = [
+            _images(own, resamples, seed, (defects == GOOD) | (defects == name))["image_auroc"]
+            for name in sorted(set(defects) - {GOOD})
+        ]
+        found["mean", "all"] = {"image_auroc": mean_estimate(types)}
     return found
+
+
+def _alarms(
+    own: Sequence[Judged], threshold: float, number: int, resamples: int
+) -> dict[str, dict[str, Estimate]]:
+    """By defect name: shares of good (all) and of defect pictures that score above the threshold."""
+
+    def rate(chosen: Sequence[Judged]) -> Estimate:
+        return evaluate_rate(
+            np.array([entry.score > threshold for entry in chosen]),
+            [entry.image.group for entry in chosen],
+            resamples=resamples,
+            seed=_seed(number),
+        )
+
+    bad = [entry for entry in own if entry.anomalous]
+    found = {"all": {"image_fpr": rate([entry for entry in own if not entry.anomalous])}}
+    found["all"]["image_recall"] = rate(bad)
+    for defect in sorted({entry.image.defect for entry in bad}):
+        found[defect] = {"image_recall": rate([entry for entry in bad if entry.image.defect == defect])}
+    return found
+
+
+def _whole(
+    chosen: Sequence[Judged], masked: bool, resamples: int, seed: np.random.SeedSequence
+) -> dict[str, Estimate]:
+    """Image figures where there is a good picture, pixel figures where there are masks."""
+    estimates: dict[str, Estimate] = {}
+    if not all(entry.anomalous for entry in chosen):
+        estimates |= _images(chosen, resamples, seed)
+    if masked:
+        estimates |= _pixels(chosen, "all", resamples, seed)
+    return estimates
+
+
+def _images(
+    chosen: Sequence[Judged],
+    resamples: int,
+    seed: np.random.SeedSequence,
+    counted: np.ndarray | None = None,
+) -> dict[str, Estimate]:
+    return evaluate_images(
+        np.array([entry.score for entry in chosen]),
+        np.array([entry.anomalous for entry in chosen]),
+        [entry.image.group for entry in chosen],
+        counted=counted,
+        resamples=resamples,
+        seed=seed,
+    )
 
 
 def _pixels(

@@ -33,11 +33,12 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Normal:
-    """A picture of a good part: uint8, H×W×C."""
+    """A picture of a good part: uint8, H×W×C; ``ignore``: bool H×W, where nothing counts, or None."""
 
     image_id: str
     category: str
     pixels: np.ndarray
+    ignore: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from manifests.schema import GOOD
 from training.components import Size
 from training.metrics import (
     IMAGE_METRICS,
     PIXEL_METRICS,
+    SPRO_FPR_LIMIT,
     MetricsError,
+    SaturatedPixels,
     check_maps,
     check_scores,
     image_metrics,
+    rank_saturated,
     ranked_metrics,
 )
 from training.ranking import (
@@ -72,7 +76,8 @@ class Estimate:
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     """Unweighted mean, e.g. over categories; undefined ones are left out (core.md 6.1 and 6.6).
 
-    The estimates must come from different seeds (a spawn key each) and equally many resamples.
+    The estimates must come from different seeds (a spawn key each), or from the same draws of the same
+    groups, and equally many resamples.
 
     >>> mean_estimate([Estimate(0.5, np.array([0.4, 0.6])), Estimate(1.0, np.array([1.0, 1.0]))]).value
     0.75
@@ -84,7 +89,7 @@ def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, np.mean([estimate.resamples for estimate in defined], axis=0))
 
 
-def _group_indices(groups: Sequence[Hashable], pictures: int) -> tuple[np.ndarray, int]:
+def group_indices(groups: Sequence[Hashable], pictures: int) -> tuple[np.ndarray, int]:
     """The group (0, 1, ...) of each picture, numbered as first met, and how many there are."""
     if len(groups) != pictures:
         raise MetricsError(f"expected {pictures} groups, one a picture, found {len(groups)}")
@@ -100,7 +105,11 @@ def draw_counts(groups: int, resamples: int, seed: Seed) -> np.ndarray:
 
 
 def _resampled(
-    counts: np.ndarray, anomalous: np.ndarray, normal: np.ndarray, regions: np.ndarray
+    counts: np.ndarray,
+    anomalous: np.ndarray,
+    normal: np.ndarray,
+    regions: np.ndarray,
+    fpr_limit: float = FPR_LIMIT,
 ) -> Iterator[Figures]:
     """Figures of the resamples, some at a time.
 
@@ -116,7 +125,7 @@ def _resampled(
         defined = (totals[0] > 0) & (totals[1] > 0)
         found_all, false_all, components = (np.where(defined, total, 1.0) for total in totals)
         steps = steps_from_counts(found, false, overlap / np.maximum(components, 1e-12))
-        result = figures(steps, found_all, false_all, FPR_LIMIT)
+        result = figures(steps, found_all, false_all, fpr_limit)
         yield Figures(*(np.where(defined[:, 0], values, np.nan) for values in result))
 
 
@@ -136,6 +145,7 @@ def evaluate_images(
     labels: np.ndarray,
     groups: Sequence[Hashable],
     *,
+    counted: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     seed: Seed = 0,
 ) -> dict[str, Estimate]:
@@ -145,6 +155,8 @@ def evaluate_images(
         scores: N finite numbers, higher = more anomalous.
         labels: bool, N; True = anomalous.
         groups: N group names; drawn whole, with replacement. Under two groups there is no interval.
+        counted: bool N; the other pictures' groups are drawn too, so that subsets of the same pictures have
+            the same draws, but nothing else is asked of them. None: all count.
         resamples: how many.
         seed: of the resampling.
 
@@ -159,8 +171,10 @@ def evaluate_images(
     (1.0, (1.0, 1.0))
     """
     values, positive = check_scores(scores, labels)
-    index, count = _group_indices(groups, values.size)
-    exact = image_metrics(scores, labels)
+    index, count = group_indices(groups, values.size)
+    if counted is not None:
+        values, positive, index = values[counted], positive[counted], index[counted]
+    exact = image_metrics(values, positive)
     if count < 2 or np.isnan(exact["image_auroc"]):
         return _without_intervals(exact, resamples)
     distinct, rank = np.unique(values, return_inverse=True)
@@ -215,7 +229,7 @@ def evaluate_pixels(
         MetricsError: as there, or there is not one group a picture.
     """
     check_maps(maps, masks, ignore, names)
-    index, count = _group_indices(groups, len(maps))
+    index, count = group_indices(groups, len(maps))
     ranked = rank_pixels(maps, masks, ignore, size)
     exact = ranked_metrics(ranked)
     if count < 2 or np.isnan(exact["aupro"]):
@@ -229,3 +243,69 @@ def evaluate_pixels(
         regions[group] += _binned(pixels.anomalous, edges, 1 / pixels.areas[pixels.component])
     parts = list(_resampled(draw_counts(count, resamples, seed), anomalous, normal, regions))
     return _estimates(PIXEL_METRICS, exact, parts)
+
+
+def evaluate_spro(
+    pictures: Sequence[SaturatedPixels],
+    defects: Sequence[str],
+    groups: Sequence[Hashable],
+    *,
+    resamples: int = RESAMPLES,
+    seed: Seed = 0,
+) -> dict[str, Estimate]:
+    """sPRO with intervals, as MVTec LOCO reports it: of each defect type against all good pictures, and the
+    types' unweighted mean (core.md 6.5).
+
+    Args:
+        pictures: see :func:`training.metrics.saturated_pixels`.
+        defects: the defect name of each picture; ``good`` for normal ones.
+        groups, resamples, seed: as for :func:`evaluate_pixels`.
+
+    Returns:
+        Estimates by defect name, and the mean as ``all``; exact values, binned resamples.
+    """
+    index, count = group_indices(groups, len(pictures))
+    draws = draw_counts(count, resamples, seed)
+    found = {}
+    for name in sorted(set(defects) - {GOOD}):
+        own = [k for k, defect in enumerate(defects) if defect in (GOOD, name)]
+        ranked = rank_saturated([pictures[k] for k in own])
+        value = ranked_metrics(ranked, SPRO_FPR_LIMIT)["aupro"]
+        found[name] = Estimate(value, np.full(resamples, np.nan))
+        if count < 2 or np.isnan(value):
+            continue
+        edges = bin_edges(ranked)
+        anomalous, normal, regions = np.zeros((3, count, edges.size))
+        for k in own:
+            normal[index[k]] += _binned(pictures[k].normal, edges)
+            for top in pictures[k].tops:
+                share = _binned(top, edges)
+                anomalous[index[k]] += share
+                regions[index[k]] += share / top.size
+        parts = list(_resampled(draws, anomalous, normal, regions, SPRO_FPR_LIMIT))
+        found[name] = Estimate(value, np.concatenate([np.empty(0), *(part.aupro for part in parts)]))
+    return found | {"all": mean_estimate(list(found.values()))}
+
+
+def evaluate_rate(
+    hits: np.ndarray, groups: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: Seed = 0
+) -> Estimate:
+    """The share of pictures of which something holds, e.g. that they raise an alarm.
+
+    Args:
+        hits: bool, N.
+        groups, resamples, seed: as for :func:`evaluate_images`. There is no interval where it holds of all or
+            of none: resamples could not say anything else, which is no certainty.
+
+    >>> evaluate_rate(np.array([True, False, False, False]), "abcd").value
+    0.25
+    """
+    if not len(hits):
+        return Estimate(float("nan"), np.full(resamples, np.nan))
+    index, count = group_indices(groups, len(hits))
+    value = float(np.mean(hits))
+    if count < 2 or value in (0, 1):
+        return Estimate(value, np.full(resamples, np.nan))
+    draws = draw_counts(count, resamples, seed)
+    pictures = draws @ np.bincount(index, minlength=count)
+    return Estimate(value, draws @ np.bincount(index, weights=hits, minlength=count) / pictures)

@@ -112,17 +112,18 @@ def in_order(
             pool.shutdown(cancel_futures=True)
 
 
-def small_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """A mask at size×size by nearest neighbour (core.md 6.2); one that would vanish keeps every pixel it
-    touches.
+def small_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """A mask at size×size, or h×w, by nearest neighbour (core.md 6.2); one that would vanish keeps every
+    pixel it touches.
 
     Args:
         mask: bool, H×W.
     """
     levels = mask.astype(np.float32)
-    small = cv2.resize(levels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT) > 0
+    side = (size, size) if isinstance(size, int) else size[::-1]
+    small = cv2.resize(levels, side, interpolation=cv2.INTER_NEAREST_EXACT) > 0
     if mask.any() and not small.any():
-        return cv2.resize(levels, (size, size), interpolation=cv2.INTER_AREA) > 0
+        return cv2.resize(levels, side, interpolation=cv2.INTER_AREA) > 0
     return small
 
 

@@ -218,13 +218,64 @@ class LogicalDefect(NamedTuple):
     saturation: int
 
 
+class SaturatedPixels(NamedTuple):
+    """The counted pixels of one picture for sPRO.
+
+    Attributes:
+        normal: float32, rising; scores where no defect is.
+        tops: float32, rising, one a defect: the highest scores in it, as many as saturate it.
+    """
+
+    normal: np.ndarray
+    tops: tuple[np.ndarray, ...]
+
+
+def saturated_pixels(
+    scores: np.ndarray, defects: Sequence[LogicalDefect], ignore: np.ndarray | None = None
+) -> SaturatedPixels:
+    """Split a map by the defects of its picture (core.md 6.5).
+
+    Args:
+        scores: float32 H×W, at the size of the defects' masks.
+        defects: none for a good picture.
+        ignore: bool H×W, or None; True pixels count nowhere. A wholly ignored defect is left out, and one
+            with fewer counted pixels than its saturation is found when all of them are (inference).
+
+    Raises:
+        MetricsError: the map is not finite or does not fit a mask.
+    """
+    for defect in defects or [LogicalDefect(np.zeros(scores.shape, bool), 1)]:
+        check_maps([scores], [defect.mask], [ignore], None)
+    values = np.asarray(scores, np.float32)
+    counted = np.ones(values.shape, bool) if ignore is None else ~ignore
+    free = counted.copy()
+    tops = []
+    for defect in defects:
+        free &= ~defect.mask
+        inside = np.sort(values[defect.mask & counted]) + np.float32(0)
+        if inside.size:
+            tops.append(inside[-max(1, min(defect.saturation, inside.size)) :])
+    return SaturatedPixels(np.sort(values[free]), tuple(tops))
+
+
+def rank_saturated(pictures: Sequence[SaturatedPixels]) -> Ranked:
+    """All pictures' pixels, ranked for sPRO: a defect's overlap saturates, so of its pixels only the
+    ``saturation`` highest-scoring ones raise the curve.
+
+    Memory: one copy of the defect-free pixels beside those given.
+    """
+    tops = [top for picture in pictures for top in picture.tops]
+    keys = [pack(top, np.full(top.size, number, np.uint32)) for number, top in enumerate(tops)]
+    normal = np.concatenate([np.empty(0, np.float32), *(picture.normal for picture in pictures)])
+    normal.sort()
+    anomalous = np.sort(np.concatenate([np.empty(0, np.uint64), *keys]))
+    return Ranked(normal, anomalous, np.array([1.0 / (top.size * len(tops)) for top in tops]))
+
+
 def spro(
     maps: Sequence[np.ndarray], defects: Sequence[Sequence[LogicalDefect]], fpr_limit: float = SPRO_FPR_LIMIT
 ) -> float:
     """Area under the saturated per-region overlap, of MVTec LOCO (core.md 6.5), exact.
-
-    A defect's overlap saturates, so of its pixels only the ``saturation`` highest-scoring ones raise the
-    curve.
 
     Args:
         maps: float32 H×W each; resized to the original size of the picture first.
@@ -240,26 +291,8 @@ def spro(
     >>> spro([found], [[LogicalDefect(mask, saturation=4)]])
     1.0
     """
-    unions = [
-        np.any([d.mask for d in of], axis=0) if of else np.zeros(m.shape, bool)
-        for m, of in zip(maps, defects, strict=True)
-    ]
-    check_maps(maps, unions, None, None)
-    normal = np.concatenate(
-        [np.asarray(m, np.float32)[~union] for m, union in zip(maps, unions, strict=True)]
-    )
-    tops: list[np.ndarray] = []
-    weights: list[float] = []
-    for scores, of in zip(maps, defects, strict=True):
-        for defect in of:
-            saturation = max(1, min(defect.saturation, int(np.count_nonzero(defect.mask))))
-            top = np.sort(np.asarray(scores, np.float32)[defect.mask])[-saturation:] + np.float32(0)
-            tops.append(pack(top, np.full(top.size, len(weights), np.uint32)))
-            weights.append(1.0 / saturation)
-    if not _both_present(len(tops), normal.size, "pixels"):
-        return float("nan")
-    ranked = Ranked(np.sort(normal), np.sort(np.concatenate(tops)), np.array(weights) / len(weights))
-    return ranked_metrics(ranked, fpr_limit)["aupro"]
+    parts = [saturated_pixels(scores, of) for scores, of in zip(maps, defects, strict=True)]
+    return ranked_metrics(rank_saturated(parts), fpr_limit)["aupro"]
 
 
 def defect_subsets(defects: Sequence[str]) -> dict[str, np.ndarray]:

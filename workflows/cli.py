@@ -154,25 +154,59 @@ def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
         detecting.train(space, _round(space, round_))
 
 
-@app.command(epilog="Examples: flawsmith evaluate runs/bottle | flawsmith evaluate runs/bottle --final")
+@app.command(
+    epilog="Examples: flawsmith evaluate runs/bottle | flawsmith evaluate runs/bottle --stress | "
+    "flawsmith evaluate runs/bottle --final"
+)
 def evaluate(
     workspace: WorkspaceArgument,
     round_: RoundOption = None,
     final: Annotated[
         bool, typer.Option("--final", help="score the test split, once, for every round")
     ] = False,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="also with other viewpoints, uneven light and blur")
+    ] = False,
 ) -> None:
     """Judge a round's detector on the real feedback pictures, or every round on the test split (--final)."""
     from workflows import detecting
-    from workflows.tables import figures_table
+    from workflows.tables import alarms_lines, figures_table, stress_table
 
+    if final and stress:
+        raise UsageError("--stress and --final: the test split is scored as it is; name one of them")
     space = _existing(workspace)
+    split = "test" if final else "feedback"
     with space.writing():
         if final:
             detecting.evaluate_final(space)
         else:
             detecting.evaluate(space, _round(space, round_))
-    typer.echo(figures_table(space, "test" if final else "feedback"))
+        typer.echo(figures_table(space, split))
+        typer.echo(alarms_lines(space, split))
+        if stress:
+            from workflows.stressing import stress as under_stress
+
+            typer.echo(stress_table(under_stress(space, _round(space, round_))))
+
+
+@app.command(
+    epilog="Examples: flawsmith compare runs/bottle/rounds/000/detectors/onenip "
+    "runs/bottle/rounds/001/detectors/onenip | flawsmith compare A B --data pictures/bottle"
+)
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="folder of a trained detector")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another, of the same categories")],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="pictures in MVTec AD layout; default: A's feedback pictures"),
+    ] = None,
+) -> None:
+    """Is B better than A? Differences on the same pictures, their intervals, and p values of paired tests."""
+    from workflows.comparing import compare as compare_checkpoints
+    from workflows.tables import comparison_table
+
+    typer.echo(comparison_table(compare_checkpoints(first, second, data)))
+    typer.echo("p: image_auroc by DeLong's test, the rest by resampling groups; Holm over the categories")
 
 
 @app.command(epilog="Examples: flawsmith feedback runs/bottle | flawsmith feedback runs/bottle --explain")

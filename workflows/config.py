@@ -98,6 +98,13 @@ class Detector(Settings):
     name: str = "onenip"
     preset: str | None = Field(None, description="published settings to start from, e.g. paper")
     settings: dict[str, Any] = Field(default_factory=dict, description="the detector's own settings")
+    tiles: float | None = Field(
+        None,
+        ge=0,
+        le=0.75,
+        description="learn and score pictures larger than the input in tiles of its size, neighbours sharing "
+        "this much of a side; null: whole pictures, resized",
+    )
 
     def resolved(self) -> tuple[Method, DetectorSettings]:
         """The method and its settings: its defaults, then the preset, then ``settings``.

@@ -21,12 +21,13 @@ from manifests.schema import GOOD, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import checkpoints
 from training.components import component_contrast, component_recall, label_components
-from training.evaluation import Judged, figures, judge, predict, score_rows
+from training.evaluation import Judged, figures, ignored, judge, predict, score_rows
 from training.examples import Normal
 from training.fitting import processes
 from training.fitting import train as fit_detector
 from training.loading import Sample, ShardFile, in_order, read_samples, small_mask
 from training.resuming import Slot
+from training.tiling import is_tiled, tile_normals, tile_samples
 from workflows.console import progress, say
 from workflows.rounds import open_round, remember, vetoes
 from workflows.stages import Round, device, read_settings
@@ -75,11 +76,13 @@ def train(space: Workspace, number: int) -> bool:
         say(f"round {number}: {name} is trained")
         return False
     _, settings = round_.config.detector.resolved()
-    max_side = round_.config.output.max_side
+    max_side, tiles = round_.config.output.max_side, round_.config.detector.tiles
+    shrunk = settings.size if tiles is None else None
     images = [image for image in round_.images.values() if image.split == "train" and image.defect == GOOD]
     with progress(f"round {number}: reading normals", None, "pictures") as advance:
-        normals = _normals(images, max_side, settings.size, advance)
-        calibration = calibration_normals(round_, normals, settings.size, advance)
+        normals = _normals(images, max_side, shrunk, advance)
+        calibration = calibration_normals(round_, normals, shrunk, advance)
+    samples = _mix(space, round_, held=settings.patience is not None)
     with progress(f"round {number}: training {name}", settings.steps, "steps") as advance:
         done = 0
 
@@ -91,9 +94,9 @@ def train(space: Workspace, number: int) -> bool:
         detector = fit_detector(
             name,
             settings,
-            _mix(space, round_, held=settings.patience is not None),
-            normals,
-            calibration,
+            samples if tiles is None else tile_samples(samples, settings.size, tiles),
+            normals if tiles is None else list(tile_normals(normals, settings.size, tiles)),
+            calibration if tiles is None else list(tile_normals(calibration, settings.size, tiles)),
             seed=round_.config.seed,
             device=device(),
             weight=partial(_weight, round_=round_),
@@ -107,13 +110,16 @@ def train(space: Workspace, number: int) -> bool:
         )
     if not first_process:
         return True
-    for stale in ("found.parquet", "metrics.parquet", "scores.parquet"):
+    for stale in ("found.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
         space.remove(round_file(number, stale))
     licences = [image.licence for image in round_.images.values() if image.licence]
     thresholds = alarm_thresholds(round_, detector, calibration)
+    if tiles is not None:  # a picture scores as its worst tile; the detector was calibrated on single tiles
+        detector.calibration["threshold"] = max(score for score, _ in thresholds.values())
     windows = {image.window for image in round_.images.values() if image.window}
     notes = {
         "max_side": max_side,
+        "tiles": tiles,
         "window": list(windows.pop()) if len(windows) == 1 else None,
         "vetoed": vetoed,
         "thresholds": {category: score for category, (score, _) in thresholds.items()},
@@ -192,7 +198,7 @@ def _shards(space: Workspace, number: int) -> list[ShardFile]:
 
 
 def calibration_normals(
-    round_: Round, train_normals: Sequence[Normal], size: int, advance: Any
+    round_: Round, train_normals: Sequence[Normal], size: int | None, advance: Any
 ) -> list[Normal]:
     """Normals of the calibration split; a category with fewer than ``FEW`` gets mirrored train ones."""
     images = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
@@ -203,15 +209,21 @@ def calibration_normals(
         for k in range(max(0, FEW - have)):
             source = own[k % len(own)]
             flip = source.pixels[:, ::-1] if k // len(own) % 2 == 0 else source.pixels[::-1]
-            normals.append(Normal(source.image_id, category, np.ascontiguousarray(flip)))
+            ignore = source.ignore
+            if ignore is not None:
+                ignore = ignore[:, ::-1] if k // len(own) % 2 == 0 else ignore[::-1]
+            normals.append(Normal(source.image_id, category, np.ascontiguousarray(flip), ignore))
     return normals
 
 
-def _normals(images: Sequence[Image], max_side: int | None, size: int, advance: Any) -> list[Normal]:
-    """Read in threads; kept at the detector's input size, so that many fit into memory."""
+def _normals(images: Sequence[Image], max_side: int | None, size: int | None, advance: Any) -> list[Normal]:
+    """Read in threads; kept at the detector's input size, so that many fit into memory. ``size`` None: as
+    they are, to be cut in tiles."""
 
     def read(image: Image) -> Normal:
-        return Normal(image.image_id, image.category, square(load(image, max_side=max_side), size))
+        pixels = load(image, max_side=max_side)
+        pixels = pixels if size is None else square(pixels, size)
+        return Normal(image.image_id, image.category, pixels, ignored(image, pixels.shape[:2]))
 
     normals = []
     for normal in in_order(read, images):
@@ -250,14 +262,13 @@ def evaluate(space: Workspace, number: int) -> bool:
     round_ = open_round(space, number)
     detector, notes = load_detector(space, number)
     judged = _judge(round_, detector, "feedback", f"round {number}: judging feedback pictures")
-    metric_rows = _write_figures(space, round_, judged, "feedback")
-    _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic")
+    alarms = notes["thresholds"]
+    metric_rows = _write_figures(space, round_, judged, "feedback", alarms)
+    _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic", alarms)
     means = {r["metric"]: r["value"] for r in metric_rows if r["category"] == "mean" and r["size"] == "all"}
     remember(space, number, "metric", {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()})
-    thresholds = {
-        category: (score, notes["map_thresholds"][category])
-        for category, score in notes["thresholds"].items()
-    }
+    on_pictures, on_maps = notes["thresholds"], notes["map_thresholds"]
+    thresholds = {category: (score, on_maps[category]) for category, score in on_pictures.items()}
     found = what_was_found(round_, judged, thresholds)
     space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
     return True
@@ -274,25 +285,31 @@ def evaluate_final(space: Workspace) -> None:
         if "test" in space.read_table(metrics)["split"].to_pylist():
             say(f"round {number}: the test split was scored before; the stored figures stand")
             continue
-        detector, _ = load_detector(space, number)
+        detector, notes = load_detector(space, number)
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
         look = {"round": number, "when": when, "pictures": len(judged)}
         space.append_table("looks.parquet", pa.Table.from_pylist([look]), {"round": number, "when": when})
-        _write_figures(space, round_, judged, "test")
+        _write_figures(space, round_, judged, "test", notes["thresholds"])
 
 
 def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Judged]:
     images = [image for image in round_.images.values() if image.split == split]
     with progress(title, len(images), "pictures") as advance:
-        return judge(detector, images, round_.config.output.max_side, lambda _done, _total: advance(1))
+        return judge(
+            detector,
+            images,
+            round_.config.output.max_side,
+            lambda _done, _total: advance(1),
+            tiles=round_.config.detector.tiles,
+        )
 
 
 def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[Judged]:
     """The samples kept from training beside the calibration normals: synthetic figures, labelled so."""
-    size = detector.settings.size
+    tiles = round_.config.detector.tiles
     held = list(samples_of(space, round_.number, lambda recipe: held_out(recipe["sample_id"])))
-    found = predict(detector, [s.image for s in held], [s.category for s in held])
+    found = predict(detector, [s.image for s in held], [s.category for s in held], tiles)
     judged = []
     for sample, (score, scores) in zip(held, found, strict=True):
         source = round_.images[sample.image_id]
@@ -303,12 +320,14 @@ def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[
                 "defect": sample.recipe["generator"],
             }
         )
-        judged.append(Judged(image, score, scores, small_mask(sample.mask, size), None))
+        judged.append(Judged(image, score, scores, small_mask(sample.mask, scores.shape), None))
     normals = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
-    return judged + judge(detector, normals, round_.config.output.max_side)
+    return judged + judge(detector, normals, round_.config.output.max_side, tiles=tiles)
 
 
-def _write_figures(space: Workspace, round_: Round, judged: list[Judged], split: str) -> list[dict[str, Any]]:
+def _write_figures(
+    space: Workspace, round_: Round, judged: list[Judged], split: str, thresholds: dict[str, float]
+) -> list[dict[str, Any]]:
     labels: dict[str, Any] = {
         "round_": round_.number,
         "detector": round_.config.detector.name,
@@ -317,7 +336,8 @@ def _write_figures(space: Workspace, round_: Round, judged: list[Judged], split:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined figures give no row, which the tables show as "–"
-        rows = figures(judged, **labels, resamples=round_.config.evaluation.resamples)
+        resamples = round_.config.evaluation.resamples
+        rows = figures(judged, **labels, resamples=resamples, thresholds=thresholds)
     replace = {"split": split}
     scores = to_table(score_rows(judged, **labels), SCORES)
     space.append_table(round_file(round_.number, "scores.parquet"), scores, replace)
@@ -329,12 +349,26 @@ def alarm_thresholds(
     round_: Round, detector: Detector, normals: Sequence[Normal]
 ) -> dict[str, tuple[float, float]]:
     """By category: the stated quantile of calibration normals' (picture scores, map values)."""
-    quantile = round_.config.evaluation.quantile
-    found = list(predict(detector, [n.pixels for n in normals], [n.category for n in normals]))
+    quantile, tiles = round_.config.evaluation.quantile, round_.config.detector.tiles
+    size = detector.settings.size
+    places: list[np.ndarray | None] = []
+    for normal in normals:
+        shape = normal.pixels.shape[:2]
+        tiled = tiles is not None and is_tiled(shape, size)
+        ignore = normal.ignore
+        places.append(ignore if ignore is None else small_mask(ignore, shape if tiled else size))
+    pictures, names = [normal.pixels for normal in normals], [normal.category for normal in normals]
+    found = list(predict(detector, pictures, names, tiles, places))
     thresholds = {}
-    for category in sorted({normal.category for normal in normals}):
-        own = [result for normal, result in zip(normals, found, strict=True) if normal.category == category]
-        maps = np.stack([scores for _, scores in own])
+    for category in sorted(set(names)):
+        own = [result for name, result in zip(names, found, strict=True) if name == category]
+        skipped = [place for name, place in zip(names, places, strict=True) if name == category]
+        maps = np.concatenate(
+            [
+                scores.ravel() if skip is None else scores[~skip]
+                for (_, scores), skip in zip(own, skipped, strict=True)
+            ]
+        )
         thresholds[category] = (
             float(np.quantile([score for score, _ in own], quantile)),
             float(np.quantile(maps, quantile)),
@@ -358,8 +392,10 @@ def what_was_found(
             hit = float(entry.score > on_picture)
             rows.append({**row, "component": 0, "area": np.nan, "contrast": np.nan, "hit": hit})
             continue
-        size = entry.map.shape[0]
-        pixels = square(load(image, max_side=round_.config.output.max_side), size)
+        pixels = load(image, max_side=round_.config.output.max_side)
+        size = round_.config.detector.resolved()[1].size
+        if round_.config.detector.tiles is None or not is_tiled(pixels.shape[:2], size):
+            pixels = square(pixels, size)
         labels, _ = label_components(entry.mask)
         for found in component_recall([entry.map], [entry.mask], on_map, [entry.ignore]):
             contrast = component_contrast(pixels, labels == found.label)

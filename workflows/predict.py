@@ -36,9 +36,11 @@ def predict(
       half (bright), the same for every picture, so a good part stays as it is; an outline holds what lies
       above the threshold (inference: for detectors whose maps have the scale of their scores, as those here
       do).
-    * ``NAME.npy``: the raw map, float32 at the detector's input size, without pickle.
+    * ``NAME.npy``: the raw map, without pickle: float32 at the detector's input size, or, for a picture that
+      was scored in tiles, at the picture's.
 
-    Pictures are read as those trained on were: the same window of grey levels, the same largest side.
+    Pictures are read as those trained on were: the same window of grey levels, the same largest side, and in
+    tiles if the detector learned from tiles.
 
     Args:
         checkpoint: folder of a trained detector.
@@ -79,7 +81,7 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     categories = [category] * len(paths) if category else None
     with progress("scoring", len(paths), "pictures") as advance:
-        for score, scores in score_pictures(detector, readable(), categories):
+        for score, scores in score_pictures(detector, readable(), categories, notes.get("tiles")):
             index, pixels = waiting.popleft()
             advance(1)
             heat, raw = out / f"{names[index]}.png", out / f"{names[index]}.npy"

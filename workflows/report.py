@@ -33,6 +33,8 @@ METRICS = {
     "pixel_f1max": "pixel F1max",
     "aupro": "AUPRO (FPR ≤ 0.3)",
     "spro": "sPRO (FPR ≤ 0.05)",
+    "image_fpr": "false alarms",
+    "image_recall": "defect pictures found",
 }
 HEADLINE = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 SPLITS = {

@@ -16,7 +16,7 @@ from manifests.schema import DECISIONS, GOOD, TRIALS, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import proxy
 from training.components import label_components
-from training.evaluation import ignored, truth
+from training.evaluation import ignored, map_shape, truth
 from training.examples import CHUNK, chunks
 from workflows.console import progress, say
 from workflows.detecting import samples_of
@@ -40,7 +40,7 @@ class Table:
         samples, masks: the samples' residuals and masks, for the case without labelled anomalies.
         thresholds_from: residuals of calibration normals by category; the proxy's alarms are set on them and
             nothing else is.
-        label_size: side of the masks in which defects were counted (the detector's input).
+        label_shape: (h, w) of the mask in which a picture's defects were counted (that of its map).
         images: the feedback pictures behind ``judged``, in order.
     """
 
@@ -52,7 +52,7 @@ class Table:
     samples: list[np.ndarray]
     masks: list[np.ndarray]
     thresholds_from: dict[str, np.ndarray]
-    label_size: int
+    label_shape: Callable[[Image], tuple[int, int]]
     images: dict[str, list[Image]]
 
 
@@ -178,6 +178,11 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
         ignore = np.stack([proxy.shrink_mask(nothing if i is None else i, grid) for i in skipped])
         judged[category] = proxy.Judged(residual, labels, masked, ignore)
         images[category] = own_images
+    size, tiles = round_.config.detector.resolved()[1].size, round_.config.detector.tiles
+
+    def label_shape(image: Image) -> tuple[int, int]:
+        return map_shape(image, size, max_side, tiles)
+
     return Table(
         evidence,
         np.array([sample.recipe["generator"] for sample in kept]),
@@ -187,7 +192,7 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
         samples,
         [proxy.shrink_mask(mask, samples[0].shape[:2]) for mask in masks],
         thresholds_from,
-        round_.config.detector.resolved()[1].size,
+        label_shape,
         images,
     )
 
@@ -222,7 +227,7 @@ def _learnable(table: Table, names: Sequence[str], found: Sequence[dict[str, Any
             maps = proxy.score_maps(group.residual, table.evidence.scale, head)
             for image, scores in zip(table.images[category], maps, strict=True):
                 for row in missed.get(image.image_id, []):
-                    mask = truth(image, table.label_size) if row["component"] else None
+                    mask = truth(image, table.label_shape(image)) if row["component"] else None
                     if mask is not None:
                         labels, _ = label_components(mask)
                         place = proxy.shrink_mask(labels == row["component"], group.residual.shape[1:3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from manifests.schema import images_from
@@ -13,16 +14,88 @@ PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
 
 def figures_table(space: Workspace, split: str) -> str:
     """Metrics of every round on one split, a line a round and category, with intervals."""
-    metrics = (*IMAGE_METRICS, *PIXEL_METRICS)
+    stored = {
+        number: [
+            row
+            for row in metric_rows(space, number)
+            if row["split"] == split and row["defect"] == "all" and row["size"] == "all"
+        ]
+        for number in space.rounds()
+    }
+    saturated = any(row["metric"] == "spro" for own in stored.values() for row in own)
+    metrics = (*IMAGE_METRICS, *PIXEL_METRICS, *(["spro"] if saturated else []))
     rows = [["round", "category", *metrics]]
-    for number in space.rounds():
+    for number, own in stored.items():
         found: dict[str, dict[str, str]] = {}
-        for row in metric_rows(space, number):
-            if row["split"] == split and row["defect"] == "all" and row["size"] == "all":
-                found.setdefault(row["category"], {})[row["metric"]] = _with_interval(row)
+        for row in own:
+            found.setdefault(row["category"], {})[row["metric"]] = _with_interval(row)
         for category in sorted(found, key=lambda name: (name == "mean", name)):
             rows.append([str(number), category, *(found[category].get(m, "–") for m in metrics)])
     return _align(rows) if len(rows) > 1 else f"no figures on the {split} split yet"
+
+
+def alarms_lines(space: Workspace, split: str) -> str:
+    """A line a round: how often good pictures raised an alarm, and how many defect pictures did; means over
+    categories. ``heldout_synthetic`` holds the calibration normals that the thresholds were set on."""
+    lines = []
+    for number in space.rounds():
+        found = {
+            (row["split"], row["metric"]): f"{row['value']:.1%}" + _percent_interval(row)
+            for row in metric_rows(space, number)
+            if row["category"] == "mean" and row["defect"] == "all" and row["size"] == "all"
+        }
+        if (split, "image_fpr") in found or (split, "image_recall") in found:
+            quantile = space.read_yaml(round_file(number, "settings.yaml"))["config"]["evaluation"][
+                "quantile"
+            ]
+            lines.append(
+                f"round {number}: alarms at the {quantile:g} quantile of calibration normals: "
+                f"{found.get(('heldout_synthetic', 'image_fpr'), '–')} of calibration normals, "
+                f"{found.get((split, 'image_fpr'), '–')} of {split} normals, "
+                f"{found.get((split, 'image_recall'), '–')} of {split} defect pictures"
+            )
+    return "\n".join(lines)
+
+
+def stress_table(rows: list[dict[str, Any]]) -> str:
+    """The curves of one round, means over categories: a line a metric and kind, a column a level, then the
+    mean over the disturbed levels and by how much it lies below level 0, as a share of it."""
+    means = [row for row in rows if row["category"] == "mean"]
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    for row in means:
+        curves.setdefault((row["metric"], row["kind"]), {})[row["level"]] = row["value"]
+    levels = sorted({row["level"] for row in means})
+    lines = [["metric", "stress", *(f"level {level}" for level in levels), "mean of 1 and up", "drop"]]
+    worst: tuple[float, str] = (0.0, "")
+    for (metric, kind), curve in sorted(curves.items()):
+        mean = sum(curve.get(level, math.nan) for level in levels[1:]) / max(1, len(levels) - 1)
+        drop = 1 - mean / curve[0] if curve.get(0) else math.nan
+        if metric == "image_auroc" and drop > worst[0]:
+            worst = (drop, f"image AUROC suffers most from {kind}")
+        cells = [f"{curve[level]:.3f}" if level in curve else "–" for level in levels]
+        lines.append([metric, kind, *cells, f"{mean:.3f}", f"{drop:.1%}"])
+    if len(lines) == 1:
+        return "no figures under stress: the feedback split has no defect pictures"
+    return _align(lines) + (f"\n{worst[1]}" if worst[1] else "")
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """Two detectors: a line a metric and category, as :func:`training.comparison.compare` gives them."""
+    lines = [["metric", "category", "A", "B", "B − A", "95 % interval", "p", "p (Holm)"]]
+    for row in rows:
+        known = not math.isnan(row["low"])
+        lines.append(
+            [
+                row["metric"],
+                row["category"],
+                f"{row['first']:.3f}",
+                f"{row['second']:.3f}",
+                f"{row['difference']:+.3f}",
+                f"[{row['low']:+.3f}, {row['high']:+.3f}]" if known else "–",
+                *("–" if math.isnan(row[name]) else f"{row[name]:.2g}" for name in ("p", "holm")),
+            ]
+        )
+    return _align(lines)
 
 
 def rounds_table(space: Workspace) -> str:
@@ -61,6 +134,12 @@ def licences(space: Workspace) -> str:
     """The licences of the pictures, each once."""
     images = images_from(space.read_table("images.parquet"))
     return "; ".join(sorted({image.licence for image in images if image.licence})) or "not stated"
+
+
+def _percent_interval(row: dict[str, Any]) -> str:
+    if row["low"] is None or math.isnan(row["low"]):
+        return ""
+    return f" [{row['low']:.1%}, {row['high']:.1%}]"
 
 
 def _with_interval(row: dict[str, Any]) -> str:

@@ -1,0 +1,316 @@
+"""Paired tests of two detectors: against brute force, against resampling, and at the command line."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from manifests.errors import UsageError
+from manifests.schema import IMAGES, Image, to_table
+from manifests.sources import SourceSettings, scan
+from manifests.workspace import Workspace
+from training.comparison import (
+    compare,
+    delong,
+    holm,
+    mean_aurocs,
+    normal_test,
+    paired_bootstrap,
+    placements,
+)
+from training.evaluation import Judged
+from training.intervals import Estimate, evaluate_images, evaluate_pixels
+from training.metrics import MetricsError
+from workflows import comparing
+from workflows.tables import comparison_table
+
+
+def brute_force(first, second, labels):
+    """DeLong's definition spelt out: the kernel of every pair, components as its means, their covariances."""
+
+    def components(scores):
+        kernel = np.array(
+            [[(a > n) + 0.5 * (a == n) for n in scores[~labels]] for a in scores[labels]], float
+        )
+        return kernel.mean(axis=1), kernel.mean(axis=0), kernel.mean()
+
+    (x1, y1, auc1), (x2, y2, auc2) = components(first), components(second)
+    s10, s01 = np.cov([x1, x2]), np.cov([y1, y2])
+    s = s10 / labels.sum() + s01 / (~labels).sum()
+    return auc1, auc2, s[0, 0] + s[1, 1] - 2 * s[0, 1]
+
+
+few = st.sampled_from([0.0, 0.25, 1.0, 2.0]) | st.floats(-5, 5)
+
+
+@given(st.lists(st.tuples(few, few, st.booleans()), min_size=4, max_size=25))
+def test_delong_equals_its_definition_with_ties(rows):
+    first, second, labels = (np.array(column) for column in zip(*rows, strict=True))
+    assume(2 <= labels.sum() <= labels.size - 2)
+    found = delong(first, second, labels, range(len(rows)))
+    assert found == pytest.approx(brute_force(first, second, labels), abs=1e-10)
+    for kind in (labels, ~labels):
+        assert placements(first, labels)[kind].mean() == pytest.approx(roc_auc_score(labels, first))
+
+
+def scored(rng, parts, each=1, correlation=0.7, shift=(1.0, 1.0)):
+    """Scores of two detectors on ``parts`` parts of ``each`` pictures; noise shared within a part."""
+    labels = np.repeat(np.arange(parts) % 2 == 1, each)
+    groups = np.repeat(np.arange(parts), each)
+    common = rng.standard_normal(parts)
+    own = rng.standard_normal((2, parts))
+    scores = correlation * common + np.sqrt(1 - correlation**2) * own
+    noise = 0.1 * rng.standard_normal((2, parts * each))
+    return *(scores[k][groups] + noise[k] + shift[k] * labels for k in (0, 1)), labels, groups
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_delongs_variance_agrees_with_resampled_groups(each):
+    first, second, labels, groups = scored(np.random.default_rng(2), 160, each)
+    estimates = [
+        evaluate_images(s, labels, groups.tolist(), resamples=2000)["image_auroc"] for s in (first, second)
+    ]
+    resampled = (estimates[1].resamples - estimates[0].resamples).std()
+    found = delong(first, second, labels, groups.tolist())
+    assert np.sqrt(found.variance) == pytest.approx(resampled, rel=0.08)
+    if each > 1:  # taken for independent pictures, copies of a part would look like evidence
+        alone = delong(first, second, labels, range(labels.size))
+        assert np.sqrt(alone.variance) < 0.65 * resampled
+
+
+def test_false_alarms_of_both_tests_are_as_rare_as_they_say():
+    """Two equally good detectors: p < 0.05 in about one case in twenty."""
+    rng = np.random.default_rng(5)
+    alarms = np.zeros(2)
+    for seed in range(150):
+        first, second, labels, groups = scored(rng, 60)
+        estimates = [
+            evaluate_images(s, labels, groups.tolist(), resamples=199, seed=seed) for s in (first, second)
+        ]
+        alarms += [
+            normal_test(delong(first, second, labels, groups.tolist())).p < 0.05,
+            paired_bootstrap(*(e["image_ap"] for e in estimates)).p < 0.05,
+        ]
+    assert (alarms <= 17).all(), alarms  # 7.5 expected; 17 has a chance of 0.1 %
+
+
+def test_pairing_finds_what_two_intervals_cannot():
+    """Both detectors meet the same hard parts: each interval is wide, that of the difference is not."""
+    first, second, labels, groups = scored(np.random.default_rng(1), 120, correlation=0.97, shift=(1.0, 1.4))
+    pair = [evaluate_images(s, labels, groups.tolist())["image_auroc"] for s in (first, second)]
+    assert pair[0].interval[1] > pair[1].interval[0]
+    for found in (paired_bootstrap(*pair), normal_test(delong(first, second, labels, groups.tolist()))):
+        assert found.low > 0
+        assert found.p < 0.01
+
+
+def test_p_and_interval_of_the_bootstrap_agree():
+    gaps = np.arange(1, 1001) / 1000.0
+    for shift in (0.02, 0.024, 0.026, 0.03, 0.5, 0.98):
+        found = paired_bootstrap(Estimate(0.0, np.zeros(1000)), Estimate(0.5 - shift, gaps - shift))
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0), shift
+    unknown = paired_bootstrap(Estimate(0.1, np.full(9, np.nan)), Estimate(0.2, np.full(9, np.nan)))
+    assert np.isnan(unknown.p)
+
+
+def test_a_detector_does_not_differ_from_itself_or_from_a_rescaled_self():
+    first, _, labels, groups = scored(np.random.default_rng(0), 20)
+    found = normal_test(delong(first, np.exp(first), labels, groups.tolist()))
+    assert (found.low, found.high, found.p) == (0, 0, 1)
+    one_part = delong(first, -first, labels, ["a"] * labels.size)
+    assert np.isnan(normal_test(one_part).p)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_as_its_steps_do(values):
+    """The procedure itself: in rising order, stop at the first p above level / tests left."""
+    adjusted = holm(values)
+    for level in (0.01, 0.05, 0.3):
+        rejected, left = set(), len(values)
+        for k in sorted(range(len(values)), key=values.__getitem__):
+            if values[k] * left > level:
+                break
+            rejected.add(k)
+            left -= 1
+        near = any(abs(value * n - level) < 1e-9 for value, n in itertools.product(values, range(1, 13)))
+        assert near or {k for k, p in enumerate(adjusted) if p <= level} == rejected
+
+
+def test_the_mean_over_categories_is_tested_as_independent():
+    rng = np.random.default_rng(4)
+    parts = []
+    for _ in range(3):
+        first, second, labels, groups = scored(rng, 40)
+        parts.append(delong(first, second, labels, groups.tolist()))
+    mean = mean_aurocs([*parts, delong(np.ones(3), np.ones(3), np.ones(3, bool), "abc")])
+    assert mean.first == pytest.approx(np.mean([part.first for part in parts]))
+    assert mean.variance == pytest.approx(sum(part.variance for part in parts) / 9)
+
+
+def picture(category, number, defect="good"):
+    return Image(
+        image_id=f"{category}{number}", path=f"{category}{number}.png", sha256="", category=category,
+        defect=defect, mask_path=None, width=32, height=32, mode="L", bits=8, group=f"g{number // 2}",
+        split="feedback",
+    )  # fmt: skip
+
+
+def judged_by(rng, signal, categories=("a", "b"), pictures=16):
+    """What a detector that sees squares with ``signal`` says of the same pictures each time."""
+    result = []
+    for category in categories:
+        for number in range(pictures):
+            mask = np.zeros((32, 32), bool)
+            if number % 2:
+                mask[4 + number : 10 + number, 6:12] = True
+            scores = rng.standard_normal((32, 32)).astype(np.float32) + signal * mask
+            image = picture(category, number, "hole" if number % 2 else "good")
+            result.append(Judged(image, float(scores.max()), scores.astype(np.float32), mask, None))
+    return result
+
+
+def test_a_comparison_has_a_row_a_category_and_metric_and_the_right_sign():
+    weak, strong = (judged_by(np.random.default_rng(k), signal) for k, signal in enumerate((0.5, 2.5)))
+    rows = compare(weak, strong, resamples=200)
+    by_place = {(row["category"], row["metric"]): row for row in rows}
+    metrics = {
+        "image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro",
+    }  # fmt: skip
+    assert set(by_place) == set(itertools.product(("a", "b", "mean"), metrics))
+    for name in ("pixel_ap", "aupro"):
+        row = by_place["mean", name]
+        assert row["low"] > 0 and row["p"] < 0.02 and row["second"] > row["first"]
+        assert by_place["a", name]["holm"] >= by_place["a", name]["p"]
+        assert np.isnan(row["holm"])
+    own = [entry for entry in strong if entry.image.category == "a"]
+    exact = evaluate_pixels(
+        [e.map for e in own], [e.mask for e in own], [e.image.group for e in own], resamples=5
+    )
+    assert by_place["a", "pixel_ap"]["second"] == pytest.approx(exact["pixel_ap"].value)
+
+    same = compare(weak, weak, resamples=50)
+    assert {(row["difference"], row["p"]) for row in same} == {(0.0, 1.0)}
+    back = {(row["category"], row["metric"]): row for row in compare(strong, weak, resamples=200)}
+    for place, row in by_place.items():
+        assert back[place]["difference"] == -row["difference"]
+        assert back[place]["low"] == pytest.approx(-row["high"])
+        assert back[place]["p"] == pytest.approx(row["p"])
+
+
+def test_results_on_other_pictures_are_no_pair():
+    both = judged_by(np.random.default_rng(0), 1.0)
+    other = [replace(both[0], image=replace(both[0].image, image_id="other")), *both[1:]]
+    with pytest.raises(MetricsError, match="same pictures"):
+        compare(both, other)
+    with pytest.raises(MetricsError, match="same pictures"):
+        compare(both, both[:-1])
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+def brightness(size, signal, categories=("part",)):
+    """Its map is the picture's brightness, shown faintly under noise where ``signal`` is small."""
+
+    def score(batch):
+        values = batch["features"].float().mean(dim=1) / 255
+        noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(len(values)))
+        maps = signal * values + noise
+        return maps.amax(dim=(1, 2)), maps
+
+    return SimpleNamespace(
+        settings=SimpleNamespace(size=size), categories=categories, calibration={"threshold": 0.5},
+        extract=lambda images: images.float(), score=score,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A source, a workspace of it with two checkpoints, and the notes that each was trained with."""
+    root = tmp_path / "part"
+    for number in range(30):
+        pixels = np.full((64, 96), 60, np.uint8)
+        pixels[0, 0] = number
+        defect = number >= 18
+        where = root / ("train/good" if number < 6 else "test/good" if not defect else "test/spot")
+        where.mkdir(parents=True, exist_ok=True)
+        if defect:
+            masks = root / "ground_truth/spot"
+            masks.mkdir(parents=True, exist_ok=True)
+            mask = np.zeros((64, 96), np.uint8)
+            mask[20:40, number : number + 20] = 255
+            pixels[mask > 0] = 200
+            cv2.imwrite(str(masks / f"{number}_mask.png"), mask)
+        cv2.imwrite(str(where / f"{number}.png"), pixels)
+    images = scan([SourceSettings(path=str(root))]).images
+    folders = [tmp_path / "w/rounds" / name / "detectors/brightness" for name in ("000", "001")]
+    Workspace(str(tmp_path / "w")).write_table("images.parquet", to_table(images, IMAGES))
+    notes = {folder: {} for folder in folders}
+    detectors = dict(zip(folders, [brightness(32, 1.0), brightness(48, 8.0)], strict=True))
+    monkeypatch.setattr(comparing, "load", lambda folder, device: detectors[folder])
+    monkeypatch.setattr(comparing, "read_config", lambda folder: {"notes": notes[folder]})
+    return SimpleNamespace(root=root, images=images, folders=folders, notes=notes, detectors=detectors)
+
+
+def test_rounds_are_compared_on_feedback_pictures_and_the_test_split_is_not_read(place):
+    for image in place.images:
+        if image.split == "test":
+            Path(image.path).unlink()
+    rows = comparing.compare(*place.folders, resamples=50)
+    found = {row["metric"]: row for row in rows}
+    assert {row["category"] for row in rows} == {"part"}
+    assert found["pixel_ap"]["difference"] > 0.2 and found["pixel_ap"]["low"] > 0
+    table = comparison_table(rows)
+    assert len(table.splitlines()) == 1 + len(rows) and "image_auroc" in table
+
+
+def test_a_folder_with_pictures_of_the_test_split_loses_them(place, capsys):
+    seen = []
+    scorer = place.detectors[place.folders[0]]
+    extract = scorer.extract
+    scorer.extract = lambda images: seen.append(len(images)) or extract(images)
+    comparing.compare(*place.folders, data=place.root, resamples=20)
+    splits = [image.split for image in place.images]
+    assert sum(seen) == splits.count("feedback")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{splits.count('test')} of {24} pictures are left out" in said
+
+
+def test_what_cannot_be_compared_is_a_usage_error(place, tmp_path):
+    first, second = place.folders
+    loose = tmp_path / "loose"
+    place.detectors[loose], place.notes[loose] = brightness(32, 1.0), {}
+    with pytest.raises(UsageError, match="--data FOLDER"):
+        comparing.compare(loose, first)
+    place.detectors[second] = brightness(32, 1.0, categories=("nut",))
+    with pytest.raises(UsageError, match="trained on nut, not on part"):
+        comparing.compare(first, second)
+    other = tmp_path / "v/rounds/000/detectors/brightness"
+    swapped = [replace(i, split="test") if i.split == "feedback" else i for i in place.images]
+    Workspace(str(tmp_path / "v")).write_table("images.parquet", to_table(swapped, IMAGES))
+    place.detectors[other], place.notes[other] = brightness(32, 1.0), {}
+    with pytest.raises(UsageError, match="in the test split for the second"):
+        comparing.compare(first, other)
+
+
+@pytest.mark.parametrize("tiles", [(None, None), (0.25, None), (0.25, 0.5)])
+def test_maps_are_compared_at_one_size(place, tiles, monkeypatch):
+    for folder, overlap in zip(place.folders, tiles, strict=True):
+        place.notes[folder] = {"tiles": overlap, "max_side": 80}
+    shapes = []
+    monkeypatch.setattr(
+        comparing,
+        "compare_results",
+        lambda a, b, resamples: shapes.extend((e.map.shape, e.mask.shape) for e in (*a, *b)) or [],
+    )
+    comparing.compare(*place.folders)
+    expected = (48, 48) if tiles == (None, None) else (53, 80)
+    assert set(shapes) == {(expected, expected)}

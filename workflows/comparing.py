@@ -1,0 +1,130 @@
+"""Two trained detectors on the same real pictures: which is better, and whether that may be chance."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from detectors.protocol import Detector
+from manifests.errors import UsageError
+from manifests.schema import GOOD, Image, images_from
+from manifests.sources import SourceSettings, scan
+from manifests.splits import side
+from manifests.workspace import Workspace
+from training.checkpoints import load, read_config
+from training.comparison import compare as compare_results
+from training.evaluation import Judged, Shape, judge, map_shape
+from training.intervals import RESAMPLES
+from workflows.console import progress, say
+from workflows.stages import device
+
+
+def compare(
+    first: Path, second: Path, data: Path | None = None, resamples: int = RESAMPLES
+) -> list[dict[str, Any]]:
+    """Rows of :func:`training.comparison.compare` for two checkpoints.
+
+    The pictures are the feedback split of the workspace that ``first`` lies in, or those under test in
+    ``data``, a folder in MVTec AD layout. What either workspace keeps for its test split is never looked at,
+    nor anything it trained on: such pictures are left out of ``data``.
+
+    Both maps are compared at one size: that of the larger input, or the picture's own if a detector scores in
+    tiles.
+
+    Args:
+        first, second: folders of trained detectors.
+
+    Raises:
+        UsageError: there are no pictures to compare on, or a detector does not know their categories.
+        CheckpointError: a checkpoint cannot be used.
+    """
+    folders = (first, second)
+    detectors = [load(folder, device()) for folder in folders]
+    notes = [read_config(folder).get("notes", {}) for folder in folders]
+    kept = [_workspace_images(folder) for folder in folders]
+    images = _feedback(first, kept) if data is None else _from_data(data, kept)
+    for folder, detector in zip(folders, detectors, strict=True):
+        unknown = sorted({image.category for image in images} - set(detector.categories))
+        if unknown:
+            raise UsageError(
+                f"{folder}: trained on {', '.join(detector.categories)}, not on {', '.join(unknown)}; name "
+                "two detectors of the same categories, or with --data a folder of theirs"
+            )
+    tiled = any(note.get("tiles") is not None for note in notes)
+    size = max(detector.settings.size for detector in detectors)
+    limits = [note.get("max_side") for note in notes]
+    limit = None if None in limits else max(limits)
+
+    def shape_of(image: Image) -> Shape:
+        return map_shape(image, size, limit, 0.0 if tiled else None)
+
+    def results(folder: Path, detector: Detector, note: dict[str, Any]) -> list[Judged]:
+        own = [_with_window(image, note.get("window")) for image in images]
+        with progress(f"scoring with {folder}", len(own), "pictures") as advance:
+            return judge(
+                detector,
+                own,
+                note.get("max_side"),
+                lambda _done, _total: advance(1),
+                tiles=note.get("tiles"),
+                shape_of=shape_of,
+            )
+
+    one, other = (results(*given) for given in zip(folders, detectors, notes, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # undefined figures give no row
+        return compare_results(one, other, resamples=resamples)
+
+
+def _workspace_images(checkpoint: Path) -> list[Image] | None:
+    """All pictures of the workspace that a checkpoint lies in; None if it lies in none."""
+    parents = checkpoint.absolute().parents  # WORKSPACE/rounds/000/detectors/NAME
+    if len(parents) < 4 or not (parents[3] / "images.parquet").is_file():
+        return None
+    return images_from(Workspace(str(parents[3])).read_table("images.parquet"))
+
+
+def _feedback(first: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
+    if kept[0] is None:
+        raise UsageError(
+            f"{first} lies in no workspace, whose feedback pictures would be compared on: name the pictures "
+            "with --data FOLDER"
+        )
+    images = [image for image in kept[0] if image.split == "feedback"]
+    other = {image.image_id: image.split for image in kept[1] or []}
+    seen = [image for image in images if other.get(image.image_id, "feedback") != "feedback"]
+    if seen:
+        raise UsageError(
+            f"{seen[0].path}: a feedback picture for the first detector, in the {other[seen[0].image_id]} "
+            f"split for the second ({len(seen)} such pictures); compare on others with --data FOLDER"
+        )
+    if not any(image.defect != GOOD for image in images):
+        raise UsageError("the feedback split has no defect picture to compare on; name some with --data")
+    return images
+
+
+def _from_data(data: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
+    found = scan([SourceSettings(path=str(data))])
+    for problem in found.problems:
+        say(f"{problem.level}: {problem.path}: {problem.what}; {problem.remedy}")
+    judged = [image for image in found.images if side(image.split) == "test"]
+    held = {image.image_id for images in kept for image in images or [] if image.split != "feedback"}
+    chosen = [image for image in judged if image.image_id not in held]
+    if len(chosen) < len(judged):
+        say(
+            f"{len(judged) - len(chosen)} of {len(judged)} pictures are left out: a workspace keeps them for "
+            "its test split (`evaluate --final`) or trained on them"
+        )
+    if not any(image.defect != GOOD for image in chosen):
+        raise UsageError(f"{data}: no defect picture is left to compare on; name another folder with --data")
+    return chosen
+
+
+def _with_window(image: Image, window: Sequence[int] | None) -> Image:
+    """16-bit pictures are read as those that the detector was trained on."""
+    if image.bits != 16 or window is None:
+        return image
+    return replace(image, window_low=window[0], window_high=window[1])
