@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from detectors.onenip import ONENIP, OneNIPSettings
+from generation.backbones import to_batch
 from training import checkpoints
 from training.fitting import Normal, batches, extract
 from workflows.runtimes import export_model, open_detector
@@ -63,11 +64,14 @@ def benchmark() -> dict[str, Any]:
         export_model(folder, Path(aside) / "onenip.onnx", "onnx", None)
         seconds = time.perf_counter() - seconds
         size = (Path(aside) / "onenip.onnx").stat().st_size
+        detector = checkpoints.load(folder)
         eager, exported = open_detector(folder), open_detector(Path(aside) / "onenip.onnx")
 
     def half(picture: np.ndarray) -> tuple[float, np.ndarray]:
         with torch.autocast("cpu", torch.bfloat16):
-            return next(eager.score([picture], None))
+            features = detector.extract(to_batch([picture], detector.settings.size))
+            score, maps = detector.score({"features": features.half()})
+        return score.item(), maps[0].float().numpy()
 
     ways: dict[str, Callable[[np.ndarray], tuple[float, np.ndarray]]] = {
         "eager float32": lambda picture: next(eager.score([picture], None)),
