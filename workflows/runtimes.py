@@ -113,7 +113,8 @@ def _exported(file: Path) -> Runtime:
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # as torch; 0: all cores
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # which torch heeds as well
+    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0  # 0: all cores
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
