@@ -148,11 +148,13 @@ class MemoryBank(nn.Module):
         self.calibration = {"threshold": torch.quantile(scores, QUANTILE).item()}
 
     def _score(self, features: Tensor, category: str | None, skip: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Score and distances h×w of one picture; the score is not read from the patches ``skip``, bool
-        h×w.""" patches, bank = self._patches(features)[0], self._bank(category) distances, nearest =
-        torch.cdist(patches, bank).min(dim=1) place = (distances if skip is None else distances -
-        distances.max() * skip.flatten()).argmax() score = distances[place] count =
-        min(self.settings.neighbours, len(bank)) if count > 1:
+        """Score and distances h×w of one picture; no score comes from the patches ``skip``, bool h×w."""
+        patches, bank = self._patches(features)[0], self._bank(category)
+        distances, nearest = torch.cdist(patches, bank).min(dim=1)
+        place = (distances if skip is None else distances - distances.max() * skip.flatten()).argmax()
+        score = distances[place]
+        count = min(self.settings.neighbours, len(bank))
+        if count > 1:
             score = score * novelty(patches[place], bank[nearest[place]], bank, count)
         return score, distances.view(self.grid)
 

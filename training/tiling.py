@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 
-from training.examples import Normal
-from training.loading import Sample
+if TYPE_CHECKING:  # both import torch, which an exported detector does without
+    from training.examples import Normal
+    from training.loading import Sample
 
 
 class Window(NamedTuple):
@@ -95,7 +96,9 @@ def tile_normals(normals: Iterable[Normal], size: int, overlap: float) -> Iterat
     """Each tile a picture of its own."""
     for normal in normals:
         for number, window in enumerate(windows(normal.pixels.shape[:2], size, overlap)):
-            yield Normal(f"{normal.image_id}@{number}", normal.category, window.of(normal.pixels))
+            ignore = None if normal.ignore is None else window.of(normal.ignore)
+            image_id = f"{normal.image_id}@{number}"
+            yield replace(normal, image_id=image_id, pixels=window.of(normal.pixels), ignore=ignore)
 
 
 def tile_samples(samples: Iterable[Sample], size: int, overlap: float) -> Iterator[Sample]:

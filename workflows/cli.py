@@ -320,17 +320,23 @@ def export(
 
 
 @app.command(
-    epilog="Example: flawsmith predict runs/bottle/rounds/001/detectors/onenip new/*.png --out found"
+    epilog="Examples: flawsmith predict runs/bottle/rounds/001/detectors/onenip new/*.png --out found | "
+    "flawsmith predict bottle.onnx new --out found"
 )
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a trained detector")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="folder of a trained detector, or an exported .onnx")
+    ],
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURES", help="files or folders")],
     out: Annotated[Path, typer.Option(help="folder for scores and heat maps")] = Path("predictions"),
     category: Annotated[
         str | None, typer.Option(help="of the pictures, if the detector knows several: its threshold decides")
     ] = None,
 ) -> None:
-    """Score pictures with a trained detector; writes scores and heat maps."""
+    """Score pictures with a trained detector; writes scores.csv, scores.json, heat maps and raw maps.
+
+    Goes on where it stopped. Pictures that cannot be read are named; the others are scored (exit code 3).
+    """
     from workflows.predict import predict as predict_pictures
 
     rows = predict_pictures(checkpoint, pictures, out, category=category)
@@ -342,6 +348,26 @@ def predict(
             else f"{row['path']}: {row['score']:.4f} {'ANOMALOUS' if row['anomalous'] else 'good'}"
         )
     raise typer.Exit(PARTIAL if failed and len(failed) < len(rows) else FAILED if failed else OK)
+
+
+@app.command(
+    "export-model",
+    epilog="Example: flawsmith export-model runs/bottle/rounds/001/detectors/onenip --out bottle.onnx",
+)
+def export_model(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a trained detector")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="to write: .onnx, or .pt2 for torch-export")],
+    format_: Annotated[str, typer.Option("--format", help="onnx or torch-export")] = "onnx",
+    category: Annotated[
+        str | None, typer.Option(help="whose threshold decides, if the detector knows several")
+    ] = None,
+) -> None:
+    """Write a trained detector as one file: decoded pictures of any size in; score, map and decision out."""
+    from workflows.runtimes import export_model as export_graph
+
+    facts = export_graph(checkpoint, out, format_, category)
+    shape = "×".join(map(str, facts["input"]["shape"]))
+    typer.echo(f"{out}: uint8 {shape} → {', '.join(facts['outputs'])}; threshold {facts['threshold']:.4f}")
 
 
 @app.command(

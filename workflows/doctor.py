@@ -51,7 +51,10 @@ def checks() -> list[Check]:
         _try("slurm (dask-jobqueue)", _slurm, "pip install 'flawsmith[slurm]'", optional=True),
         _try("dask-cuda", _versions("dask_cuda"), "pip install 'flawsmith[cuda]'", optional=True),
         _try(
-            "onnx export", _versions("onnx", "onnxruntime"), "pip install 'flawsmith[export]'", optional=True
+            "onnx export",
+            _versions("onnx", "onnxruntime", "onnxscript"),
+            "pip install 'flawsmith[export]'",
+            optional=True,
         ),
         _try("demo pictures", _versions("elpv_dataset"), "pip install 'flawsmith[demo]'", optional=True),
         _try("free disk", _disk, "make room, or choose a workspace on another disk", optional=True),

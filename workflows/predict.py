@@ -1,36 +1,42 @@
-"""A trained detector on pictures that belong to no workspace: scores, verdicts and heat maps."""
+"""A trained detector on pictures that belong to no workspace: scores, verdicts and heat maps.
+
+What is written does not depend on how the detector runs, see ``workflows.runtimes``.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
+import json
+import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from detectors.protocol import Detector
 from manifests.errors import PictureError, UsageError
 from manifests.pictures import EXTENSIONS, apply_window, decode, encode, read_bytes, shrink
-from training.checkpoints import load, read_config
-from training.evaluation import at_size
-from training.evaluation import predict as score_pictures
 from workflows.console import progress
 from workflows.contact import outline
 from workflows.export import safe_names
+from workflows.runtimes import alarm, open_detector
 
-FIELDS = ("path", "score", "threshold", "anomalous", "heat_map", "map", "error")
+FIELDS = ("path", "score", "threshold", "anomalous", "heat_map", "map", "error", "sha256", "detector")
+TABLE, LIST = "scores.csv", "scores.json"
 DARKEST = 0.35  # where the colours begin: below it they are black, which reads as shadow
 STRONGEST = 0.7  # share of colour where the map is highest
 Window = tuple[int, int]
+Row = dict[str, Any]
 
 
 def predict(
     checkpoint: Path, pictures: Sequence[Path], out: Path, *, category: str | None = None, device: str = "cpu"
-) -> list[dict[str, Any]]:
-    """Scores pictures and writes, below ``out``, ``scores.csv`` and for each picture two files:
+) -> list[Row]:
+    """Scores pictures and writes, below ``out``, ``scores.csv``, ``scores.json`` and for each picture:
 
     * ``NAME.png``: the picture under its heat map. Colours run from half the threshold (none) to one and a
       half (bright), the same for every picture, so a good part stays as it is; an outline holds what lies
@@ -40,65 +46,119 @@ def predict(
       was scored in tiles, at the picture's.
 
     Pictures are read as those trained on were: the same window of grey levels, the same largest side, and in
-    tiles if the detector learned from tiles.
+    tiles if the detector learned from tiles. A row joins ``scores.csv`` as soon as its picture is done; the
+    same call again goes on behind the rows that are there, which stand if picture, detector and threshold are
+    still the same.
 
     Args:
-        checkpoint: folder of a trained detector.
+        checkpoint: folder of a trained detector, or an exported file.
         pictures: files, or folders whose pictures are taken, subfolders included.
         out: made if need be; files of the same name are replaced.
         category: of the pictures, for a detector of several; its own threshold then decides.
 
     Returns:
         One row a picture in the order given, as in ``scores.csv``: ``path``, ``score``, ``threshold``,
-        ``anomalous`` (score above threshold), ``heat_map`` and ``map`` (files), ``error``. A picture that
-        cannot be read has an ``error`` and None elsewhere; the others are scored.
+        ``anomalous`` (score above threshold), ``heat_map`` and ``map`` (files), ``error``, ``sha256`` (of the
+        picture's file), ``detector`` (sha256 of its files). A picture that cannot be read has an ``error``
+        and None elsewhere; the others are scored.
 
     Raises:
         UsageError: no picture is named, or the detector needs to know the category.
-        CheckpointError: the checkpoint cannot be used.
+        FlawsmithError: the detector cannot be used.
     """
     files = _files(pictures)
-    paths = [path for path, _ in files]
-    detector = load(checkpoint, device)
-    notes = read_config(checkpoint).get("notes", {})
-    category = category or (detector.categories[0] if len(detector.categories) == 1 else None)
-    threshold = _threshold(category, notes, detector)
+    detector = open_detector(checkpoint, device)
+    notes = detector.facts.get("notes", {})
+    category, threshold = alarm(detector.facts, category)
     window = tuple(notes["window"]) if notes.get("window") else None
     names = safe_names([name for _, name in files])
-    rows = [dict.fromkeys(FIELDS) | {"path": str(path)} for path in paths]
+    rows: list[Row] = [dict.fromkeys(FIELDS) | {"path": str(path)} for path, _ in files]
+    out.mkdir(parents=True, exist_ok=True)
+    stored = _stored(out / TABLE)
+    _write_table(out / TABLE, stored)
+    kept = {row["map"]: row for row in stored}
     waiting: deque[tuple[int, np.ndarray]] = deque()
 
-    def readable() -> Iterator[np.ndarray]:
-        for index, path in enumerate(paths):
-            try:
-                pixels = _read(path, window, notes.get("max_side"))
-            except (PictureError, OSError) as error:
-                rows[index]["error"] = str(error)
-                continue
-            waiting.append((index, pixels))
-            yield pixels
+    with (
+        progress("scoring", len(files), "pictures") as advance,
+        open(out / TABLE, "a", encoding="utf-8", newline="") as log,
+    ):
 
-    out.mkdir(parents=True, exist_ok=True)
-    categories = [category] * len(paths) if category else None
-    with progress("scoring", len(paths), "pictures") as advance:
-        for score, scores in score_pictures(detector, readable(), categories, notes.get("tiles")):
-            index, pixels = waiting.popleft()
+        def done(row: Row, new: bool = True) -> None:
+            if new:
+                csv.DictWriter(log, FIELDS).writerow(row)
+                log.flush()
             advance(1)
-            heat, raw = out / f"{names[index]}.png", out / f"{names[index]}.npy"
+
+        def unscored() -> Iterator[np.ndarray]:
+            for index, (path, _) in enumerate(files):
+                row = rows[index]
+                try:
+                    data = read_bytes(str(path))
+                    row |= {"threshold": threshold, "detector": detector.identity}
+                    row |= {
+                        "sha256": hashlib.sha256(data).hexdigest(),
+                        "map": str(out / f"{names[index]}.npy"),
+                    }
+                    before = kept.get(row["map"])
+                    if before and _same(row, before):
+                        row |= before
+                        done(row, new=False)
+                        continue
+                    pixels = _pixels(data, path, window, notes.get("max_side"))
+                except (PictureError, OSError) as error:
+                    rows[index] = dict.fromkeys(FIELDS) | {"path": str(path), "error": str(error)}
+                    done(rows[index])
+                    continue
+                waiting.append((index, pixels))
+                yield pixels
+
+        for score, scores in detector.score(unscored(), category):
+            index, pixels = waiting.popleft()
+            heat = out / f"{names[index]}.png"
             heat.write_bytes(encode(overlay(pixels, scores, threshold), "png"))
-            np.save(raw, scores.astype(np.float32), allow_pickle=False)
-            rows[index] |= {
-                "score": score,
-                "threshold": threshold,
-                "anomalous": score > threshold,
-                "heat_map": str(heat),
-                "map": str(raw),
-            }
-    with open(out / "scores.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+            np.save(rows[index]["map"], scores.astype(np.float32), allow_pickle=False)
+            rows[index] |= {"score": score, "anomalous": score > threshold, "heat_map": str(heat)}
+            done(rows[index])
+    _write_table(out / TABLE, rows)
+    text = json.dumps({"detector": detector.facts, "pictures": rows}, ensure_ascii=False, indent=1)
+    _replace(out / LIST, text)
     return rows
+
+
+def _write_table(path: Path, rows: Sequence[Row]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    _replace(path, text.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8", newline="")
+    os.replace(aside, path)
+
+
+def _same(row: Row, before: Row) -> bool:
+    """Whether an earlier row holds for a picture, and its files are there."""
+    told = all(row[name] == before[name] for name in ("path", "threshold", "detector", "sha256"))
+    return told and Path(before["heat_map"]).is_file() and Path(before["map"]).is_file()
+
+
+def _stored(table: Path) -> list[Row]:
+    """Rows of pictures that were scored before; a line cut short is none."""
+    if not table.is_file():
+        return []
+    with open(table, encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if tuple(line) == FIELDS]
+    return [
+        {name: line[name] or None for name in FIELDS}
+        | {name: float(line[name]) for name in ("score", "threshold")}
+        | {"anomalous": line["anomalous"] == "True"}
+        for line in lines
+        if line["score"] and line["detector"]
+    ]
 
 
 def overlay(picture: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -109,7 +169,7 @@ def overlay(picture: np.ndarray, scores: np.ndarray, threshold: float) -> np.nda
         scores: float32, h×w; brought to the picture's size.
         threshold: above 0; colours run from half of this to one and a half.
     """
-    scores = at_size(scores, *picture.shape[:2])
+    scores = cv2.resize(scores, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     level = np.clip(scores / max(threshold, 1e-12) - 0.5, 0, 1)[:, :, None]
     shade = np.rint(255 * (DARKEST + (1 - DARKEST) * level)).astype(np.uint8)
     colours = cv2.applyColorMap(shade, cv2.COLORMAP_INFERNO)[:, :, ::-1]
@@ -135,20 +195,8 @@ def _files(given: Sequence[Path]) -> list[tuple[Path, str]]:
     return files
 
 
-def _threshold(category: str | None, notes: Mapping[str, Any], detector: Detector) -> float:
-    """The category's alarm threshold, or the one over all categories if none is named."""
-    thresholds = notes.get("thresholds", {})
-    if category is None:
-        return float(detector.calibration["threshold"])
-    if category not in detector.categories:
-        raise UsageError(
-            f"--category {category}: the detector was trained on {', '.join(detector.categories)}"
-        )
-    return float(thresholds.get(category, detector.calibration["threshold"]))
-
-
-def _read(path: Path, window: Window | None, max_side: int | None) -> np.ndarray:
-    pixels = decode(read_bytes(str(path)), name=str(path)).pixels
+def _pixels(data: bytes, path: Path, window: Window | None, max_side: int | None) -> np.ndarray:
+    pixels = decode(data, name=str(path)).pixels
     if pixels.dtype == np.uint8:
         return shrink(pixels, max_side)
     if window is None:

@@ -1,0 +1,239 @@
+"""A trained detector as one graph for other runtimes: decoded pictures in; score, map and decision out.
+
+The graph holds everything from the resize of the pictures to the alarm threshold, and is traced from the very
+functions that training and prediction call, so nothing is written a second time. What a user needs beside it
+(categories, thresholds, form of the input, fingerprint, licences, versions) is stored in the same file.
+
+Two formats. ``onnx``: for ONNX Runtime and whatever else reads ONNX; the facts are in ``metadata_props``,
+each a JSON text under ``flawsmith.NAME``. ``torch-export``: a ``.pt2`` for ``torch.export.load``; the facts
+are its extra file ``flawsmith.json``.
+
+Reading an ONNX file runs no code of the file. Loading a ``.pt2`` may: weights and graph are raw bytes and
+JSON as written here, but the example input is a pickle, and ``torch.export.load`` (2.14) unpickles whatever
+the file says is one, falling back to unsafe reading. So load only files you trust; this package loads none.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detectors.protocol import Detector
+from generation.backbones import resize
+from manifests.errors import FlawsmithError, UsageError
+from training import checkpoints
+
+FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
+PREFIX, EXTRA_FILE = "flawsmith.", "flawsmith.json"
+OUTPUTS = ("score", "map", "anomalous")
+PACKAGES = ("flawsmith", "torch", "onnx", "onnxscript")
+MAX_ONNX_BYTES = 2**31 - 2**24  # one protobuf message has less than 2 GiB, the graph's nodes included
+EXAMPLE = (3, 44, 52, 3)  # no two axes alike, and none of them 1: an export would take these for constants
+
+
+class GraphError(FlawsmithError):
+    """A detector that cannot become a graph."""
+
+
+class Graph(nn.Module):
+    """A detector with what surrounds it in ``training.evaluation.predict`` and the decision after it.
+
+    Args:
+        detector: trained, in eval mode, on the CPU.
+        threshold: scores above it are anomalous.
+        category: goes to the detector with every picture; None for one that needs none.
+    """
+
+    def __init__(self, detector: Detector, threshold: float, category: str | None = None):
+        super().__init__()
+        self.detector, self.threshold, self.category = detector, threshold, category
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 N×H×W×3 to score (float32, N), map (float32, N×size×size) and decision (bool, N)."""
+        features = self.detector.extract(resize(pictures, self.detector.settings.size))
+        batch: dict[str, Any] = {"features": features.half()}  # as they are cached
+        if self.category is not None:
+            batch["category"] = [self.category] * len(pictures)
+        score, maps = self.detector.score(batch)
+        return score, maps.float(), score > self.threshold
+
+
+def export(
+    checkpoint: str | Path, out: str | Path, format: str, threshold: float, category: str | None = None
+) -> dict[str, Any]:
+    """Write a checkpoint as one file, which appears whole or not at all.
+
+    Args:
+        checkpoint: folder of a trained detector.
+        out: file to write; replaced if it is there.
+        format: a key of ``FORMATS``.
+        threshold: scores above it are anomalous.
+        category: of the pictures; needed where the detector asks for it, and the graph is for that one then.
+
+    Returns:
+        The facts stored in the file: those of the checkpoint's ``config.yaml``, and ``category``,
+        ``threshold``, ``input``, ``outputs`` and ``exported_with``.
+
+    Raises:
+        UsageError: unknown format, a category is needed, or a package is missing.
+        GraphError: the detector cannot be traced, or is too large.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    out = Path(out)
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: choose one of {', '.join(FORMATS)}")
+    if out.suffix != FORMATS[format]:
+        raise UsageError(f"--out {out}: {format} is kept in a file *{FORMATS[format]}")
+    if format == "onnx":
+        _require("onnx", "onnxscript")
+    detector, config = checkpoints.load(checkpoint), checkpoints.read_config(checkpoint)
+    graph = Graph(detector, threshold, category if _asks_for_category(detector, category) else None).eval()
+    program, batch = _trace(graph)
+    facts = {
+        **config,
+        "category": category,
+        "threshold": threshold,
+        "input": {
+            "name": "pictures",
+            "dtype": "uint8",
+            "shape": [batch, "height", "width", 3],
+            "means": "RGB, upright; grey has three equal channels; any size. As in training, first shrink "
+            "to the longest side notes.max_side by area averaging, and map 16 bits so that notes.window "
+            "becomes 0..255",
+            "category": graph.category,
+        },
+        "outputs": {
+            "score": "float32, one a picture; higher = more anomalous",
+            "map": f"float32, size×size with size = {detector.settings.size}; higher = more anomalous",
+            "anomalous": "bool, one a picture: score > threshold",
+        },
+        "exported_with": {name: _version(name) for name in PACKAGES},
+    }
+    write = {"onnx": partial(_to_onnx, facts), "torch-export": partial(_to_pt2, facts)}[format]
+    _write(out, partial(write, program))
+    return facts
+
+
+def _trace(graph: Graph) -> tuple[torch.export.ExportedProgram, Any]:
+    """The traced graph, and its batch size: a name where any will do, 1 where the detector fixes it."""
+    height, width = (torch.export.Dim(name, min=1, max=2**16) for name in ("height", "width"))
+    axes: dict[int, Any] = {1: height, 2: width}
+    example = torch.zeros(EXAMPLE, dtype=torch.uint8)
+    with _traceable():
+        try:
+            batch = {0: torch.export.Dim("batch", min=1, max=2**16)}
+            return _exported(graph, example, batch | axes), "batch"
+        except Exception:
+            # such as lists with an item a picture; torch has no single error for "this axis is fixed"
+            try:
+                return _exported(graph, example[:1], axes), 1
+            except Exception as error:
+                first = str(error).strip().partition("\n")[0]
+                raise GraphError(
+                    f"this detector cannot be traced ({type(error).__name__}: {first}): its extract and "
+                    "score must be tensor code without branches on values"
+                ) from error
+
+
+def _exported(graph: Graph, example: Tensor, axes: dict[int, Any]) -> torch.export.ExportedProgram:
+    return torch.export.export(graph, (example,), dynamic_shapes={"pictures": axes}, strict=False)
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """The fused attention of eval mode is one operator that no other runtime has."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _asks_for_category(detector: Detector, category: str | None) -> bool:
+    """Whether ``score`` refuses pictures without one, which only the detector's settings know."""
+    size = detector.settings.size
+    features = detector.extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).half()
+    try:
+        detector.score({"features": features})
+    except UsageError as error:
+        if category is None:
+            raise UsageError(f"{error}; or export for one category: --category NAME") from error
+        return True
+    return False
+
+
+def _to_onnx(facts: Mapping[str, Any], program: torch.export.ExportedProgram, path: Path) -> None:
+    held = [*program.state_dict.values(), *(c for c in program.constants.values() if isinstance(c, Tensor))]
+    if sum(tensor.nbytes for tensor in held) > MAX_ONNX_BYTES:
+        raise GraphError("more than 2 GiB, which one ONNX file cannot hold; use --format torch-export")
+    with warnings.catch_warnings(), _quiet("onnxscript", "onnx_ir", "torch.onnx"):
+        warnings.simplefilter("ignore")
+        onnx = torch.onnx.export(
+            program, dynamo=True, input_names=["pictures"], output_names=list(OUTPUTS), verbose=False
+        )
+    assert onnx is not None
+    onnx.model.metadata_props.update(
+        {PREFIX + name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
+    )
+    onnx.save(str(path), external_data=False)
+
+
+def _to_pt2(facts: Mapping[str, Any], program: torch.export.ExportedProgram, path: Path) -> None:
+    text = json.dumps(facts, ensure_ascii=False, indent=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, path, extra_files={EXTRA_FILE: text})
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Loggers that speak of each folded constant."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _write(out: Path, save: Callable[[Path], None]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{uuid.uuid4().hex}{out.suffix}")
+    try:
+        save(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if _version(name) is None]
+    if missing:
+        raise UsageError(
+            f"--format onnx needs the packages {', '.join(missing)}: pip install 'flawsmith[export]'"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,152 @@
+"""A trained detector to score pictures with, however it is kept: a checkpoint's folder or an exported file.
+
+An exported file runs on ONNX Runtime; torch is imported for a checkpoint only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from manifests.errors import FlawsmithError, UsageError
+from training.tiling import blend, is_tiled, windows
+
+EXPORTED = ".onnx"
+PREFIX = "flawsmith."  # of the metadata's keys, as training.graph writes them
+Score = Callable[[Iterable[np.ndarray], str | None], Iterator[tuple[float, np.ndarray]]]
+
+
+class RuntimeFileError(FlawsmithError):
+    """An exported detector that is missing, damaged or no detector."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A detector that is ready.
+
+    Attributes:
+        facts: what it says of itself: the contents of a checkpoint's ``config.yaml``, and more if exported.
+        identity: sha256 (hex) of its files.
+        score: ``score(pictures, category)`` gives (score, map), one a picture in order; pictures are uint8
+            H×W×C with C = 1 or 3 and consumed a few at a time, maps are float32.
+    """
+
+    facts: Mapping[str, Any]
+    identity: str
+    score: Score
+
+
+def open_detector(path: Path, device: str = "cpu") -> Runtime:
+    """A detector from a checkpoint's folder, or from a file of ``flawsmith export-model --format onnx``.
+
+    Raises:
+        FlawsmithError: it cannot be used, or a package is missing.
+    """
+    if path.suffix == ".pt2":
+        raise UsageError(
+            f"{path}: such files can run code when they are read; give the checkpoint or an .onnx"
+        )
+    return _exported(path) if path.suffix == EXPORTED else _checkpoint(path, device)
+
+
+def alarm(facts: Mapping[str, Any], category: str | None) -> tuple[str | None, float]:
+    """The category (the only one there is, if none is named) and the threshold of its scores; that over all
+    categories if there are several.
+
+    Raises:
+        UsageError: the detector does not know the category.
+    """
+    categories = facts["categories"]
+    category = category or (categories[0] if len(categories) == 1 else None)
+    overall = facts["calibration"]["threshold"]
+    if category is None:
+        return None, float(overall)
+    if category not in categories:
+        raise UsageError(f"--category {category}: the detector was trained on {', '.join(categories)}")
+    return category, float(facts.get("notes", {}).get("thresholds", {}).get(category, overall))
+
+
+def export_model(checkpoint: Path, out: Path, format: str, category: str | None) -> dict[str, Any]:
+    """Write a checkpoint as one file, see ``training.graph.export``; the category's own threshold decides."""
+    from training import checkpoints, graph
+
+    category, threshold = alarm(checkpoints.read_config(checkpoint), category)
+    return graph.export(checkpoint, out, format, threshold, category)
+
+
+def _checkpoint(folder: Path, device: str) -> Runtime:
+    from training import checkpoints
+    from training.evaluation import predict
+
+    detector, facts = checkpoints.load(folder, device), checkpoints.read_config(folder)
+
+    def score(pictures: Iterable[np.ndarray], category: str | None) -> Iterator[tuple[float, np.ndarray]]:
+        tiles = facts.get("notes", {}).get("tiles")
+        return predict(detector, pictures, _endless(category) if category else None, tiles)
+
+    digest = hashlib.sha256()
+    for name in (checkpoints.WEIGHTS, checkpoints.CONFIG):
+        digest.update((folder / name).read_bytes())
+    return Runtime(facts, digest.hexdigest(), score)
+
+
+def _endless(category: str) -> Iterator[str]:
+    while True:
+        yield category
+
+
+def _exported(file: Path) -> Runtime:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError(f"{file} needs the package onnxruntime: pip install 'flawsmith[export]'") from error
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise RuntimeFileError(
+            f"{file}: {error.strerror}; `flawsmith export-model` makes such files"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # which torch heeds as well
+    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0  # 0: all cores
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
+        facts = {
+            key.removeprefix(PREFIX): json.loads(value)
+            for key, value in metadata.items()
+            if key.startswith(PREFIX)
+        }
+    except Exception as error:  # its errors have no common class
+        raise RuntimeFileError(f"{file} is damaged ({error}); export it again") from error
+    if "calibration" not in facts:
+        raise RuntimeFileError(f"{file} is no detector that `flawsmith export-model` wrote")
+
+    def score(pictures: Iterable[np.ndarray], category: str | None) -> Iterator[tuple[float, np.ndarray]]:
+        made_for = facts["input"]["category"]
+        if made_for not in (None, category):
+            raise UsageError(f"{file} is for the category {made_for} only; export again with --category")
+        size, tiles = facts["settings"]["size"], facts.get("notes", {}).get("tiles")
+        for picture in pictures:
+            shape = picture.shape[:2]
+            if tiles is None or not is_tiled(shape, size):
+                yield run(picture)
+                continue
+            at = windows(shape, size, tiles)
+            found = [run(window.of(picture)) for window in at]
+            yield max(value for value, _ in found), blend((scores for _, scores in found), at, shape)
+
+    def run(picture: np.ndarray) -> tuple[float, np.ndarray]:
+        colour = np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
+        scores, maps = session.run(["score", "map"], {facts["input"]["name"]: colour[None]})
+        return float(scores[0]), maps[0]
+
+    return Runtime(facts, hashlib.sha256(data).hexdigest(), score)
