@@ -32,4 +32,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench demo bench
+	rm -rf $(VENV) .venv-bench* demo bench
