@@ -1,6 +1,6 @@
 """Trains and applies one of anomalib's models in its own environment, a category at a time.
 
-    peer_detectors.py FOLDER --model NAME --seconds S [--batch N] [--seed S] [--textures DIR] [--pairs]
+    peer_detectors.py FOLDER --model NAME --seconds S [--seed S] [--textures DIR] [--pairs]
 
 FOLDER holds a file ``<category>.npz`` a category, with uint8 pictures N×H×W×3: ``train`` (normals),
 ``judged`` and, with ``--pairs``, ``image``, ``mask`` (bool, N×H×W) and ``normal``: anomalies from elsewhere
@@ -45,6 +45,7 @@ STRIDE_4, STRIDE_8, STRIDE_16 = "blocks.1", "blocks.2", "blocks.4"
 PADIM_FEATURES = 100  # anomalib's number for a ResNet-18
 ALONE = {"post_processor": False, "evaluator": False, "visualizer": False}
 CLOSED = ("patchcore", "padim")
+BATCHES = {"patchcore": 32, "padim": 32, "supersimplenet": 8, "draem": 2}  # 8 of draem's need over 20 GB
 PROBED = 3  # steps that are timed before the number of steps is chosen; the first is not counted
 TIMED = 10  # pictures, one by one
 CREATE = timm.create_model
@@ -172,13 +173,13 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, float]:
         data = {key: stored[key] for key in stored.files}
     pairs = {key: data[key] for key in ("image", "mask", "normal")} if arguments.pairs else None
     learned = items(data["train"], pairs, arguments.model == "supersimplenet")
-    batch = 32 if arguments.model in CLOSED else arguments.batch
 
     def loader() -> DataLoader:
         seed_everything(arguments.seed, verbose=False)
+        batch = BATCHES[arguments.model]
         return DataLoader(learned, batch_size=batch, shuffle=True, collate_fn=ImageBatch.collate)
 
-    steps = len(loader())
+    steps, pace = len(loader()), math.nan
     if arguments.model not in CLOSED:
         started = time.perf_counter()
         probe = fit(build(arguments.model, pairs, arguments.textures), loader(), PROBED)
@@ -191,13 +192,15 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, float]:
     model = build(arguments.model, pairs, arguments.textures)
     clock = fit(model, ready, steps)
     fitted = time.perf_counter() - started
+    if steps > 1 and arguments.model not in CLOSED:
+        pace = clock.step_seconds
     maps, scores, seconds = apply(model, data["judged"])
     np.savez(file.with_suffix(".found.npz"), maps=maps, scores=scores)
     return {
         "fit_seconds": fitted,
         "steps": 0 if arguments.model in CLOSED else steps,
-        "step_seconds": math.nan if arguments.model in CLOSED else clock.step_seconds,
-        "epoch_seconds": fitted if arguments.model in CLOSED else clock.step_seconds * len(ready),
+        "step_seconds": pace,
+        "epoch_seconds": fitted if arguments.model in CLOSED else pace * len(ready),
         "picture_seconds": seconds,
     }
 
@@ -207,9 +210,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", choices=[*CLOSED, "supersimplenet", "draem"], required=True)
+    parser.add_argument("--model", choices=list(BATCHES), required=True)
     parser.add_argument("--seconds", type=float, required=True, help="a category")
-    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--textures", type=Path, help="folder of textures, for draem")
     parser.add_argument("--pairs", action="store_true", help="learn from the anomalies in the files")

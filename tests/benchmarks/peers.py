@@ -26,10 +26,10 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def requirements(extra: str) -> list[str]:
-    """An extra, and the very torch and torchvision that are installed here."""
+    """An extra's, and for detectors the very torch and torchvision that are installed here."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     pair = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "torchvision")]
-    return [*project["optional-dependencies"][extra], *pair]
+    return [*project["optional-dependencies"][extra], *(pair if extra == "bench" else [])]
 
 
 def environment(extra: str = "bench") -> Path:
