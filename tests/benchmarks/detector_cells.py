@@ -80,7 +80,7 @@ class Case:
         data: folder of the data sets; ``images`` are those found in it.
         work: folder for samples and textures.
         split: on which arms are judged: feedback or test.
-        minutes: of training a cell, all categories together.
+        minutes: of training a cell, all categories together; see :func:`busy_seconds`.
     """
 
     data: Path
@@ -169,19 +169,19 @@ def samples_folder(case: Case, arm: Arm, seed: int, round_: Round) -> Path:
 
 def make(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
     """The samples of an arm, made once, a shard at a time: how many ``recipes`` and ``accepted``, and the
-    ``seconds`` that they took, on one thread."""
+    ``seconds`` of CPU time that they took."""
     round_ = round_of(case, arm, seed)
     folder = samples_folder(case, arm, seed, round_)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "made.json"
     made: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
     for shard in range(len(made), round_.shard_count):
-        started = time.perf_counter()
+        started = time.process_time()
         recipes = round_.plan(shard)
         accepted = [one for one in make_samples(round_, recipes) if one.members]
         packed = shards.pack((one.outcome.recipe.sample_id, one.members) for one in accepted)
         (folder / f"{shard:05d}.tar").write_bytes(packed.data)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         made.append({"recipes": len(recipes), "accepted": len(accepted), "seconds": seconds})
         write_file(record, made)
     return {key: sum(one[key] for one in made) for key in ("recipes", "accepted", "seconds")}
@@ -212,6 +212,12 @@ def samples(case: Case, arm: Arm, seed: int) -> Made:
 # -- training -------------------------------------------------------------------------------------------
 
 
+def busy_seconds() -> float:
+    """CPU time of this process, a thread: what has passed on a machine without other work if all threads
+    were busy. Budgets and costs of training are in it, so that other work shortens no arm's training."""
+    return time.process_time() / THREADS
+
+
 def measure(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
     """Everything of one cell; plain values of JSON."""
     judged, cost = _measure_peer(case, arm, seed) if arm.peer else _measure_own(case, arm, seed)
@@ -233,7 +239,7 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
         steps = steps_within(60 * case.minutes, arm.detector, settings, made, normals, calibration)
         settings = settings.model_copy(update={"steps": steps})
     ends: list[float] = []
-    started = time.perf_counter()
+    started = busy_seconds()
     detector = train(
         arm.detector,
         settings,
@@ -241,9 +247,9 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
         normals,
         calibration,
         seed=seed,
-        on_step=lambda *_: ends.append(time.perf_counter()),
+        on_step=lambda *_: ends.append(busy_seconds()),
     )
-    fitted = time.perf_counter() - started
+    fitted = busy_seconds() - started
     images = [image for image in case.images if image.split == case.split]
     seconds = []
     for image in images[:TIMED]:
@@ -281,7 +287,7 @@ def steps_within(
     few = [normal for c in categories for normal in [n for n in normals if n.category == c][:2]]
     part = list(islice(made, 2 * settings.batch))
     ends: list[float] = []
-    started = time.perf_counter()
+    started = busy_seconds()
     train(
         name,
         settings.model_copy(update={"steps": PROBED}),
@@ -289,10 +295,10 @@ def steps_within(
         few,
         calibration[: len(categories)],
         seed=0,
-        on_step=lambda *_: ends.append(time.perf_counter()),
+        on_step=lambda *_: ends.append(busy_seconds()),
     )
     pace = float(np.median(np.diff(ends[1:])))
-    rest = time.perf_counter() - started - PROBED * pace
+    rest = busy_seconds() - started - PROBED * pace
     pictures = [len(n) + 2 * len(m) for n, m in ((normals, made), (few, part))]
     return max(PROBED, int((budget - rest * pictures[0] / pictures[1]) / pace))
 

@@ -12,7 +12,8 @@ and that network's normalisation; its levels are tapped at the strides at which 
 that learn by steps take as many as fit into S seconds a category, at least one.
 
 Threads: OMP_NUM_THREADS. Prints one JSON object: ``categories`` (``fit_seconds``, ``steps``,
-``step_seconds``, ``epoch_seconds``, ``picture_seconds`` of each), ``peak_bytes``, ``version``.
+``step_seconds``, ``epoch_seconds``, ``picture_seconds`` of each), ``peak_bytes``, ``version``. Seconds are
+CPU time a thread, but for ``picture_seconds`` (median, batch 1).
 """
 
 import argparse
@@ -121,6 +122,11 @@ def items(train: np.ndarray, pairs: dict[str, np.ndarray] | None, mixed: bool) -
     return [ImageItem(image=image, gt_mask=mask, gt_label=mask.any(), image_path="") for image, mask in found]
 
 
+def busy_seconds() -> float:
+    """CPU time of this process, a thread, so that other work on the machine shortens no training."""
+    return time.process_time() / torch.get_num_threads()
+
+
 class Clock(Callback):
     """When each step was over."""
 
@@ -128,7 +134,7 @@ class Clock(Callback):
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(busy_seconds())
 
     @property
     def step_seconds(self) -> float:
@@ -181,17 +187,17 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
     steps, pace = len(loader()), math.nan
     if arguments.model not in CLOSED:
-        started = time.perf_counter()
+        started = busy_seconds()
         probe = fit(build(arguments.model, pairs, arguments.textures), loader(), PROBED)
         pace = probe.step_seconds
         # What is not a step: building the model, the first pass, the start of the trainer.
         rest = probe.ends[0] - started - pace
         steps = max(1, int((arguments.seconds - rest) / pace))
     ready = loader()
-    started = time.perf_counter()
+    started = busy_seconds()
     model = build(arguments.model, pairs, arguments.textures)
     clock = fit(model, ready, steps)
-    fitted = time.perf_counter() - started
+    fitted = busy_seconds() - started
     if steps > 1 and arguments.model not in CLOSED:
         pace = clock.step_seconds
     maps, scores, seconds = apply(model, data["judged"])
