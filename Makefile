@@ -19,7 +19,7 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	mkdir -p bench
-	for name in synthesis pipeline metrics cut export; do \
+	for name in synthesis presets pipeline metrics cut export training; do \
 		$(BIN)/python -m tests.benchmarks.$$name --json bench/$$name.json || exit 1; \
 	done
 
@@ -32,4 +32,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench demo bench
+	rm -rf $(VENV) .venv-bench* demo bench

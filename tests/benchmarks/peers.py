@@ -1,9 +1,10 @@
 """How a peer is measured: in an environment of its own, in a process of its own.
 
-Peers pull in packages that collide with ours (two builds of OpenCV, for one), so they live in
-``.venv-bench``, which is made on first use from the ``bench`` extra and holds the same torch as the
-environment that runs the benchmark. What is timed is a script or a module that prints one JSON object as the
-last line of its standard output; a peer's script lies beside this file and imports nothing from here.
+Peers pull in packages that collide with ours and with each other's (two builds of OpenCV, for one), so they
+live in environments named by their extra: ``.venv-bench`` is made on first use from the ``bench`` extra and
+holds the same torch as the environment that runs the benchmark. What is timed is a script or a module that
+prints one JSON object as the last line of its standard output; a peer's script lies beside this file and
+imports nothing from here.
 """
 
 from __future__ import annotations
@@ -20,35 +21,33 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENT = REPOSITORY / ".venv-bench"
 SCRIPTS = Path(__file__).resolve().parent
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def requirements() -> list[str]:
-    """The ``bench`` extra, and the very torch and torchvision that are installed here."""
+def requirements(extra: str) -> list[str]:
+    """An extra's, and for detectors the very torch and torchvision that are installed here."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     pair = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "torchvision")]
-    return [*project["optional-dependencies"]["bench"], *pair]
+    return [*project["optional-dependencies"][extra], *(pair if extra == "bench" else [])]
 
 
-def environment() -> Path:
-    """The peers' Python interpreter. Made on first use, and again when the requirements have changed.
+def environment(extra: str = "bench") -> Path:
+    """The Python interpreter of an extra's peers. Made on first use, and again when the requirements have
+    changed.
 
     Raises:
         subprocess.CalledProcessError: pip could not install the peers; its messages were printed.
     """
-    python = ENVIRONMENT / "bin" / "python"
-    complete = ENVIRONMENT / "installed.txt"  # written last: an interrupted installation has none
-    wanted = "\n".join(requirements())
+    folder = REPOSITORY / f".venv-{extra}"
+    python = folder / "bin" / "python"
+    complete = folder / "installed.txt"  # written last: an interrupted installation has none
+    wanted = "\n".join(requirements(extra))
     if not complete.exists() or complete.read_text() != wanted:
-        print(
-            f"installing the peers into {ENVIRONMENT.name} (once, some minutes)", file=sys.stderr, flush=True
-        )
-        venv.create(ENVIRONMENT, with_pip=True, clear=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", *requirements()], check=True, stdout=sys.stderr
-        )
+        print(f"installing the peers into {folder.name} (once, some minutes)", file=sys.stderr, flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        install = [python, "-m", "pip", "install", "--quiet", *requirements(extra)]
+        subprocess.run(install, check=True, stdout=sys.stderr)
         complete.write_text(wanted)
     return python
 
@@ -79,10 +78,12 @@ def run_timed(command: Sequence[str | Path], threads: int | None = 1) -> dict[st
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def run_peer(script: str, arguments: Sequence[str | Path], threads: int | None = 1) -> dict[str, Any]:
-    """Run ``tests/benchmarks/<script>`` with the peers' interpreter; see :func:`run_timed`."""
-    return run_timed([environment(), SCRIPTS / script, *arguments], threads)
+def run_peer(
+    script: str, arguments: Sequence[str | Path], threads: int | None = 1, extra: str = "bench"
+) -> dict[str, Any]:
+    """Run ``tests/benchmarks/<script>`` with the interpreter of an extra's peers; see :func:`run_timed`."""
+    return run_timed([environment(extra), SCRIPTS / script, *arguments], threads)
 
 
 if __name__ == "__main__":
-    print(environment())
+    print(*map(environment, sys.argv[1:] or ["bench"]))

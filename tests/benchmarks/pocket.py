@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +36,7 @@ from tests.benchmarks.pocket_case import Case, Part
 from tests.benchmarks.pocket_models import MODEL_PARTS
 from tests.benchmarks.pocket_samples import SAMPLE_PARTS, write_sheet
 from tests.benchmarks.pocket_usefulness import USE_PARTS
+from tests.benchmarks.resumed import open_file, plain, write_file
 from workflows.stages import prepare_process
 
 PARTS: dict[str, Part] = {**MODEL_PARTS, **SAMPLE_PARTS, **USE_PARTS}
@@ -72,38 +71,6 @@ def identity(case: Case) -> dict[str, Any]:
     }
 
 
-def open_file(path: Path, of: dict[str, Any]) -> dict[str, Any]:
-    """What was measured before.
-
-    Raises:
-        UsageError: with other models or settings.
-    """
-    if not path.exists():
-        return {"case": of, "parts": {}}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if wrong := [key for key, value in of.items() if stored["case"].get(key) != value]:
-        raise UsageError(
-            f"{path} holds figures of another {', '.join(wrong)} (there {stored['case']}, now {of}): name "
-            "another file"
-        )
-    return stored
-
-
-def write_file(path: Path, result: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that are not finite become null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def measure(case: Case, name: str, result: dict[str, Any], path: Path, console: Console) -> None:
     """The units of a part that are not there, then its summary."""
     part = PARTS[name]
@@ -118,13 +85,13 @@ def measure(case: Case, name: str, result: dict[str, Any], path: Path, console: 
         figures = part.measure(case, unit)
         seconds = time.perf_counter() - started
         stored["units"][unit] = {
-            **_plain(figures),
+            **plain(figures),
             "measuring": {"seconds": round(seconds, 2), "pictures": case.pictures, "threads": threads()},
         }
         write_file(path, result)
         console.print(f"{name}: {unit}, {seconds:.0f} s", highlight=False)
     if stored["units"]:
-        stored["summary"] = _plain(part.summary(stored["units"]))
+        stored["summary"] = plain(part.summary(stored["units"]))
         write_file(path, result)
 
 
@@ -177,7 +144,7 @@ def main(given: Sequence[str] | None = None) -> int:
     console = Console(width=max(Console().width, 190))
     try:
         case = read_case(arguments)
-        result = open_file(arguments.json, identity(case))
+        result = open_file(arguments.json, identity(case), parts={})
     except FlawsmithError as error:
         console.print(str(error), style="bold", markup=False)
         return 2

@@ -1,0 +1,432 @@
+"""One cell of the detectors' benchmark: an arm trained with one seed and judged; in a process of its own.
+
+What all arms share is here: which pictures, which samples, at which resolution maps and masks meet, and how
+figures are averaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detectors import protocol
+from generation.backbones import square
+from manifests import shards
+from manifests.pictures import load
+from manifests.schema import GOOD, Image
+from manifests.sources import scan_textures
+from tests.benchmarks.peers import run_peer
+from tests.benchmarks.resumed import write_file
+from training.evaluation import Judged, at_size, ignored, judge, predict, truth
+from training.fitting import Normal, train
+from training.intervals import Estimate, evaluate_images, evaluate_pixels, mean_estimate
+from training.loading import Sample, ShardFile, read_samples, small_mask
+from workflows.config import Config, parse_config
+from workflows.detecting import calibration_normals
+from workflows.stages import Round, make_samples, round_from
+
+SIDE = 256  # pixels; every arm's maps are brought to it, the masks too, and anomalib's models work at it
+METRICS = ("pixel_ap", "aupro", "image_auroc")
+RESAMPLES = 300
+THREADS = 2
+SAMPLES = 40  # recipes a category
+SHARD = 32  # small, so that little is lost when slow samples are broken off
+PROBED = 6  # steps that are timed before the number of steps is chosen; the first two are not counted
+TIMED = 20  # pictures, one by one
+# The sections `generation` of the synthetic data sets: those of the papers, and the default.
+SYNTHESES: dict[str, dict[str, Any]] = {
+    "draem": {"preset": "draem"},
+    "onenip": {"preset": "onenip"},
+    "dfd": {"preset": "dfd"},
+    "cut": {"generators": {"cut": {}}},
+    "mix": {},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Attributes:
+        detector: name in the registry, or of anomalib's model.
+        synthesis: one of ``SYNTHESES``; None if it learns from normals, or from what it makes itself.
+        shots: normals a category that it may see, drawn by the seed; None: all of the train split.
+        peer: anomalib's.
+        most: categories at most, one a data set; None: all.
+    """
+
+    detector: str
+    synthesis: str | None = None
+    shots: int | None = None
+    peer: bool = False
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run measures on.
+
+    Attributes:
+        data: folder of the data sets; ``images`` are those found in it.
+        work: folder for samples and textures.
+        split: on which arms are judged: feedback or test.
+        minutes: of training a cell, all categories together; see :func:`busy_seconds`.
+    """
+
+    data: Path
+    images: Sequence[Image]
+    work: Path
+    split: str
+    minutes: float
+
+    @property
+    def categories(self) -> list[str]:
+        return sorted({image.category for image in self.images})
+
+    def data_set(self, category: str) -> str:
+        """The folder below ``data`` in which a category lies; in a folder of categories, itself."""
+        path = next(image.path for image in self.images if image.category == category)
+        return Path(path).relative_to(self.data).parts[0]
+
+    def of(self, category: str, split: str) -> list[Image]:
+        return [image for image in self.images if image.category == category and image.split == split]
+
+    def categories_of(self, arm: Arm) -> list[str]:
+        """All, or the first ones with masks of the first data sets."""
+        if arm.most is None:
+            return self.categories
+        first: dict[str, str] = {}
+        for category in self.categories:
+            bad = [image for image in self.of(category, self.split) if image.defect != GOOD]
+            if bad and all(image.mask_path for image in bad):
+                first.setdefault(self.data_set(category), category)
+        return sorted(first.values())[: arm.most]
+
+    def learned(self, arm: Arm, seed: int) -> list[Image]:
+        """What an arm may learn from: train and calibration split, or few pictures of the train split."""
+        chosen = []
+        for number, category in enumerate(self.categories):
+            normals = [image for image in self.of(category, "train") if image.defect == GOOD]
+            if arm.shots is None:
+                chosen += normals + self.of(category, "calibration")
+                continue
+            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
+            chosen += [normals[k] for k in sorted(rng.permutation(len(normals))[: arm.shots])]
+        return chosen
+
+
+# -- samples --------------------------------------------------------------------------------------------
+
+
+def round_of(case: Case, arm: Arm, seed: int) -> Round:
+    """The samples of an arm as a round of the product plans them; nothing is made yet."""
+    section = dict(SYNTHESES[arm.synthesis or "mix"])
+    textures = []
+    if "preset" in section:
+        textures = scan_textures(str(textures_folder(case)))
+        section["textures"] = str(textures_folder(case))
+    raw = {
+        "source": str(case.data),
+        "samples": SAMPLES * len(case.categories),
+        "seed": seed,
+        "generation": section,
+        "output": {"shard_size": SHARD},
+    }
+    config: Config = parse_config(raw, name=arm.synthesis or "mix")
+    return round_from(0, config, config.generation, case.learned(arm, seed), textures)
+
+
+def textures_folder(case: Case) -> Path:
+    """``textures`` beside the data sets, or textures that the code draws."""
+    if (case.data / "textures").is_dir():
+        return case.data / "textures"
+    drawn = case.work / "textures"
+    if not drawn.exists():
+        from tests.benchmarks.synthesis import draw_textures
+
+        drawn.mkdir(parents=True)
+        draw_textures(drawn)
+    return drawn
+
+
+def samples_folder(case: Case, arm: Arm, seed: int, round_: Round) -> Path:
+    """Named by everything that decides the samples, so that a stale set is never taken for a fresh one."""
+    ids = "".join(sorted(round_.images))
+    digest = hashlib.sha256((round_.fingerprint() + ids).encode()).hexdigest()[:8]
+    shots = f"-{arm.shots}shot" if arm.shots else ""
+    return case.work / f"{arm.synthesis}{shots}-{seed}-{digest}"
+
+
+def make(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
+    """The samples of an arm, made once, a shard at a time: how many ``recipes`` and ``accepted``, and the
+    ``seconds`` of CPU time that they took."""
+    round_ = round_of(case, arm, seed)
+    folder = samples_folder(case, arm, seed, round_)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "made.json"
+    made: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
+    for shard in range(len(made), round_.shard_count):
+        started = time.process_time()
+        recipes = round_.plan(shard)
+        accepted = [one for one in make_samples(round_, recipes) if one.members]
+        packed = shards.pack((one.outcome.recipe.sample_id, one.members) for one in accepted)
+        (folder / f"{shard:05d}.tar").write_bytes(packed.data)
+        seconds = time.process_time() - started
+        made.append({"recipes": len(recipes), "accepted": len(accepted), "seconds": seconds})
+        write_file(record, made)
+    return {key: sum(one[key] for one in made) for key in ("recipes", "accepted", "seconds")}
+
+
+@dataclass(frozen=True)
+class Made:
+    """The samples of an arm on disk; iterating reads them, so that they are never all in memory."""
+
+    files: Sequence[ShardFile]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return read_samples(self.files)
+
+    def __len__(self) -> int:
+        return sum(file.accepted for file in self.files)
+
+
+def samples(case: Case, arm: Arm, seed: int) -> Made:
+    """What :func:`make` made; nothing for an arm that takes none."""
+    if arm.synthesis is None:
+        return Made([])
+    folder = samples_folder(case, arm, seed, round_of(case, arm, seed))
+    made = json.loads((folder / "made.json").read_text())
+    return Made([ShardFile(str(folder / f"{k:05d}.tar"), one["accepted"]) for k, one in enumerate(made)])
+
+
+# -- training -------------------------------------------------------------------------------------------
+
+
+def busy_seconds() -> float:
+    """CPU time of this process, a thread: what has passed on a machine without other work if all threads
+    were busy. Budgets and costs of training are in it, so that other work shortens no arm's training."""
+    return time.process_time() / THREADS
+
+
+def measure(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
+    """Everything of one cell; plain values of JSON."""
+    judged, cost = _measure_peer(case, arm, seed) if arm.peer else _measure_own(case, arm, seed)
+    return {**cost, **figures(case, judged)}
+
+
+def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[str, Any]]:
+    round_ = round_of(case, arm, seed)
+    max_side = round_.config.output.max_side
+    normals = [
+        Normal(image.image_id, image.category, load(image, max_side=max_side))
+        for image in round_.images.values()
+        if image.split == "train"
+    ]
+    calibration = calibration_normals(round_, normals, lambda _count: None)
+    made = samples(case, arm, seed)
+    settings = protocol.get(arm.detector).settings()
+    if settings.steps:
+        steps = steps_within(60 * case.minutes, arm.detector, settings, made, normals, calibration)
+        settings = settings.model_copy(update={"steps": steps})
+    ends: list[float] = []
+    started = busy_seconds()
+    detector = train(
+        arm.detector,
+        settings,
+        made,
+        normals,
+        calibration,
+        seed=seed,
+        on_step=lambda *_: ends.append(busy_seconds()),
+    )
+    fitted = busy_seconds() - started
+    images = [image for image in case.images if image.split == case.split]
+    seconds = []
+    for image in images[:TIMED]:
+        small = square(load(image, max_side=max_side), settings.size)
+        start = time.perf_counter()
+        next(predict(detector, [small], [image.category]))
+        seconds.append(time.perf_counter() - start)
+    cost = {
+        "fit_seconds": fitted,
+        "steps": settings.steps,
+        "step_seconds": float(np.median(np.diff(ends))) if len(ends) > 1 else None,
+        "picture_seconds": statistics.median(seconds),
+        "peak_bytes": peak_bytes(),
+        "input": settings.size,
+        "samples": len(made),
+    }
+    found = judge(detector, images, max_side)
+    return [_at_side(one.image, one.score, one.map) for one in found], cost
+
+
+def steps_within(
+    budget: float,
+    name: str,
+    settings: protocol.Settings,
+    made: Made,
+    normals: Sequence[Normal],
+    calibration: Sequence[Normal],
+) -> int:
+    """As many steps as fit into ``budget`` seconds beside what else a fit takes, at least ``PROBED``.
+
+    A few steps are timed on few pictures; what a fit takes without its steps (features, closed-form parts)
+    grows with the number of pictures.
+    """
+    categories = sorted({normal.category for normal in normals})
+    few = [normal for c in categories for normal in [n for n in normals if n.category == c][:2]]
+    part = list(islice(made, 2 * settings.batch))
+    ends: list[float] = []
+    started = busy_seconds()
+    train(
+        name,
+        settings.model_copy(update={"steps": PROBED}),
+        part,
+        few,
+        calibration[: len(categories)],
+        seed=0,
+        on_step=lambda *_: ends.append(busy_seconds()),
+    )
+    pace = float(np.median(np.diff(ends[1:])))
+    rest = busy_seconds() - started - PROBED * pace
+    pictures = [len(n) + 2 * len(m) for n, m in ((normals, made), (few, part))]
+    return max(PROBED, int((budget - rest * pictures[0] / pictures[1]) / pace))
+
+
+def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[str, Any]]:
+    """anomalib's model a category: pictures there and maps back as ``.npz``."""
+    categories = case.categories_of(arm)
+    made = samples(case, arm, seed)
+    pairs: dict[str, list[tuple[np.ndarray, ...]]] = {category: [] for category in categories}
+    for sample in made:
+        if sample.category in pairs:
+            assert sample.normal is not None
+            image, normal = square(sample.image, SIDE), square(sample.normal, SIDE)
+            pairs[sample.category].append((image, small_mask(sample.mask, SIDE), normal))
+    learned = [image for image in case.learned(arm, seed) if image.split == "train"]
+    judged: list[Judged] = []
+    with tempfile.TemporaryDirectory(dir=case.work) as name:
+        for category in categories:
+            arrays = {
+                "train": _stack([image for image in learned if image.category == category]),
+                "judged": _stack(case.of(category, case.split)),
+            }
+            if own := pairs[category]:
+                parts = zip(*own, strict=True)
+                arrays |= dict(zip(("image", "mask", "normal"), map(np.stack, parts), strict=True))
+            np.savez(Path(name) / f"{category}.npz", **arrays)
+        options = ["--model", arm.detector, "--seed", str(seed), "--textures", textures_folder(case)]
+        budget = 60 * case.minutes / len(categories)
+        options += ["--seconds", str(budget), *(["--pairs"] if arm.synthesis else [])]
+        found = run_peer("peer_detectors.py", [name, *options], THREADS)
+        for category in categories:
+            with np.load(Path(name) / f"{category}.found.npz", allow_pickle=False) as stored:
+                maps, scores = stored["maps"], stored["scores"].tolist()
+            judged += map(_at_side, case.of(category, case.split), scores, maps)
+    rows = found["categories"].values()
+    steps = sum(row["steps"] for row in rows)
+    cost = {
+        "fit_seconds": sum(row["fit_seconds"] for row in rows),
+        "steps": steps,
+        "step_seconds": sum(row["steps"] * row["step_seconds"] for row in rows) / steps if steps else None,
+        "epoch_seconds": sum(row["epoch_seconds"] for row in rows),
+        "picture_seconds": statistics.median(row["picture_seconds"] for row in rows),
+        "peak_bytes": found["peak_bytes"],
+        "input": SIDE,
+        "samples": len(made),
+        "version": found["version"],
+    }
+    return judged, cost
+
+
+def _stack(images: Sequence[Image]) -> np.ndarray:
+    """uint8, N×SIDE×SIDE×3."""
+    return np.stack([square(load(image, max_side=1024), SIDE) for image in images])
+
+
+def peak_bytes() -> int:
+    """Resident memory of this process, the highest so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+# -- figures --------------------------------------------------------------------------------------------
+
+
+def _at_side(image: Image, score: float, scores: np.ndarray) -> Judged:
+    return Judged(image, score, at_size(scores, SIDE, SIDE), truth(image, SIDE), ignored(image, SIDE))
+
+
+def figures(case: Case, judged: Sequence[Judged]) -> dict[str, Any]:
+    """Each category's figures and their means; see :func:`mean_of_data_sets`.
+
+    The resamples of the means are kept: they are of the same groups in every cell, so cells can be compared
+    pair by pair.
+    """
+    categories: dict[str, dict[str, Estimate]] = {}
+    for number, category in enumerate(case.categories):  # the same resamples for every arm
+        own = [entry for entry in judged if entry.image.category == category]
+        good = [entry for entry in own if not entry.anomalous]
+        if not good or len(good) == len(own):
+            continue
+        groups = [entry.image.group for entry in own]
+        seed = np.random.SeedSequence(0, spawn_key=(number,))
+        labels = np.array([entry.anomalous for entry in own])
+        scores = np.array([entry.score for entry in own])
+        found = evaluate_images(scores, labels, groups, resamples=RESAMPLES, seed=seed)
+        masks = [entry.mask for entry in own if entry.mask is not None]
+        if len(masks) == len(own):
+            maps, skipped = [entry.map for entry in own], [entry.ignore for entry in own]
+            found |= evaluate_pixels(maps, masks, groups, skipped, resamples=RESAMPLES, seed=seed)
+        categories[category] = {metric: redrawn(found[metric]) for metric in METRICS if metric in found}
+    sets = {category: case.data_set(category) for category in categories}
+    means = {
+        metric: mean_of_data_sets({c: row[metric] for c, row in categories.items() if metric in row}, sets)
+        for metric in METRICS
+    }
+    return {
+        "categories": {c: {m: told(e) for m, e in row.items()} for c, row in categories.items()},
+        "means": {m: {**told(e), "resamples": np.round(e.resamples, 5).tolist()} for m, e in means.items()},
+    }
+
+
+def mean_of_data_sets(estimates: Mapping[str, Estimate], data_set: Mapping[str, str]) -> Estimate:
+    """The mean over data sets of the mean over the categories of each: near-identical categories of one data
+    set count once.
+
+    >>> rows = {"a": 0.2, "b": 0.4, "c": 0.9}
+    >>> found = {name: Estimate(value, np.array([value])) for name, value in rows.items()}
+    >>> round(mean_of_data_sets(found, {"a": "papers", "b": "papers", "c": "nuts"}).value, 3)
+    0.6
+    """
+    sets: dict[str, list[Estimate]] = {}
+    for category, estimate in estimates.items():
+        sets.setdefault(data_set[category], []).append(estimate)
+    return mean_estimate([mean_estimate(own) for own in sets.values()])
+
+
+def redrawn(estimate: Estimate) -> Estimate:
+    """Resamples that are undefined (no good picture was drawn, or no defect) give way to others that are, as
+    if drawn again: or one small category would leave the mean without an interval."""
+    undefined = np.isnan(estimate.resamples)
+    if undefined.all() or not undefined.any():
+        return estimate
+    again = np.resize(estimate.resamples[~undefined], undefined.sum())
+    resamples = estimate.resamples.copy()
+    resamples[undefined] = again
+    return Estimate(estimate.value, resamples)
+
+
+def told(estimate: Estimate) -> dict[str, Any]:
+    low, high = estimate.interval
+    return {"mean": estimate.value, "low": low, "high": high}

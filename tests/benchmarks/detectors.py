@@ -1,0 +1,280 @@
+"""Detectors on real defects: ours on their own papers' synthesis and on our mix, and anomalib's beside them.
+
+    python -m tests.benchmarks.detectors --data DIR --json FILE
+    python -m tests.benchmarks.detectors --data DIR --json FILE --arms onenip-mix anomalib-padim --seeds 0
+
+DIR holds data sets: folders of categories in the layout of MVTec AD; DIR/textures, if it is there, textures.
+A cell is an arm trained with one seed, in a process of its own. FILE is written after every cell: the same
+command goes on where it was stopped, and what is not measured is printed as missing. FILE.work/ keeps the
+synthetic data sets, made once a synthesis and seed; what that took is reported apart from the training. It
+holds pictures derived from those of DIR: keep it out of the repository.
+
+The same for every arm: pictures, split, two compute threads, and metrics at 256 px (maps bilinear, masks by
+nearest neighbour); ours train one model on all categories and see the pictures at their own input size,
+anomalib's a model a category at 256 px. Training gets --minutes in all, of CPU time a thread, so that other
+work on the machine shortens none; what learns by steps takes as many as fit, closed-form methods take what
+they need. Seconds a picture are wall-clock: read them from a quiet machine. anomalib's models have the
+weights of our backbone, DRAEM none.
+
+Judged on the feedback split; --final judges on the test split, for the last time: every such look is noted in
+test_looks.json beside this file. Means: over the categories of a data set first, then over data sets.
+Intervals: bootstrap (95 %) over groups of pictures, of the mean over seeds; ± is the deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from detectors import protocol
+from manifests.errors import FlawsmithError, UsageError
+from manifests.sources import SourceSettings, scan
+from tests.benchmarks import detector_cells
+from tests.benchmarks.detector_cells import METRICS, SIDE, THREADS, Arm, Case, make
+from tests.benchmarks.peers import run_timed
+from tests.benchmarks.pocket_case import described, shown, table
+from tests.benchmarks.resumed import open_file, plain, write_file
+from training.intervals import Estimate
+from workflows.stages import prepare_process
+
+ARMS = {
+    "onenip-own": Arm("onenip", "onenip"),
+    "onenip-mix": Arm("onenip", "mix"),
+    "dfd-own": Arm("dfd", "dfd"),
+    "dfd-mix": Arm("dfd", "mix"),
+    "dfd-own-4shot": Arm("dfd", "dfd", shots=4),
+    "dfd-mix-4shot": Arm("dfd", "mix", shots=4),
+    "vlad-own": Arm("vlad", "cut"),
+    "vlad-mix": Arm("vlad", "mix"),
+    "memory_bank": Arm("memory_bank"),
+    "anomalib-patchcore": Arm("patchcore", peer=True),
+    "anomalib-padim": Arm("padim", peer=True),
+    "anomalib-supersimplenet-own": Arm("supersimplenet", peer=True),
+    "anomalib-supersimplenet-mix": Arm("supersimplenet", "mix", peer=True),
+    "anomalib-draem-own": Arm("draem", peer=True, most=2),
+    "anomalib-draem-mix": Arm("draem", "mix", peer=True, most=2),
+}
+SEEDS = (0, 1, 2)
+MINUTES = 5.0
+LOOKS = Path(__file__).with_name("test_looks.json")
+GROUPS = r"([^/]+?)(?:_r\d+c\d+|_\d)\.\w+$"  # name_r0c1.png, name_2.png: tiles of one photograph
+TITLES = {"pixel_ap": "pixel AP", "aupro": "AUPRO (0.3)", "image_auroc": "image AUROC"}
+
+
+def read_case(data: Path, work: Path, split: str, minutes: float) -> Case:
+    found = scan([SourceSettings(path=str(data.resolve()), layout="mvtec", group=GROUPS)])
+    if found.fatal:
+        raise UsageError("\n".join(f"{p.path}: {p.what}; {p.remedy}" for p in found.problems))
+    return Case(data.resolve(), found.images, work, split, minutes)
+
+
+def identity(case: Case) -> dict[str, Any]:
+    """What the cells of one file have in common."""
+    placed = sorted(f"{image.image_id} {image.split} {image.group}" for image in case.images)
+    return {
+        "pictures": hashlib.sha256("\n".join(placed).encode()).hexdigest()[:16],
+        "minutes": case.minutes,
+        "threads": THREADS,
+        "side": SIDE,
+        "samples_a_category": detector_cells.SAMPLES,
+        "torch": torch.__version__,
+    }
+
+
+def registered(arm: Arm) -> bool:
+    return arm.peer or arm.detector in protocol.names()
+
+
+def note_look(arm: str, seed: int) -> None:
+    """Before a cell is judged on the test split: which, and when."""
+    looks = json.loads(LOOKS.read_text()) if LOOKS.exists() else []
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_file(LOOKS, [*looks, {"when": when, "arm": arm, "seed": seed}])
+
+
+def measure(case: Case, name: str, seed: int, result: dict[str, Any], path: Path, console: Console) -> None:
+    """One cell that is not there: its samples, then the cell in a process of its own."""
+    arm = ARMS[name]
+    if arm.synthesis is not None:
+        shots = f", {arm.shots} shots" if arm.shots else ""
+        result["synthesis"][f"{arm.synthesis}{shots}, seed {seed}"] = make(case, arm, seed)
+        write_file(path, result)
+    if case.split == "test":
+        note_look(name, seed)
+    started = time.perf_counter()
+    module = [sys.executable, "-m", "tests.benchmarks.detectors", "--cell", name, "--seeds", str(seed)]
+    place = ["--data", case.data, "--json", path, "--minutes", str(case.minutes)]
+    found = run_timed([*module, *place, *(["--final"] if case.split == "test" else [])], THREADS)
+    seconds = time.perf_counter() - started
+    cells = result["cells"].setdefault(case.split, {})
+    cells.setdefault(name, {})[str(seed)] = {**plain(found), "cell_seconds": seconds}
+    write_file(path, result)
+    console.print(f"{name}, seed {seed}: {seconds:.0f} s", highlight=False)
+
+
+# -- tables ---------------------------------------------------------------------------------------------
+
+
+def over_seeds(cells: Sequence[dict[str, Any]], metric: str) -> str:
+    """ "0.512 [0.401, 0.607] ±0.012": mean over seeds, its interval over groups, deviation over seeds."""
+    means = [cell["means"][metric] for cell in cells]
+    if any(mean["mean"] is None for mean in means):
+        return "–"
+    resamples = np.mean([np.array(mean["resamples"], np.float64) for mean in means], axis=0)
+    values = [mean["mean"] for mean in means]
+    text = shown(described(Estimate(float(np.mean(values)), resamples)))
+    return f"{text} ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else text
+
+
+def why_missing(name: str, seeds: Sequence[int]) -> str:
+    if not registered(ARMS[name]):
+        return f"missing: no detector {ARMS[name].detector} is registered"
+    return f"missing: seed {', '.join(map(str, seeds))}"
+
+
+def means_table(case: Case, result: dict[str, Any], seeds: Sequence[int]) -> Table:
+    data_sets = {case.data_set(category) for category in case.categories}
+    title = (
+        f"detectors on the {case.split} split: {len(case.categories)} categories of {len(data_sets)} data "
+        f"sets, {case.minutes:g} min of training on {THREADS} threads, metrics at {SIDE} px"
+    )
+    cost = ("fit s", "steps", "ms a step", "ms a picture", "peak MB", "samples")
+    rows = table(title, "arm", *(TITLES[metric] for metric in METRICS), *cost, "")
+    for name, cells in each_arm(case, result, seeds):
+        missing = [seed for seed in seeds if str(seed) not in cells]
+        note = why_missing(name, missing) if missing else ""
+        if not cells:
+            rows.add_row(name, *["–"] * (len(METRICS) + len(cost)), note)
+            continue
+        own = list(cells.values())
+        if ARMS[name].most is not None:
+            note = f"{', '.join(own[0]['categories'])} alone {note}"
+        figures = [over_seeds(own, metric) for metric in METRICS]
+        rows.add_row(
+            name,
+            *figures,
+            middle(own, "fit_seconds", 1, ".0f"),
+            middle(own, "steps", 1, ".0f"),
+            middle(own, "step_seconds", 1e3, ".0f"),
+            middle(own, "picture_seconds", 1e3, ".1f"),
+            middle(own, "peak_bytes", 1e-6, ".0f"),
+            middle(own, "samples", 1, ".0f"),
+            note,
+        )
+    return rows
+
+
+def each_arm(
+    case: Case, result: dict[str, Any], seeds: Sequence[int]
+) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    stored = result["cells"].get(case.split, {})
+    wanted = {str(seed) for seed in seeds}
+    return [(name, {k: v for k, v in stored.get(name, {}).items() if k in wanted}) for name in ARMS]
+
+
+def middle(cells: Sequence[dict[str, Any]], key: str, unit: float, form: str) -> str:
+    values = [cell[key] for cell in cells]
+    return "–" if None in values else f"{unit * float(np.median(values)):{form}}"
+
+
+def category_table(case: Case, result: dict[str, Any], seeds: Sequence[int], metric: str) -> Table:
+    rows = table(f"{TITLES[metric]}, {case.split} split, mean over seeds", "arm", *case.categories)
+    for name, cells in each_arm(case, result, seeds):
+        if not cells:
+            continue
+        shown_: list[str] = []
+        for category in case.categories:
+            found = [cell["categories"].get(category, {}).get(metric) for cell in cells.values()]
+            known = [one["mean"] for one in found if one is not None and one["mean"] is not None]
+            shown_.append(f"{np.mean(known):.3f}" if known else "–")
+        rows.add_row(name, *shown_)
+    return rows
+
+
+def synthesis_table(result: dict[str, Any]) -> Table:
+    rows = table("synthetic data sets, CPU time", "synthesis", "accepted", "recipes", "s", "ms a recipe")
+    for name, made in sorted(result["synthesis"].items()):
+        pace = 1e3 * made["seconds"] / made["recipes"]
+        counts = (str(made["accepted"]), str(made["recipes"]))
+        rows.add_row(name, *counts, f"{made['seconds']:.0f}", f"{pace:.1f}")
+    return rows
+
+
+def show(case: Case, result: dict[str, Any], seeds: Sequence[int], console: Console) -> None:
+    console.print(means_table(case, result, seeds))
+    for metric in METRICS:
+        console.print(category_table(case, result, seeds, metric))
+    if result["synthesis"]:
+        console.print(synthesis_table(result))
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.detectors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of data sets")
+    parser.add_argument("--json", type=Path, required=True, help="all figures; goes on from what is there")
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 0 1 2")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of training a cell (default 5)")
+    parser.add_argument("--final", action="store_true", help="judge on the test split, and note it")
+    parser.add_argument("--cell", choices=list(ARMS), help=argparse.SUPPRESS)  # one cell, as JSON
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = arguments_of(given)
+    console = Console(width=max(Console().width, 200))
+    work = arguments.json.with_name(f"{arguments.json.name}.work").resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        split = "test" if arguments.final else "feedback"
+        case = read_case(arguments.data, work, split, arguments.minutes)
+        if arguments.cell:
+            prepare_process(THREADS)
+            torch.set_num_threads(THREADS)
+            found = detector_cells.measure(case, ARMS[arguments.cell], arguments.seeds[0])
+            print(json.dumps(found))
+            return 0
+        result = open_file(arguments.json, identity(case), synthesis={}, cells={})
+    except FlawsmithError as error:
+        console.print(str(error), style="bold", markup=False)
+        return 2
+    prepare_process()
+    # Threads that wait shall sleep: spinning would count as work, and stalls beside other work.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    failed = False
+    for seed in arguments.seeds:
+        for name in arguments.arms:
+            there = result["cells"].get(split, {}).get(name, {})
+            if str(seed) in there or not registered(ARMS[name]):
+                continue
+            try:
+                measure(case, name, seed, result, arguments.json, console)
+            except (FlawsmithError, RuntimeError) as error:
+                failed = True
+                console.print(f"{name}, seed {seed}: {error}", style="bold", markup=False)
+    show(case, result, arguments.seeds, console)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The detectors' benchmark: its file of cells, its choice of pictures, and its means."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from manifests.errors import UsageError
+from manifests.schema import Image
+from tests.benchmarks import detectors
+from tests.benchmarks.detector_cells import Arm, Case, figures, mean_of_data_sets, redrawn
+from tests.benchmarks.resumed import open_file, write_file
+from training.evaluation import Judged
+from training.intervals import Estimate
+
+SPLITS = ("train",) * 6 + ("calibration",) + ("feedback",) * 4
+
+
+def images(category: str, masks: bool = True) -> list[Image]:
+    found = []
+    for k, split in enumerate(SPLITS):
+        defect = "crack" if split == "feedback" and k % 2 else "good"
+        mask = "mask.png" if defect == "crack" and masks else None
+        path, name = f"/data/{category}/{k}.png", f"{category}{k}"
+        found.append(Image(name, path, name, Path(category).name, defect, mask, 8, 8, "RGB", 8, name, split))
+    return found
+
+
+@pytest.fixture
+def case(tmp_path) -> Case:
+    found = [
+        *images("papers/white"),
+        *images("papers/brown"),
+        *images("nuts/nut"),
+        *images("cells/cell", False),
+    ]
+    return Case(Path("/data"), found, tmp_path, "feedback", 5.0)
+
+
+def judged(case: Case, right: dict[str, bool]) -> list[Judged]:
+    """Scores and maps that are all right or all wrong in a category."""
+    found = []
+    for image in case.images:
+        if image.split != "feedback":
+            continue
+        bad = image.defect != "good"
+        mask = np.zeros((16, 16), bool)
+        mask[4:8, 4:8] = bad
+        scores = mask if right[image.category] else ~mask
+        known = mask if not bad or image.mask_path else None
+        score = float(bad == right[image.category])
+        found.append(Judged(image, score, scores.astype(np.float32), known, None))
+    return found
+
+
+def test_near_identical_categories_count_once(case):
+    found = figures(case, judged(case, {"white": False, "brown": False, "nut": True, "cell": True}))
+    assert found["means"]["image_auroc"]["mean"] == pytest.approx((0 + 1 + 1) / 3)
+    assert found["means"]["pixel_ap"]["mean"] == pytest.approx(
+        (found["categories"]["white"]["pixel_ap"]["mean"] + 1) / 2
+    )
+    assert "pixel_ap" not in found["categories"]["cell"]
+    assert np.isfinite(found["means"]["image_auroc"]["resamples"]).all()
+
+
+def test_a_mean_of_one_data_set_is_that_of_its_categories():
+    found = {name: Estimate(value, np.array([value, 0.5])) for name, value in (("a", 0.2), ("b", 0.6))}
+    mean = mean_of_data_sets(found, {"a": "one", "b": "one"})
+    assert mean.value == pytest.approx(0.4)
+    np.testing.assert_allclose(mean.resamples, [0.4, 0.5])
+
+
+def test_undefined_resamples_are_drawn_again():
+    nan = float("nan")
+    again = redrawn(Estimate(0.5, np.array([0.1, nan, 0.3, nan, nan])))
+    np.testing.assert_array_equal(again.resamples, [0.1, 0.1, 0.3, 0.3, 0.1])
+    assert np.isnan(redrawn(Estimate(nan, np.array([nan, nan]))).resamples).all()
+
+
+def test_few_shots_are_few_train_pictures_that_the_seed_draws(case):
+    few = [case.learned(Arm("dfd", "mix", shots=4), seed) for seed in (0, 0, 1)]
+    assert few[0] == few[1] != few[2]
+    assert {image.split for image in few[0]} == {"train"}
+    assert [sum(i.category == c for i in few[0]) for c in case.categories] == [4] * 4
+    everything = case.learned(Arm("dfd", "mix"), 0)
+    assert {image.split for image in everything} == {"train", "calibration"}
+    assert case.categories_of(Arm("draem", peer=True, most=2)) == ["brown", "nut"]
+
+
+def test_the_command_goes_on_where_it_was_stopped(case, tmp_path, monkeypatch):
+    ran = []
+
+    def cell(command, threads):
+        name, seed = command[4], int(command[6])
+        ran.append((name, seed))
+        if len(ran) == 3:
+            raise RuntimeError("killed")
+        cost = dict.fromkeys(("fit_seconds", "step_seconds", "picture_seconds", "peak_bytes"), 1.0)
+        found = figures(case, judged(case, dict.fromkeys(case.categories, True)))
+        return {**cost, "steps": 3, "samples": 0, **found}
+
+    monkeypatch.setattr(detectors, "run_timed", cell)
+    monkeypatch.setattr(detectors, "read_case", lambda *_: case)
+    monkeypatch.setattr(detectors, "make", lambda *_: {"recipes": 4, "accepted": 4, "seconds": 1.0})
+    file = tmp_path / "figures.json"
+    arms = ["onenip-mix", "anomalib-padim"]
+    given = ["--data", "x", "--json", str(file), "--seeds", "0", "1", "--arms", *arms]
+    assert detectors.main(given) == 1
+    assert ran == [(arms[0], 0), (arms[1], 0), (arms[0], 1), (arms[1], 1)]
+    stored = json.loads(file.read_text())["cells"]["feedback"]
+    assert {name: sorted(cells) for name, cells in stored.items()} == {
+        "onenip-mix": ["0"],
+        "anomalib-padim": ["0", "1"],
+    }
+    assert detectors.main(given) == 0
+    assert ran[4:] == [("onenip-mix", 1)]
+    with pytest.raises(UsageError, match="minutes"):
+        open_file(file, {"minutes": 1.0})
+
+
+def test_what_is_missing_is_said(case):
+    console = Console(width=250, record=True)
+    detectors.show(case, {"synthesis": {}, "cells": {}}, [0, 1], console)
+    text = console.export_text()
+    assert "missing: seed 0, 1" in text
+    assert not detectors.registered(Arm("no-such-detector"))
+
+
+def test_a_look_at_the_test_split_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(detectors, "LOOKS", tmp_path / "looks.json")
+    detectors.note_look("onenip-mix", 0)
+    detectors.note_look("vlad-own", 2)
+    looks = json.loads((tmp_path / "looks.json").read_text())
+    assert [(look["arm"], look["seed"]) for look in looks] == [("onenip-mix", 0), ("vlad-own", 2)]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    file = tmp_path / "a.json"
+    write_file(file, {"value": 1.0})
+    with pytest.raises(TypeError):
+        write_file(file, {"value": object()})
+    assert json.loads(file.read_text()) == {"value": 1.0}
+    write_file(file, {"value": float("nan")})
+    assert json.loads(file.read_text()) == {"value": None}
