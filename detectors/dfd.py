@@ -409,7 +409,7 @@ def build(settings: DFDSettings, categories: Sequence[str], device: str | torch.
     return DFD(settings, categories, backbone).to(device)
 
 
-DFD_METHOD = Method(
+METHOD = Method(
     name="dfd",
     summary="two discriminators on a low and a high frequency band; few normals suffice",
     settings=DFDSettings,

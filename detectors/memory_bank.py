@@ -147,7 +147,9 @@ class MemoryBank(nn.Module):
         scores = torch.cat([self.score(batch)[0] for batch in normals])
         self.calibration = {"threshold": torch.quantile(scores, QUANTILE).item()}
 
-    def _score(self, features: Tensor, category: str | None, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, features: Tensor, category: str | None, skip: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score and distances h×w of one picture; no score comes from the patches ``skip``, bool h×w."""
         patches, bank = self._patches(features)[0], self._bank(category)
         distances, nearest = torch.cdist(patches, bank).min(dim=1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "flawsmith.detectors"
 BUILT_IN = {
-    "dfd": "detectors.dfd:DFD_METHOD",
+    "dfd": "detectors.dfd:METHOD",
     "memory_bank": "detectors.memory_bank:MEMORY_BANK",
     "onenip": "detectors.onenip:ONENIP",
     "vlad": "detectors.vlad:VLAD",

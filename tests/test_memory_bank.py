@@ -179,3 +179,17 @@ def test_the_papers_layers_and_bank():
     assert protocol.get("memory_bank") is MEMORY_BANK
     paper = MemoryBankSettings(**PAPER)
     assert (paper.backbone, paper.steps, paper.size) == ("wide_resnet50_2", 0, 224)
+
+
+def test_no_score_comes_from_an_ignored_place(backbone):
+    detector = make(backbone, {"a": 6})
+    picture = weave(40)
+    picture[8:24, 8:24] = 255
+    features = extract(detector, [picture, weave(41)])
+    batch = {"features": features, "category": ["a", "a"]}
+    ignore = torch.zeros(2, 64, 64, dtype=torch.bool)
+    ignore[0, :40, :40] = True
+    (spoilt, good), maps = detector.score(batch)
+    (less, same), unchanged = detector.score(batch | {"ignore": ignore})
+    assert less < 0.8 * spoilt and same == good
+    torch.testing.assert_close(unchanged, maps)
