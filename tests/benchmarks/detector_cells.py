@@ -41,7 +41,7 @@ RESAMPLES = 300
 THREADS = 2
 SAMPLES = 40  # recipes a category
 SHARD = 32  # small, so that little is lost when slow samples are broken off
-PROBED = 6  # steps that are timed before the number of steps is chosen; the first two are not counted
+PROBED = 6  # steps that are timed before the number of steps is chosen
 TIMED = 20  # pictures, one by one
 # The sections `generation` of the synthetic data sets: those of the papers, and the default.
 SYNTHESES: dict[str, dict[str, Any]] = {
@@ -218,6 +218,22 @@ def busy_seconds() -> float:
     return time.process_time() / THREADS
 
 
+class Clock:
+    """A training's ``on_step``: when which step was over."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[int, float]] = []
+
+    def __call__(self, step: int, _steps: int, _losses: dict[str, float]) -> None:
+        self.ends.append((step, busy_seconds()))
+
+    @property
+    def pace(self) -> float:
+        """Busy seconds a step, the first one left out."""
+        (first, start), (last, end) = self.ends[0], self.ends[-1]
+        return (end - start) / (last - first)
+
+
 def measure(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
     """Everything of one cell; plain values of JSON."""
     judged, cost = _measure_peer(case, arm, seed) if arm.peer else _measure_own(case, arm, seed)
@@ -238,7 +254,7 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
     if settings.steps:
         steps = steps_within(60 * case.minutes, arm.detector, settings, made, normals, calibration)
         settings = settings.model_copy(update={"steps": steps})
-    ends: list[float] = []
+    clock = Clock()
     started = busy_seconds()
     detector = train(
         arm.detector,
@@ -247,7 +263,7 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
         normals,
         calibration,
         seed=seed,
-        on_step=lambda *_: ends.append(busy_seconds()),
+        on_step=clock,
     )
     fitted = busy_seconds() - started
     images = [image for image in case.images if image.split == case.split]
@@ -260,7 +276,7 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
     cost = {
         "fit_seconds": fitted,
         "steps": settings.steps,
-        "step_seconds": float(np.median(np.diff(ends))) if len(ends) > 1 else None,
+        "step_seconds": clock.pace if settings.steps else None,
         "picture_seconds": statistics.median(seconds),
         "peak_bytes": peak_bytes(),
         "input": settings.size,
@@ -286,7 +302,7 @@ def steps_within(
     categories = sorted({normal.category for normal in normals})
     few = [normal for c in categories for normal in [n for n in normals if n.category == c][:2]]
     part = list(islice(made, 2 * settings.batch))
-    ends: list[float] = []
+    clock = Clock()
     started = busy_seconds()
     train(
         name,
@@ -295,12 +311,11 @@ def steps_within(
         few,
         calibration[: len(categories)],
         seed=0,
-        on_step=lambda *_: ends.append(busy_seconds()),
+        on_step=clock,
     )
-    pace = float(np.median(np.diff(ends[1:])))
-    rest = busy_seconds() - started - PROBED * pace
+    rest = busy_seconds() - started - PROBED * clock.pace
     pictures = [len(n) + 2 * len(m) for n, m in ((normals, made), (few, part))]
-    return max(PROBED, int((budget - rest * pictures[0] / pictures[1]) / pace))
+    return max(PROBED, int((budget - rest * pictures[0] / pictures[1]) / clock.pace))
 
 
 def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[str, Any]]:
