@@ -24,7 +24,7 @@ from manifests.schema import DECISIONS, HISTORY, IMAGES, METRICS, SAMPLES, SHARD
 from manifests.workspace import Workspace, part, round_file
 from workflows import contact, doctor, export, predict
 from workflows.config import parse_config
-from workflows.report import write_report
+from workflows.report.page import write_report
 
 LICENCE = "CC BY-NC-SA 4.0 (non-commercial use only)"
 NASTY = "../../<script>alert(1)</script>"

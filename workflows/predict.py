@@ -8,22 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from detectors.protocol import Detector
 from manifests.errors import PictureError, UsageError
 from manifests.pictures import EXTENSIONS, apply_window, decode, encode, read_bytes, shrink
 from training.checkpoints import load, read_config
-from training.evaluation import at_size
 from training.evaluation import predict as score_pictures
 from workflows.console import progress
-from workflows.contact import outline
 from workflows.export import safe_names
+from workflows.heatmaps import overlay
 
 FIELDS = ("path", "score", "threshold", "anomalous", "heat_map", "map", "error")
-DARKEST = 0.35  # where the colours begin: below it they are black, which reads as shadow
-STRONGEST = 0.7  # share of colour where the map is highest
 Window = tuple[int, int]
 
 
@@ -97,23 +93,6 @@ def predict(
         writer.writeheader()
         writer.writerows(rows)
     return rows
-
-
-def overlay(picture: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """The picture under its heat map: uint8 H×W×3.
-
-    Args:
-        picture: uint8, H×W×C with C = 1 or 3.
-        scores: float32, h×w; brought to the picture's size.
-        threshold: above 0; colours run from half of this to one and a half.
-    """
-    scores = at_size(scores, *picture.shape[:2])
-    level = np.clip(scores / max(threshold, 1e-12) - 0.5, 0, 1)[:, :, None]
-    shade = np.rint(255 * (DARKEST + (1 - DARKEST) * level)).astype(np.uint8)
-    colours = cv2.applyColorMap(shade, cv2.COLORMAP_INFERNO)[:, :, ::-1]
-    strength = STRONGEST * level
-    mixed = (1 - strength) * picture + strength * colours
-    return outline(np.rint(mixed).astype(np.uint8), scores > threshold)
 
 
 def _files(given: Sequence[Path]) -> list[tuple[Path, str]]:
