@@ -19,7 +19,7 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	mkdir -p bench
-	for name in synthesis pipeline metrics cut; do \
+	for name in synthesis pipeline metrics cut report; do \
 		$(BIN)/python -m tests.benchmarks.$$name --json bench/$$name.json || exit 1; \
 	done
 

@@ -23,7 +23,7 @@ BYTES = 17_500_000  # of the page's characters for pictures of samples, and
 HEATMAP_BYTES = 2_500_000  # for heat maps: with charts and tables the page stays below 25 MB
 TILE = 96  # pixels a side of a thumbnail
 ACROSS = 10  # thumbnails in a row and in a column of a sheet
-SIDES = (384, 320, 256, 192, 160, 128)  # longer side of a sample's picture; the largest that fits is taken
+SIDES = (320, 256, 192, 160, 128)  # longer side of a sample's picture; the largest that fits is taken
 PROBE = 24  # samples that tell which
 MARGIN = 1.3  # smaller pictures hold more detail a pixel than the probe's
 QUALITY = 75
@@ -55,9 +55,8 @@ def make_album(space: Workspace, rows: Sequence[Row]) -> Album:
     """
     accepted = [row for row in rows if row["outcome"] == "accepted"]
     chosen = choose(accepted, MOST_PICTURES)
-    side = _side(space, chosen)
+    side, room = _plan(space, chosen)
     album, tiles, normals = Album(), [], {}
-    room = BYTES
     for row in chosen:
         sample = read_sample(space, row)
         picture, mask = shown_of(sample, side)
@@ -85,26 +84,27 @@ def make_album(space: Workspace, rows: Sequence[Row]) -> Album:
         }
         if len(tiles) == ACROSS * ACROSS:
             album.sheets.append(encode(sheet(tiles)))
-            room -= len(album.sheets[-1])
             tiles = []
     if tiles:
         album.sheets.append(encode(sheet(tiles)))
     return album
 
 
-def _side(space: Workspace, chosen: Sequence[Row]) -> int:
-    """The largest of :data:`SIDES` at which the pictures of all chosen samples are likely to fit."""
+def _plan(space: Workspace, chosen: Sequence[Row]) -> tuple[int, int]:
+    """(side, room): the largest of :data:`SIDES` at which the pictures of all chosen samples are likely to
+    fit, and the characters that they may take beside the thumbnails."""
     probe = [read_sample(space, row) for row in chosen[:: max(1, math.ceil(len(chosen) / PROBE))]]
     if not probe:
-        return SIDES[0]
-    normals = len({row["image_id"] for row in chosen})
-    each = sum(len(encode(shown_of(sample, SIDES[0])[0])) for sample in probe) / len(probe)
+        return SIDES[0], BYTES
+    pictures = [shown_of(sample, SIDES[0])[0] for sample in probe]
+    tiles = [letterbox(fit(picture, TILE), TILE) for picture in pictures]
+    room = BYTES - round(1.1 * len(encode(sheet(tiles))) * len(chosen) / len(tiles))
+    each = sum(len(encode(picture)) for picture in pictures) / len(pictures)
+    count = len(chosen) + len({row["image_id"] for row in chosen})
     for side in SIDES:
-        share = (side / SIDES[0]) ** 2 * (1 if side == SIDES[0] else MARGIN)
-        thumbnails = len(chosen) * each * (TILE / SIDES[0]) ** 2 * MARGIN
-        if (len(chosen) + normals) * each * share + thumbnails <= BYTES:
-            return side
-    return SIDES[-1]
+        if count * each * (side / SIDES[0]) ** 2 * (MARGIN if side < SIDES[0] else 1) <= room:
+            return side, room
+    return SIDES[-1], room
 
 
 def shown_of(sample: Stored, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +143,7 @@ def sheet(tiles: Sequence[np.ndarray]) -> np.ndarray:
 def encode(pixels: np.ndarray) -> str:
     """Base64 of lossy WebP."""
     sink = io.BytesIO()
-    Pillow.fromarray(pixels).save(sink, "WEBP", quality=QUALITY, method=3)
+    Pillow.fromarray(pixels).save(sink, "WEBP", quality=QUALITY, method=2)
     return base64.b64encode(sink.getvalue()).decode()
 
 
