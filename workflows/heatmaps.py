@@ -154,7 +154,7 @@ def _in_turn(picks: Sequence[Pick]) -> list[Pick]:
     ordered = sorted(picks, key=lambda pick: (-pick.badness[0], -pick.badness[1], pick.image_id))
     first = {pick.image_id: pick for pick in reversed(ordered)}
     turn: dict[tuple[str, str], int] = defaultdict(int)
-    ranked = []
+    ranked: list[tuple[int, int, Pick]] = []
     for pick in ordered:
         if first[pick.image_id] is pick:
             ranked.append((turn[pick.defect], len(ranked), pick))

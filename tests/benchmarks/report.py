@@ -40,7 +40,8 @@ def fabricate(folder: Path, rows: int) -> Workspace:
         pixels = np.clip(120 + grain + rng.normal(0, 4, grain.shape), 0, 255).astype(np.uint8)
         path, category = f"{folder}/{at}.png", ("bolt", "cloth", "ring")[at % 3]
         image = Image(
-            pictures.pixel_hash(pixels), path, "", category, "good", None, SIDE, SIDE, "RGB", 8, str(at), "train"
+            pictures.pixel_hash(pixels), path, "", category, "good", None, SIDE, SIDE, "RGB", 8, str(at),
+            "train",
         )  # fmt: skip
         normals.append(pixels)
         images.append(image)
@@ -91,7 +92,7 @@ def fabricate(folder: Path, rows: int) -> Workspace:
                     "seconds": 1.0,
                     "host": "here",
                     "lossy": False,
-                }  # fmt: skip
+                }
             )
         space.write_table(round_file(round_, "shards.parquet"), to_table(records, SHARDS))
     return space
