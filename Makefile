@@ -19,7 +19,7 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	mkdir -p bench
-	for name in synthesis presets pipeline metrics cut export training; do \
+	for name in synthesis presets pipeline metrics cut export training report; do \
 		$(BIN)/python -m tests.benchmarks.$$name --json bench/$$name.json || exit 1; \
 	done
 

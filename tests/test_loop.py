@@ -67,6 +67,10 @@ def test_the_loop_closes(finished):
         assert {"feedback", "heldout_synthetic"} == {row["split"] for row in metrics}
         names = {row["metric"] for row in metrics if row["category"] == "mean" and row["split"] == "feedback"}
         assert names >= {"image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro"}
+        splits = {row["image_id"]: row["split"] for row in finished.read_table("images.parquet").to_pylist()}
+        shown = finished.read_table(f"rounds/00{number}/heatmaps.parquet").to_pylist()
+        assert {splits[row["image_id"]] for row in shown} == {row["split"] for row in shown} == {"feedback"}
+        assert finished.names(f"rounds/00{number}/heatmaps") == sorted(row["file"][9:] for row in shown)
     kinds = {row["kind"] for row in finished.read_table("history.parquet").to_pylist()}
     assert kinds >= {"setting", "metric", "yield", "seconds.generate", "seconds.train"}
     assert b"<html" in finished.read_bytes("report/index.html")
@@ -115,6 +119,8 @@ def test_labels_of_the_test_split_touch_nothing_but_the_final_figures(finished, 
     ]
     assert final[0] and final[0] != final[1]
     assert finished.read_table("looks.parquet").num_rows == 2
+    shown = finished.read_table("rounds/001/heatmaps.parquet")["split"].to_pylist()
+    assert {"feedback", "test"} == set(shown), "heat maps of the test split come with the final look"
     evaluate_final(finished)
     assert finished.read_table("looks.parquet").num_rows == 2, "a second look must not score again"
 

@@ -1,10 +1,8 @@
-"""What a user takes out of a workspace: contact sheet, export, report, predictions, doctor."""
+"""What a user takes out of a workspace: contact sheet, export, predictions, doctor."""
 
 import csv
-import io
 import json
 import re
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import cv2
@@ -20,103 +18,16 @@ from PIL import Image as Pillow
 from generation.cut import models
 from manifests import pictures, shards
 from manifests.errors import PictureError, UsageError
-from manifests.schema import DECISIONS, HISTORY, IMAGES, METRICS, SAMPLES, SHARDS, Image, to_table
-from manifests.workspace import Workspace, part, round_file
+from manifests.workspace import part
+from tests.small_workspace import LICENCE, NASTY, write_workspace
 from training.evaluation import predict as score_pictures
 from workflows import contact, doctor, export, predict
-from workflows.config import parse_config
-from workflows.report import write_report
 from workflows.runtimes import Runtime
-
-LICENCE = "CC BY-NC-SA 4.0 (non-commercial use only)"
-NASTY = "../../<script>alert(1)</script>"
-
-
-def sample_row(round_, index, category, generator, defect, image, offset, checksum):
-    return {
-        "sample_id": f"{round_:03d}-00000-{index:05d}", "round": round_, "image_id": image.image_id,
-        "category": category, "generator": generator, "defect": defect, "prompt": "", "detail": "",
-        "wanted_area": 0.05, "area": 0.05, "severity": 0.5, "count": 1, "location": "anywhere", "donors": [],
-        "params": "{}", "seed": index, "batch": 0, "shard": 0, "status": "accepted", "reason": "",
-        "leak": 0.0, "hollow": 0.0, "contrast": 1.5, "measures": "", "attempts": 1, "offset": offset,
-        "checksum": checksum, "seconds": 0.01, "device": "cpu", "versions": "{}",
-    }  # fmt: skip
-
-
-def defect_mask(rng, shape):
-    """A ring with a hole and a single pixel: two components."""
-    mask = np.zeros(shape, np.uint8)
-    cv2.circle(mask, (int(rng.integers(10, 14)), int(rng.integers(10, 14))), 7, 1, 3)
-    mask[-2, -2] = 1
-    return mask > 0
 
 
 @pytest.fixture
 def space(tmp_path):
-    """Two rounds; a grey and a colour category of other sizes; one sample of features a round."""
-    rng = np.random.default_rng(3)
-    space = Workspace(str(tmp_path / "ws"))
-    images, normals = [], {}
-    for category, shape in (("bolt", (32, 40, 1)), ("cloth", (36, 32, 3))):
-        for index, split in enumerate(("train", "train", "calibration", "test")):
-            pixels = rng.integers(0, 255, shape, np.uint8)
-            path = tmp_path / f"{category}{index}.png"
-            path.write_bytes(pictures.encode(pixels, "png"))
-            image = Image(
-                pictures.pixel_hash(pixels), str(path), pictures.sha256(path.read_bytes()), category, "good",
-                None, shape[1], shape[0], "L" if shape[2] == 1 else "RGB", 8, str(index), split,
-                LICENCE if category == "bolt" else None,
-            )  # fmt: skip
-            images.append(image)
-            normals[image.image_id] = pixels
-    space.write_table("images.parquet", to_table(images, IMAGES))
-    config = parse_config({"source": str(tmp_path), "samples": 7}, name="test").model_dump(mode="json")
-    for round_ in (0, 1):
-        space.write_yaml(
-            round_file(round_, "settings.yaml"),
-            {"round": round_, "config": config, "generation": config["generation"]},
-        )
-        write_round(space, round_, images, normals, rng)
-    return space
-
-
-def write_round(space, round_, images, normals, rng):
-    samples, facts = [], []
-    trained = [image for image in images if image.split == "train"]
-    kinds = [("perlin", "good"), ("perlin", NASTY), ("scar", "Scratch"), ("scar", "scratch")]
-    for index in range(7):
-        image = trained[index % len(trained)]
-        generator, defect = kinds[index % 4] if index < 6 else ("feature-noise", "noise")
-        normal = normals[image.image_id]
-        mask = defect_mask(rng, normal.shape[:2])
-        picture = np.where(mask[:, :, None], 255 - normal, normal)
-        members = {"image.webp": pictures.encode(picture, "webp")}
-        if generator == "feature-noise":
-            sink = io.BytesIO()
-            np.save(sink, np.ones((4, 5, 3), np.float16))
-            mask = np.eye(5, 3, dtype=bool)
-            members = {"feature.npy": sink.getvalue()}
-        members |= {"mask.png": pictures.encode_mask(mask), "normal.webp": pictures.encode(normal, "webp")}
-        members["json"] = shards.sample_json({}, {}, {})
-        samples.append((f"{round_:03d}-00000-{index:05d}", members))
-        facts.append((image.category, generator, defect, image))
-    packed = shards.pack(samples)
-    space.write_bytes(part("shards", round_, 0, "tar"), packed.data)
-    rows = [
-        sample_row(round_, index, *fact, offset, checksum)
-        for index, (fact, offset, checksum) in enumerate(
-            zip(facts, packed.offsets, packed.checksums, strict=True)
-        )
-    ]
-    refused = {**rows[0], "sample_id": f"{round_:03d}-00000-00007", "status": "rejected", "offset": -1}
-    rows.append(refused | {"reason": "contrast below 1", "checksum": ""})
-    space.write_table(part("samples", round_, 0, "parquet"), to_table(rows, SAMPLES))
-    record = {
-        "round": round_, "shard": 0, "path": part("shards", round_, 0, "tar"), "sha256": packed.sha256,
-        "bytes": len(packed.data), "accepted": 7, "rejected": 1, "failed": 0, "fingerprint": "{}",
-        "seconds": 1.0, "host": "here", "lossy": False,
-    }  # fmt: skip
-    space.write_table(round_file(round_, "shards.parquet"), to_table([record], SHARDS))
+    return write_workspace(tmp_path)
 
 
 def stored(space, round_):
@@ -339,96 +250,6 @@ def test_safe_names_are_distinct_and_cannot_leave_a_folder(words):
     names = export.safe_names(words)
     assert len({name.casefold() for name in names}) == len(words)
     assert all(re.fullmatch(r"[^\W_][\w.-]*|\w[\w.-]*", name) and len(name) < 70 for name in names)
-
-
-# -- report ---------------------------------------------------------------------------------------------
-
-
-class Tags(HTMLParser):
-    """Checks that tags close in order; keeps text, and addresses that would need another file."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.text, self.addresses, self.scripts = [], "", [], 0
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-        self.scripts += tag == "script"
-        self.addresses += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:image/")]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def parsed(space):
-    page = space.read_bytes(write_report(space)).decode()
-    tags = Tags()
-    tags.feed(page)
-    assert tags.open == []
-    assert tags.addresses == []
-    assert tags.scripts == 0
-    assert len(page) < 5e6
-    return re.sub(r"\s+", " ", tags.text), page
-
-
-def metric(round_, split, category, name, value, **other):
-    row = {
-        "round": round_, "detector": "onenip", "seed": 0, "category": category, "defect": "all",
-        "size": "all", "split": split, "metric": name, "value": value,
-        "low": value - 0.1, "high": value + 0.05,
-    }  # fmt: skip
-    return row | other
-
-
-def test_report_of_a_whole_run(space):
-    rows = [
-        metric(0, "feedback", "mean", "image_auroc", 0.811),
-        metric(0, "feedback", "bolt", "image_auroc", 0.7),
-        metric(0, "feedback", "bolt", "pixel_ap", 0.41, low=float("nan"), high=float("nan")),
-        metric(0, "test", "mean", "image_auroc", 0.8225, defect="all"),
-        metric(0, "test", "bolt", "image_auroc", 0.66, defect=NASTY),
-    ]
-    space.write_table(round_file(0, "metrics.parquet"), to_table(rows, METRICS))
-    reason = f"missed defects are smaller {NASTY}"
-    decisions = [
-        {"round": 0, "setting": "area", "before": "[0.1, 0.2]", "after": "[0.05, 0.1]", "reason": reason},
-        {"round": 0, "setting": "severity", "before": "[0, 1]", "after": "[0, 1]", "reason": "chance"},
-    ]
-    space.write_table(round_file(0, "decisions.parquet"), to_table(decisions, DECISIONS))
-    history = [{"round": 0, "kind": "seconds.train", "name": "train", "value": "61.25"}]
-    space.write_table("history.parquet", to_table(history, HISTORY))
-    veto(space, "000-00000-00001")
-    text, page = parsed(space)
-    assert (
-        f"Non-commercial use only. Licence of the pictures of bolt, and of what was made from them: {LICENCE}"
-        in text
-    )
-    for fact in (
-        "0.811 0.71–0.86", "0.410", "0.823 0.72–0.87", "87.5%", "contrast below 1", "61.2",
-        "[0.05, 0.1]", reason, "rejected 1 of the accepted samples", "000-00000-00006 · ",
-    ):  # fmt: skip
-        assert fact in text, fact
-    assert page.count("data:image/webp") == 13
-    assert write_report(space) == "report/index.html"
-    assert space.read_bytes("report/index.html").decode() == page
-
-
-def test_report_of_a_run_that_stopped_early(space):
-    text, _ = parsed(space)
-    assert "Not yet: `flawsmith evaluate --final`" in text
-    for number in (0, 1):
-        for name in ("shards.parquet", "samples/part-00000.parquet", "shards/part-00000.tar"):
-            space.remove(round_file(number, name))
-    text, page = parsed(space)
-    assert "Samples by generator: not yet." in text
-    assert "data:image" not in page
-    empty = Workspace(space.url + "-nothing")
-    text, _ = parsed(empty)
-    assert "Real pictures: not yet." in text
 
 
 # -- predictions ----------------------------------------------------------------------------------------

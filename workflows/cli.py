@@ -259,6 +259,23 @@ def show(
     typer.echo(f"{out}: {len(shown)} samples")
 
 
+@app.command(epilog="Examples: flawsmith report runs/bottle | flawsmith report runs/bottle --no-pictures")
+def report(
+    workspace: WorkspaceArgument,
+    no_pictures: Annotated[
+        bool,
+        typer.Option("--no-pictures", help="for a page that may leave the house: no pictures, no file paths"),
+    ] = False,
+) -> None:
+    """Write report/index.html, one page without a network: rounds, defects, samples, rejections, cost."""
+    from workflows.report.page import write_report
+
+    space = _existing(workspace)
+    with space.writing():
+        name = write_report(space, with_pictures=not no_pictures)
+    typer.echo(f"{space.path(name)}: {(space.size(name) or 0) / 1e6:.1f} MB")
+
+
 @app.command(
     epilog="Examples: flawsmith review runs/bottle --reject 000-00001-00042 | flawsmith review runs/bottle "
     "--from rejected.txt"
@@ -527,7 +544,7 @@ def demo(
     from workflows.demo import write_demo
     from workflows.detecting import evaluate_final
     from workflows.loop import run as run_loop
-    from workflows.report import write_report
+    from workflows.report.page import write_report
     from workflows.tables import figures_table, licences, rounds_table
 
     config = write_demo(folder)

@@ -29,6 +29,7 @@ from training.loading import Sample, ShardFile, in_order, read_samples, small_ma
 from training.resuming import Slot
 from training.tiling import is_tiled, tile_normals, tile_samples
 from workflows.console import progress, say
+from workflows.heatmaps import remove_heatmaps, write_heatmaps
 from workflows.rounds import open_round, remember, vetoes
 from workflows.stages import Round, device, read_settings
 
@@ -112,6 +113,7 @@ def train(space: Workspace, number: int) -> bool:
         return True
     for stale in ("found.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
         space.remove(round_file(number, stale))
+    remove_heatmaps(space, number)
     licences = [image.licence for image in round_.images.values() if image.licence]
     thresholds = alarm_thresholds(round_, detector, calibration)
     if tiles is not None:  # a picture scores as its worst tile; the detector was calibrated on single tiles
@@ -254,8 +256,9 @@ def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, An
 def evaluate(space: Workspace, number: int) -> bool:
     """Judges a round's detector on the feedback split and on held-out samples; whether it did.
 
-    Writes ``scores.parquet``, ``metrics.parquet`` and the aggregates to the history; ``found.parquet`` (what
-    was found of each defect) comes last and is the mark that the round was judged.
+    Writes ``scores.parquet``, ``metrics.parquet``, the aggregates to the history, and heat maps of the worst
+    pictures; ``found.parquet`` (what was found of each defect) comes last and is the mark that the round was
+    judged.
     """
     if space.exists(round_file(number, "found.parquet")):
         return False
@@ -267,9 +270,13 @@ def evaluate(space: Workspace, number: int) -> bool:
     _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic", alarms)
     means = {r["metric"]: r["value"] for r in metric_rows if r["category"] == "mean" and r["size"] == "all"}
     remember(space, number, "metric", {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()})
-    on_pictures, on_maps = notes["thresholds"], notes["map_thresholds"]
-    thresholds = {category: (score, on_maps[category]) for category, score in on_pictures.items()}
+    thresholds = _stored_thresholds(notes)
     found = what_was_found(round_, judged, thresholds)
+    before = round_file(number - 1, "found.parquet")
+    earlier = space.read_table(before).to_pylist() if number and space.exists(before) else []
+    write_heatmaps(
+        space, number, "feedback", judged, found, thresholds, earlier, round_.config.output.max_side
+    )
     space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
     return True
 
@@ -290,7 +297,18 @@ def evaluate_final(space: Workspace) -> None:
         judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
         look = {"round": number, "when": when, "pictures": len(judged)}
         space.append_table("looks.parquet", pa.Table.from_pylist([look]), {"round": number, "when": when})
+        thresholds = _stored_thresholds(notes)
+        found = what_was_found(round_, judged, thresholds)
+        write_heatmaps(
+            space, number, "test", judged, found, thresholds, max_side=round_.config.output.max_side
+        )
         _write_figures(space, round_, judged, "test", notes["thresholds"])
+
+
+def _stored_thresholds(notes: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """By category: the alarm thresholds of (picture scores, map values)."""
+    on_maps = notes["map_thresholds"]
+    return {category: (score, on_maps[category]) for category, score in notes["thresholds"].items()}
 
 
 def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Judged]:

@@ -23,7 +23,7 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
     Raises:
         FlawsmithError: see the stages; what was finished stays, and the same call goes on from there.
     """
-    from workflows.report import write_report
+    from workflows.report.page import write_report
 
     with space.writing():
         number = begin(config, space, new_round=new_round)

@@ -15,20 +15,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from manifests.errors import PictureError, UsageError
 from manifests.pictures import EXTENSIONS, apply_window, decode, encode, read_bytes, shrink
 from workflows.console import progress
-from workflows.contact import outline
 from workflows.export import safe_names
+from workflows.heatmaps import overlay
 from workflows.runtimes import alarm, open_detector
 
 FIELDS = ("path", "score", "threshold", "anomalous", "heat_map", "map", "error", "sha256", "detector")
 TABLE, LIST = "scores.csv", "scores.json"
-DARKEST = 0.35  # where the colours begin: below it they are black, which reads as shadow
-STRONGEST = 0.7  # share of colour where the map is highest
 Window = tuple[int, int]
 Row = dict[str, Any]
 
@@ -159,23 +156,6 @@ def _stored(table: Path) -> list[Row]:
         for line in lines
         if line["score"] and line["detector"]
     ]
-
-
-def overlay(picture: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """The picture under its heat map: uint8 H×W×3.
-
-    Args:
-        picture: uint8, H×W×C with C = 1 or 3.
-        scores: float32, h×w; brought to the picture's size.
-        threshold: above 0; colours run from half of this to one and a half.
-    """
-    scores = cv2.resize(scores, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    level = np.clip(scores / max(threshold, 1e-12) - 0.5, 0, 1)[:, :, None]
-    shade = np.rint(255 * (DARKEST + (1 - DARKEST) * level)).astype(np.uint8)
-    colours = cv2.applyColorMap(shade, cv2.COLORMAP_INFERNO)[:, :, ::-1]
-    strength = STRONGEST * level
-    mixed = (1 - strength) * picture + strength * colours
-    return outline(np.rint(mixed).astype(np.uint8), scores > threshold)
 
 
 def _files(given: Sequence[Path]) -> list[tuple[Path, str]]:
