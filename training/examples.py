@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from detectors.protocol import Batch, Detector, Settings
 from generation.backbones import square, to_batch
 from manifests.errors import UsageError
-from training.loading import Sample, in_order, small_mask
+from training.loading import FeatureSample, Sample, in_order, small_mask
 
 CHUNK = 16  # pictures through the frozen part at once
 MEMORY_SHARE = 0.1  # of the free memory: what normals, samples and masks each may take before they go to disk
@@ -117,10 +117,10 @@ class _Seen(NamedTuple):
 
 def collect(
     detector: Detector,
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | FeatureSample],
     normals: Sequence[Normal],
     *,
-    weight: Callable[[Sample], float] | None = None,
+    weight: Callable[[Sample | FeatureSample], float] | None = None,
     ranks: int = 1,
     folder: str | None = None,
 ) -> Examples:
@@ -137,17 +137,20 @@ def collect(
         folder: for rows that do not fit into memory.
 
     Raises:
-        UsageError: no sample to train on, or one whose normal is not there.
+        UsageError: no sample to train on, one whose normal is not there, or features that are not those of
+            the detector's frozen part.
     """
     size = detector.settings.size
     limit = MEMORY_SHARE * free_memory() / ranks
     known, synthetic, masks = Rows(limit, folder), Rows(limit, folder), Rows(limit, folder)
-    known.append(extract(detector, [normal.pixels for normal in normals]))
+    of_normals = extract(detector, [normal.pixels for normal in normals])
+    known.append(of_normals)
     categories = [normal.category for normal in normals]
     place = {normal.image_id: index for index, normal in enumerate(normals)}
     from_shards: dict[str, int] = {}
     ids, source, weights = [], [], []
-    for seen in _all_ranks(_see(detector, samples, weight or (lambda _: 1.0)), ranks):
+    own = _see(detector, samples, weight or (lambda _: 1.0), tuple(of_normals.shape[1:]))
+    for seen in _all_ranks(own, ranks):
         if seen.normal is not None and seen.image_id not in from_shards:
             from_shards[seen.image_id] = len(categories)
             categories.append(seen.category)
@@ -190,15 +193,21 @@ def collect(
 
 
 def _see(
-    detector: Detector, samples: Iterable[Sample], weight: Callable[[Sample], float]
+    detector: Detector,
+    samples: Iterable[Sample | FeatureSample],
+    weight: Callable[[Sample | FeatureSample], float],
+    shape: tuple[int, ...],
 ) -> Iterator[list[_Seen]]:
-    """Chunks of samples through the frozen part, while threads read the next ones."""
+    """Chunks of samples through the frozen part, while threads read the next ones. Samples of features, which
+    must have the ``shape`` of the normals', have passed it when they were made."""
     found: set[str] = set()
     small = in_order(partial(_small, size=detector.settings.size), samples)
     for chunk in chunks(small, CHUNK):
         fresh = {s.image_id: s.normal for s in chunk if s.normal is not None and s.image_id not in found}
         found |= set(fresh)
-        features = extract(detector, [s.image for s in chunk])
+        images = [s.image for s in chunk if isinstance(s, Sample)]
+        extracted = iter(extract(detector, images) if images else ())
+        features = [next(extracted) if isinstance(s, Sample) else _checked(s, detector, shape) for s in chunk]
         pictures = [picture for picture in fresh.values() if picture is not None]
         of_fresh = dict(zip(fresh, extract(detector, pictures), strict=True)) if fresh else {}
         yield [
@@ -207,7 +216,27 @@ def _see(
         ]
 
 
-def _small(sample: Sample, size: int) -> Sample:
+def _checked(sample: FeatureSample, detector: Detector, shape: tuple[int, ...]) -> Tensor:
+    """The features of a sample, if the detector could have extracted them."""
+    generator = sample.recipe["generator"]
+    leave = f"or leave them out: training.generators.{generator}: 0"
+    if sample.backbone != detector.fingerprint:
+        raise UsageError(
+            f"sample {sample.sample_id} holds features of {sample.backbone}, the detector looks at "
+            f"{detector.fingerprint}: give both the same backbone, {leave}"
+        )
+    if sample.feature.shape != shape:
+        raise UsageError(
+            f"sample {sample.sample_id} holds features of shape {sample.feature.shape}, the detector's are "
+            f"{shape}: set generation.generators.{generator}.params.size to detector.settings.size, {leave}"
+        )
+    return torch.from_numpy(sample.feature)
+
+
+def _small(sample: Sample | FeatureSample, size: int) -> Sample | FeatureSample:
+    if isinstance(sample, FeatureSample):
+        normal = None if sample.normal is None else square(sample.normal, size)
+        return replace(sample, mask=small_mask(sample.mask, size), normal=normal)
     normal = None if sample.normal is None else square(sample.normal, size)
     image, mask = square(sample.image, size), small_mask(sample.mask, size)
     return Sample(sample.sample_id, image, mask, normal, sample.recipe, sample.scores)

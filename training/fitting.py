@@ -27,7 +27,7 @@ from detectors.protocol import Batch, Detector, Settings, get
 from manifests.errors import UsageError
 from training import resuming
 from training.examples import Examples, Normal, batches, chunks, collect, draw, extract, gather
-from training.loading import Sample
+from training.loading import FeatureSample, Sample
 from training.resuming import Slot, State, StateError
 
 WARM_UP = 0.05  # share of the steps
@@ -40,13 +40,13 @@ Say = Callable[[str], None]
 def train(
     detector_name: str,
     settings: Settings,
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | FeatureSample],
     normals: Sequence[Normal],
     calibration: Sequence[Normal],
     *,
     seed: int,
     device: str = "cpu",
-    weight: Callable[[Sample], float] | None = None,
+    weight: Callable[[Sample | FeatureSample], float] | None = None,
     slot: Slot | None = None,
     folder: str | None = None,
     on_step: OnStep | None = None,

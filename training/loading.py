@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import deque
@@ -65,6 +66,33 @@ class Sample:
         return self.recipe["image_id"]
 
 
+@dataclass(frozen=True)
+class FeatureSample:
+    """A synthetic anomaly of features, of which there is no picture; else as :class:`Sample`.
+
+    Attributes:
+        feature: float16, C×h×w.
+        mask: bool, h×w.
+        backbone: fingerprint of the frozen network whose features they are.
+    """
+
+    sample_id: str
+    feature: np.ndarray
+    mask: np.ndarray
+    normal: np.ndarray | None
+    backbone: str
+    recipe: dict[str, Any]
+    scores: dict[str, float]
+
+    @property
+    def category(self) -> str:
+        return self.recipe["category"]
+
+    @property
+    def image_id(self) -> str:
+        return self.recipe["image_id"]
+
+
 def read_samples(
     shards: Iterable[ShardFile],
     excluded: Collection[str] = frozenset(),
@@ -88,7 +116,25 @@ def read_samples(
             or a sample lacks its mask.
         PictureError: a picture in it is damaged.
     """
-    return in_order(_sample, islice(_chosen(shards, excluded, wanted), rank, None, ranks))
+    chosen = _chosen(shards, excluded, wanted, features=False)
+    return in_order(_sample, islice(chosen, rank, None, ranks))
+
+
+def read_all_samples(
+    shards: Iterable[ShardFile],
+    excluded: Collection[str] = frozenset(),
+    *,
+    wanted: Callable[[dict[str, Any]], bool] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Sample | FeatureSample]:
+    """As :func:`read_samples`, with those that hold features.
+
+    Raises:
+        ShardError: also where features are damaged or have no mask of their size.
+    """
+    chosen = _chosen(shards, excluded, wanted, features=True)
+    return in_order(_either, islice(chosen, rank, None, ranks))
 
 
 def in_order(
@@ -145,8 +191,11 @@ def _chosen(
     shards: Iterable[ShardFile],
     excluded: Collection[str],
     wanted: Callable[[dict[str, Any]], bool] | None,
+    *,
+    features: bool,
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, raw members and record of the picture samples that are asked for; every shard is counted."""
+    """Name, raw members and record of the samples that are asked for, those of features only if ``features``;
+    every shard is counted."""
     for shard in shards:
         count = 0
         for members in _members(shard.path):
@@ -154,7 +203,7 @@ def _chosen(
             name = f"{shard.path}: sample {members['__key__']}"
             if "json" not in members:
                 raise ShardError(f"{name} has no .json; {_REMEDY}")
-            if members["__key__"] in excluded or "feature.npy" in members:
+            if members["__key__"] in excluded or ("feature.npy" in members and not features):
                 continue
             record = json.loads(members["json"])
             if wanted is None or wanted(record["recipe"]):
@@ -164,6 +213,31 @@ def _chosen(
                 f"{shard.path}: {count} samples can be read, its manifest says {shard.accepted}: it is cut "
                 f"short or damaged; {_REMEDY}"
             )
+
+
+def _either(chosen: tuple[str, dict[str, Any], dict[str, Any]]) -> Sample | FeatureSample:
+    return _feature_sample(chosen) if "feature.npy" in chosen[1] else _sample(chosen)
+
+
+def _feature_sample(chosen: tuple[str, dict[str, Any], dict[str, Any]]) -> FeatureSample:
+    name, members, record = chosen
+    if "mask.png" not in members:
+        raise ShardError(f"{name} has no mask.png; {_REMEDY}")
+    try:
+        feature = np.load(io.BytesIO(members["feature.npy"]), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ShardError(f"{name}.feature.npy cannot be read ({error}); {_REMEDY}") from error
+    if feature.ndim != 3 or feature.dtype != np.float16 or not np.isfinite(feature).all():
+        raise ShardError(f"{name}.feature.npy is no finite float16 C×h×w; {_REMEDY}")
+    return FeatureSample(
+        sample_id=members["__key__"],
+        feature=feature,
+        mask=decode_mask(members["mask.png"], name=f"{name}.mask.png", shape=feature.shape[1:]),
+        normal=_picture(name, members, "normal"),
+        backbone=record["provenance"]["backbone"],
+        recipe=record["recipe"],
+        scores=record["scores"],
+    )
 
 
 def _sample(chosen: tuple[str, dict[str, Any], dict[str, Any]]) -> Sample:

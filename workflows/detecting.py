@@ -25,7 +25,15 @@ from training.evaluation import Judged, figures, ignored, judge, predict, score_
 from training.examples import Normal
 from training.fitting import processes
 from training.fitting import train as fit_detector
-from training.loading import Sample, ShardFile, in_order, read_samples, small_mask
+from training.loading import (
+    FeatureSample,
+    Sample,
+    ShardFile,
+    in_order,
+    read_all_samples,
+    read_samples,
+    small_mask,
+)
 from training.resuming import Slot
 from training.tiling import is_tiled, tile_normals, tile_samples
 from workflows.console import progress, say
@@ -145,7 +153,7 @@ def _mixed_rounds(space: Workspace, round_: Round) -> list[int]:
     return list(range(first, round_.number + 1))
 
 
-def _mix(space: Workspace, round_: Round, *, held: bool) -> Iterator[Sample]:
+def _mix(space: Workspace, round_: Round, *, held: bool) -> Iterator[Sample | FeatureSample]:
     """This process's share of the samples to train on, with the held-out ones if ``held``."""
     generators = round_.config.training.generators
 
@@ -154,10 +162,12 @@ def _mix(space: Workspace, round_: Round, *, held: bool) -> Iterator[Sample]:
 
     rank, ranks = processes()
     shards = [shard for number in _mixed_rounds(space, round_) for shard in _shards(space, number)]
-    return read_samples(shards, vetoes(space), wanted=wanted, rank=rank, ranks=ranks)
+    # A tile of features there is not.
+    read = read_all_samples if round_.config.detector.tiles is None else read_samples
+    return read(shards, vetoes(space), wanted=wanted, rank=rank, ranks=ranks)
 
 
-def _weight(sample: Sample, round_: Round) -> float:
+def _weight(sample: Sample | FeatureSample, round_: Round) -> float:
     """Of a sample in the round's mix; 0 for the held-out ones."""
     if held_out(sample.sample_id):
         return 0.0
