@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from detectors import protocol
 from detectors.onenip import OneNIPSettings
@@ -21,6 +22,7 @@ from tests.test_training import sample, texture
 from training import checkpoints, graph
 from training.evaluation import predict
 from training.fitting import Normal, train
+from workflows.cli import app
 from workflows.predict import predict as predict_files
 from workflows.runtimes import RuntimeFileError, export_model, open_detector
 
@@ -39,7 +41,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
     checkpoints.save(root / "onenip", "onenip", detector, seed=3, licences=["CC0"], notes=NOTES)
     export_model(root / "onenip", root / "a.onnx", "onnx", "a")
-    export_model(root / "onenip", root / "all.pt2", "torch-export", None)
+    words = ["export-model", root / "onenip", "--format", "torch-export", "--out", root / "all.pt2"]
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert "uint8 batch×height×width×3 → score, map, anomalous" in done.output
     return root
 
 
