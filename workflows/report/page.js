@@ -91,8 +91,8 @@
     const names = chart.kind === "ranges" ? [] : series.map(each => each.name);
     const beside = lines ? 40 : 8 * Math.max(0, ...rows.map(row => row.length)); // the names of the rows, in pixels
     const across = legendColumns(names, node.clientWidth - beside);
-    const legendHeight = names.length > 1 ? 26 * Math.ceil(names.length / across) : 0;
-    const height = lines ? 360 : 64 + BAR * rows.length + legendHeight;
+    const legendHeight = names.length > 1 ? 34 * Math.ceil(names.length / across) : 0;
+    const height = (lines ? 310 : 56 + BAR * rows.length) + legendHeight;
     node.classList.add("drawn");
     node.style.minHeight = `${height}px`;
     const figure = chartFrame(chart, series, rows, height);
