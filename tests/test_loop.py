@@ -248,6 +248,7 @@ def test_the_command_line_serves_a_finished_workspace(finished, tmp_path):
     )
     assert "the same bytes" in call("replay", finished.url, sample_id)
     assert "because" in call("feedback", finished.url, "--round", 0, "--explain")
+    assert "report/index.html" in call("report", finished.url, "--no-pictures")
     call("show", finished.url, "--out", tmp_path / "c.png")
     assert cv2.imread(str(tmp_path / "c.png")) is not None
     call("export", finished.url, tmp_path / "out", "--format", "coco")

@@ -103,7 +103,7 @@ def train(space: Workspace, number: int) -> bool:
         detector = fit_detector(
             name,
             settings,
-            samples if tiles is None else tile_samples(samples, settings.size, tiles),
+            samples if tiles is None else tile_samples(_pictures(samples), settings.size, tiles),
             normals if tiles is None else list(tile_normals(normals, settings.size, tiles)),
             calibration if tiles is None else list(tile_normals(calibration, settings.size, tiles)),
             seed=round_.config.seed,
@@ -162,9 +162,12 @@ def _mix(space: Workspace, round_: Round, *, held: bool) -> Iterator[Sample | Fe
 
     rank, ranks = processes()
     shards = [shard for number in _mixed_rounds(space, round_) for shard in _shards(space, number)]
-    # A tile of features there is not.
-    read = read_all_samples if round_.config.detector.tiles is None else read_samples
-    return read(shards, vetoes(space), wanted=wanted, rank=rank, ranks=ranks)
+    return read_all_samples(shards, vetoes(space), wanted=wanted, rank=rank, ranks=ranks)
+
+
+def _pictures(samples: Iterator[Sample | FeatureSample]) -> Iterator[Sample]:
+    """Without those of features, which have no tiles."""
+    return (sample for sample in samples if isinstance(sample, Sample))
 
 
 def _weight(sample: Sample | FeatureSample, round_: Round) -> float:

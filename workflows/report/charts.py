@@ -55,7 +55,7 @@ def metrics_chart(metrics: Sequence[Row]) -> Chart:
         bounded = [row if row and has_interval(row) else None for row in known]
         series.append(
             {
-                "name": label(METRICS[metric] + (f", {detector}" if several else "")),
+                "name": label(METRICS[metric].partition(" (")[0] + (f", {detector}" if several else "")),
                 "values": [row and _finite(row["value"]) for row in known],
                 "low": [row and _finite(row["low"]) for row in bounded],
                 "high": [row and _finite(row["high"]) for row in bounded],

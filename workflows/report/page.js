@@ -85,12 +85,14 @@
     const chart = DATA.charts[node.dataset.chart];
     const wanted = Object.entries(choices[node.dataset.chart]);
     const series = chart.series.filter(each => wanted.every(([key, value]) => each.choose[key] === value));
-    const rows = series[0]?.rows ?? chart.rows;
     const lines = chart.kind === "lines";
+    const longest = node.clientWidth < 480 ? 16 : 28; // characters of a row's name
+    const rows = (series[0]?.rows ?? chart.rows).map(row => (row.length > longest ? `${row.slice(0, longest - 1)}…` : row));
     const names = chart.kind === "ranges" ? [] : series.map(each => each.name);
-    const across = legendColumns(names, node.clientWidth);
-    const legendHeight = names.length > 1 ? 26 * Math.ceil(names.length / across) : 0;
-    const height = lines ? 360 : 64 + BAR * rows.length + legendHeight;
+    const beside = lines ? 40 : 8 * Math.max(0, ...rows.map(row => row.length)); // the names of the rows, in pixels
+    const across = legendColumns(names, node.clientWidth - beside);
+    const legendHeight = names.length > 1 ? 34 * Math.ceil(names.length / across) : 0;
+    const height = (lines ? 310 : 56 + BAR * rows.length) + legendHeight;
     node.classList.add("drawn");
     node.style.minHeight = `${height}px`;
     const figure = chartFrame(chart, series, rows, height);
