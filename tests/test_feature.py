@@ -17,7 +17,11 @@ from generation.synthesis import attempt, synthesise
 from manifests.errors import UsageError
 from manifests.recipes import Pool, _donors
 from manifests.schema import canonical_json
+from manifests.workspace import Workspace
 from tests.test_generators import FEATURE, picture, recipe, source
+from training.loading import read_all_samples
+from workflows import detecting, rounds
+from workflows.config import parse_config
 
 CHANNELS = 12
 
@@ -286,6 +290,37 @@ def test_the_whole_foreground_is_a_mask_of_features():
         generator, model, Gates(), 3, [],
     )  # fmt: skip
     assert outcome.status == "accepted", outcome.reason
+
+
+def test_a_run_of_features_trains_the_detector_that_looks_at_them(tmp_path):
+    """From recipes through shards to weights, by the command's own stages."""
+    for number in range(6):
+        file = tmp_path / "pictures/cloth/train/good" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), picture(64, 64, seed=number))
+    config = parse_config(
+        {
+            "source": str(tmp_path / "pictures"),
+            "samples": 12,
+            "generation": {"generators": {"feature-noise": {"params": {"size": 64}}}, "location": "anywhere"},
+            "detector": {
+                "settings": {"size": 64, "steps": 2, "hidden": 16, "heads": 2, "ffn": 16, "bank": 1}
+            },
+            "cluster": {"workers": 1},
+        },
+        name="test",
+    )
+    space = Workspace(str(tmp_path / "run"))
+    with space.writing():
+        number = rounds.begin(config, space, new_round=False)
+        assert rounds.generate(space, number, config.cluster)
+        assert detecting.train(space, number)
+    rows = rounds.accepted_samples(space, number)
+    assert len(rows) >= 10
+    sample = next(read_all_samples(detecting._shards(space, number)))
+    model = load_backbone(DEFAULT)
+    assert sample.backbone == model.fingerprint and sample.feature.shape == (192, 4, 4)
+    assert sample.mask.shape == (4, 4) and sample.mask.any()
 
 
 def test_foreign_pictures_are_of_another_category():

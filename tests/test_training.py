@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from detectors.onenip import OneNIPSettings
+from detectors.onenip import OneNIPSettings, build
 from detectors.protocol import counted
 from manifests.errors import UsageError
 from manifests.pictures import encode, encode_mask, sha256
@@ -22,7 +22,7 @@ from training.checkpoints import CheckpointError
 from training.evaluation import Judged, at_size, figures, ignored, judge, predict, score_rows, truth
 from training.examples import Normal, collect, draw
 from training.fitting import learning_rate, train
-from training.loading import Sample, ShardFile, read_samples, small_mask
+from training.loading import FeatureSample, Sample, ShardFile, read_all_samples, read_samples, small_mask
 from workflows.detecting import alarm_thresholds
 
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
@@ -93,6 +93,59 @@ def test_vetoed_and_feature_samples_are_counted_and_left_out(tmp_path):
     path.write_bytes(pack(rows).data)
     read = read_samples([ShardFile(str(path), 3)], excluded={"s2"})
     assert [s.sample_id for s in read] == ["s1"]
+
+
+# -- features -----------------------------------------------------------------------------------------
+
+
+def feature_shard(path, feature, mask, backbone: str, number: int = 1) -> ShardFile:
+    sink = io.BytesIO()
+    np.save(sink, feature)
+    s = sample(number)
+    recipe = {**s.recipe, "generator": "feature-noise"}
+    inside = {
+        "feature.npy": sink.getvalue(),
+        "mask.png": encode_mask(mask),
+        "json": sample_json(recipe, s.scores, {"backbone": backbone}),
+    }
+    path.write_bytes(pack([("s1", members(s)), ("s2", inside)]).data)
+    return ShardFile(str(path), 2)
+
+
+def test_a_detector_learns_from_features_of_its_own_frozen_part(tmp_path):
+    detector = build(SETTINGS, ["a"])
+    feature = np.random.default_rng(0).normal(size=(detector.mean.shape[0], 4, 4)).astype(np.float16)
+    mask = np.zeros((4, 4), bool)
+    mask[1, 2] = True
+    shard = feature_shard(tmp_path / "a.tar", feature, mask, detector.fingerprint)
+    picture, features = read_all_samples([shard])
+    assert picture.sample_id == "s1" and isinstance(features, FeatureSample)
+    examples = collect(detector, [picture, features], [Normal("n1", "a", texture(1))])
+    np.testing.assert_array_equal(examples.synthetic[1].numpy(), feature)
+    np.testing.assert_array_equal(examples.masks[1].numpy(), np.kron(mask, np.ones((16, 16), bool)))
+    assert [s.sample_id for s in read_samples([shard])] == ["s1"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "backbone", "words"),
+    [
+        ((192, 4, 4), "another:blocks:0123", "another:blocks:0123.*the same backbone"),
+        ((192, 7, 7), None, r"\(192, 7, 7\).*params.size"),
+    ],
+)
+def test_features_that_are_not_the_detectors_are_refused(tmp_path, shape, backbone, words):
+    detector = build(SETTINGS, ["a"])
+    feature, mask = np.zeros(shape, np.float16), np.ones(shape[1:], bool)
+    shard = feature_shard(tmp_path / "a.tar", feature, mask, backbone or detector.fingerprint)
+    with pytest.raises(UsageError, match=f"s2.*{words}.*training.generators.feature-noise: 0"):
+        collect(detector, read_all_samples([shard]), [Normal("n1", "a", texture(1))])
+
+
+@pytest.mark.parametrize("feature", [np.zeros((4, 3), np.float16), np.full((4, 3, 3), np.nan, np.float16)])
+def test_damaged_features_are_named(tmp_path, feature):
+    shard = feature_shard(tmp_path / "a.tar", feature, np.ones((3, 3), bool), "x")
+    with pytest.raises(ShardError, match=r"s2\.feature\.npy is no finite float16"):
+        list(read_all_samples([shard]))
 
 
 def test_a_damaged_header_that_webdataset_overlooks_is_named(tmp_path):

@@ -248,7 +248,7 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
         for image in round_.images.values()
         if image.split == "train"
     ]
-    calibration = calibration_normals(round_, normals, lambda _count: None)
+    calibration = calibration_normals(round_, normals, None, lambda _count: None)
     made = samples(case, arm, seed)
     settings = protocol.get(arm.detector).settings()
     if settings.steps:
