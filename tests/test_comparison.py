@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from manifests.errors import UsageError
-from manifests.schema import IMAGES, Image, to_table
+from manifests.schema import GOOD, IMAGES, Image, to_table
 from manifests.sources import SourceSettings, scan
 from manifests.workspace import Workspace
 from training.comparison import (
@@ -100,6 +100,30 @@ def test_false_alarms_of_both_tests_are_as_rare_as_they_say():
             paired_bootstrap(*(e["image_ap"] for e in estimates)).p < 0.05,
         ]
     assert (alarms <= 17).all(), alarms  # 7.5 expected; 17 has a chance of 0.1 %
+
+
+@pytest.mark.parametrize("parts", [1, 4, 5])
+def test_few_parts_with_defects_are_no_ground_for_a_test(parts):
+    rng = np.random.default_rng(0)
+    both = []
+    for _ in range(2):
+        judged = []
+        for number in range(8 + 2 * parts):
+            bad = number >= 8
+            group = f"bad{number % parts}" if bad else f"good{number}"
+            fields = dict.fromkeys(Image.__dataclass_fields__) | {"category": "a", "group": group}
+            image = Image(**fields | {"image_id": str(number), "defect": "hole" if bad else GOOD})
+            judged.append(Judged(image, float(rng.normal(bad)), np.zeros((8, 8), np.float32), None, None))
+        both.append(judged)
+    rows = compare(*both, resamples=99)
+    assert {row["metric"] for row in rows} >= {"image_auroc", "image_ap"}
+    assert all(np.isnan(row["p"]) == (parts < 5) for row in rows)
+
+
+def test_two_perfect_detectors_are_not_proven_equal():
+    labels = np.array([False, False, True, True, True])
+    found = delong(np.arange(5.0), np.array([1.0, 0, 4, 3, 2]), labels, list("abcde"))
+    assert found.first == found.second == 1 and np.isnan(normal_test(found).p)
 
 
 def test_pairing_finds_what_two_intervals_cannot():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import cv2
@@ -163,6 +164,21 @@ def test_a_page_that_may_leave_the_house_holds_no_picture_and_no_path(judged, tm
     assert data["replay"] == "flawsmith replay ws"
     assert data["count"] == 16
     assert data["shown"] == {}
+
+
+def test_neither_settings_nor_failures_name_files_on_such_a_page(judged, monkeypatch):
+    facts = read_facts(judged)
+    settings = dict(facts.settings)
+    for number in facts.rounds:
+        changed = {**settings[number]["config"], "detector": f"/home/someone/secret{number}"}
+        settings[number] = {**settings[number], "config": changed}
+    failed = {**facts.outcomes[0], "status": "failed", "reason": "PictureError: /home/someone/x.png: cut"}
+    told = replace(facts, settings=settings, outcomes=[*facts.outcomes, failed])
+    monkeypatch.setattr("workflows.report.page.read_facts", lambda _space: told)
+    _, _, page = written(judged)
+    assert "/home/someone/secret1" in page and "/home/someone/x.png" in page
+    _, _, page = written(judged, with_pictures=False)
+    assert "/home/someone" not in page and "PictureError" in page
 
 
 def test_types_tell_what_was_gained_and_lost(judged):

@@ -81,7 +81,7 @@ def compare(
 
 def _workspace_images(checkpoint: Path) -> list[Image] | None:
     """All pictures of the workspace that a checkpoint lies in; None if it lies in none."""
-    parents = checkpoint.absolute().parents  # WORKSPACE/rounds/000/detectors/NAME
+    parents = checkpoint.resolve().parents  # WORKSPACE/rounds/000/detectors/NAME
     if len(parents) < 4 or not (parents[3] / "images.parquet").is_file():
         return None
     return images_from(Workspace(str(parents[3])).read_table("images.parquet"))
@@ -110,7 +110,16 @@ def _from_data(data: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
     found = scan([SourceSettings(path=str(data))])
     for problem in found.problems:
         say(f"{problem.level}: {problem.path}: {problem.what}; {problem.remedy}")
-    judged = [image for image in found.images if side(image.split) == "test"]
+    if any(images is None for images in kept):
+        say(
+            "warning: a detector lies in no workspace: pictures that it trained on, or that a test split "
+            "keeps, cannot be told and left out"
+        )
+    # What belongs together, and where nothing counts, a workspace knows and a folder does not.
+    known = {image.image_id: image for images in kept for image in images or []}
+    judged = [
+        _as_known(image, known.get(image.image_id)) for image in found.images if side(image.split) == "test"
+    ]
     held = {image.image_id for images in kept for image in images or [] if image.split != "feedback"}
     chosen = [image for image in judged if image.image_id not in held]
     if len(chosen) < len(judged):
@@ -121,6 +130,12 @@ def _from_data(data: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
     if not any(image.defect != GOOD for image in chosen):
         raise UsageError(f"{data}: no defect picture is left to compare on; name another folder with --data")
     return chosen
+
+
+def _as_known(image: Image, known: Image | None) -> Image:
+    if known is None:
+        return image
+    return replace(image, group=known.group, roi_path=known.roi_path, ignore_path=known.ignore_path)
 
 
 def _with_window(image: Image, window: Sequence[int] | None) -> Image:

@@ -281,7 +281,11 @@ def evaluate(space: Workspace, number: int) -> bool:
     alarms = notes["thresholds"]
     metric_rows = _write_figures(space, round_, judged, "feedback", alarms)
     _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic", alarms)
-    means = {r["metric"]: r["value"] for r in metric_rows if r["category"] == "mean" and r["size"] == "all"}
+    means = {
+        row["metric"]: row["value"]
+        for row in metric_rows
+        if (row["category"], row["defect"], row["size"]) == ("mean", "all", "all")
+    }
     remember(space, number, "metric", {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()})
     thresholds = _stored_thresholds(notes)
     found = what_was_found(round_, judged, thresholds)

@@ -58,12 +58,14 @@ def open_detector(path: Path, device: str = "cpu") -> Runtime:
 
 def alarm(facts: Mapping[str, Any], category: str | None) -> tuple[str | None, float]:
     """The category (the only one there is, if none is named) and the threshold of its scores; that over all
-    categories if there are several.
+    categories if there are several. With none named, a file that was exported for a category has that one's.
 
     Raises:
         UsageError: the detector does not know the category.
     """
     categories = facts["categories"]
+    if category is None and facts.get("category") is not None:
+        return facts["category"], float(facts["threshold"])
     category = category or (categories[0] if len(categories) == 1 else None)
     overall = facts["calibration"]["threshold"]
     if category is None:
@@ -127,13 +129,15 @@ def _exported(file: Path) -> Runtime:
         }
     except Exception as error:  # its errors have no common class
         raise RuntimeFileError(f"{file} is damaged ({error}); export it again") from error
-    if "calibration" not in facts:
+    if not {"calibration", "categories", "input", "settings"} <= facts.keys():
         raise RuntimeFileError(f"{file} is no detector that `flawsmith export-model` wrote")
 
     def score(pictures: Iterable[np.ndarray], category: str | None) -> Iterator[tuple[float, np.ndarray]]:
         made_for = facts["input"]["category"]
         if made_for not in (None, category):
-            raise UsageError(f"{file} is for the category {made_for} only; export again with --category")
+            raise UsageError(
+                f"{file} scores pictures of {made_for} only; leave --category out, or export again with it"
+            )
         size, tiles = facts["settings"]["size"], facts.get("notes", {}).get("tiles")
         for picture in pictures:
             shape = picture.shape[:2]

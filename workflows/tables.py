@@ -111,7 +111,8 @@ def rounds_table(space: Workspace) -> str:
         means = {
             row["metric"]: _with_interval(row)
             for row in metric_rows(space, number)
-            if (row["split"], row["category"], row["size"]) == ("feedback", "mean", "all")
+            if [row[key] for key in ("split", "category", "defect", "size")]
+            == ["feedback", "mean", "all", "all"]
         }
         facts = history.get(number, {})
         rows.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from workflows.stored import source_images
 
 Row = dict[str, Any]
 STATUSES = ("accepted", "rejected", "failed")
+HIDDEN = "…"  # in place of what names a file
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,34 @@ def read_facts(space: Workspace) -> Facts:
         },
         vetoed=frozenset(vetoes(space)),
     )
+
+
+def without_paths(facts: Facts) -> Facts:
+    """Without what says where a file lies: paths in the settings, and the messages of failed recipes, which
+    name files."""
+    return replace(
+        facts,
+        settings={number: _hidden(settings) for number, settings in facts.settings.items()},
+        outcomes=[row_without_paths(row) for row in facts.outcomes],
+    )
+
+
+def row_without_paths(row: Row) -> Row:
+    """The same of a sample's row."""
+    hidden = {"reason": row["reason"].partition(":")[0]} if row["status"] == "failed" else {}
+    return row | hidden | ({"params": HIDDEN} if _is_path(row.get("params")) else {})
+
+
+def _hidden(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _hidden(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_hidden(inner) for inner in value]
+    return HIDDEN if _is_path(value) else value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and bool({"/", "\\"} & set(value))
 
 
 def type_outcomes(found: Mapping[int, Sequence[Row]]) -> list[TypeOutcome]:

@@ -15,7 +15,16 @@ from markupsafe import Markup, escape
 from manifests.schema import canonical_json
 from manifests.workspace import Workspace
 from workflows.report import charts, pictures, samples, tables
-from workflows.report.facts import Facts, Row, TypeOutcome, matching, read_facts, type_outcomes
+from workflows.report.facts import (
+    Facts,
+    Row,
+    TypeOutcome,
+    matching,
+    read_facts,
+    row_without_paths,
+    type_outcomes,
+    without_paths,
+)
 
 NAME = "report/index.html"
 LIBRARY = ("bokeh.min.js", "bokeh-api.min.js")
@@ -37,6 +46,8 @@ def write_report(space: Workspace, *, with_pictures: bool = True) -> str:
     """
     facts = read_facts(space)
     rows, total = samples.read_rows(space, facts.rounds, facts.vetoed)
+    if not with_pictures:
+        facts, rows = without_paths(facts), [row_without_paths(row) for row in rows]
     album = pictures.make_album(space, rows) if with_pictures else pictures.Album()
     heat_pictures, heatmaps = pictures.heatmaps(space, facts.heatmaps) if with_pictures else ([], [])
     types = type_outcomes(facts.found)
