@@ -20,6 +20,8 @@ What differs from the released code, and why:
   correlated features, and a Gaussian path that has learned just that adds nothing to the Perlin path;
 * AdamW with the loop's warm-up and cosine for all parts, in place of Adam and a cosine of the discriminators
   alone, of 76 steps; the published ratios of the learning rates are kept;
+* the pixel and similarity losses are means over the pixels of a batch, so that micro-batches (``accumulate``)
+  weigh them a little otherwise than one batch does;
 * one detector serves all categories of a run; the released code trains one a category: give a run one
   category to compare;
 * normals are not turned before an anomaly is drawn on them: the samples are the run's own
@@ -39,7 +41,7 @@ from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from detectors.patches import STRIDES, pack, tap_shapes, to_maps, unpack
+from detectors.patches import CHUNK, STRIDES, pack, statistics_of, tap_shapes, to_maps, unpack
 from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from generation.feature.operators import gaussian
@@ -48,7 +50,6 @@ from manifests.errors import UsageError
 PATHS = "perlin", "gaussian"
 MARGIN = 0.5  # of the hinges
 GAUSSIAN_RATE, PERLIN_RATE = 0.4, 0.2  # of the adapter's: 2e-4 and 1e-4 to 5e-4 (core.md 3.5, 3.7)
-CHUNK = 16  # pictures whose patch features are in memory at once
 QUANTILE = 0.99  # of the scores of normals: the threshold
 
 
@@ -163,11 +164,9 @@ def fine_grained(taps: Sequence[Tensor], channels: int) -> Tensor:
 
 def band_statistics(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel of each band, float32 2×C, of patch features 2×N×T×C in parts."""
-    moments = [(p.double().mean((1, 2)), p.double().square().mean((1, 2)), p.shape[1]) for p in parts]
-    count = sum(n for _, _, n in moments)
-    mean = torch.stack([m * n for m, _, n in moments]).sum(0) / count
-    square = torch.stack([s * n for _, s, n in moments]).sum(0) / count
-    return mean.float(), (square - mean**2).clamp_min(1e-12).sqrt().float()
+    # Bands side by side are channels.
+    mean, deviation = statistics_of(part.permute(1, 2, 0, 3).flatten(2) for part in parts)
+    return mean.view(2, -1), deviation.view(2, -1)
 
 
 # -- discriminators (core.md 3.5) -----------------------------------------------------------------------
@@ -214,10 +213,10 @@ def gaussian_loss(clean: Tensor, noisy: Tensor) -> Tensor:
 
 
 def pixel_loss(normality: Tensor, mask: Tensor) -> Tensor:
-    """Mean hinge over normal pixels, and over anomalous ones if there are any; both N×H×W."""
+    """Mean hinge over normal pixels plus that over anomalous ones, each if there are any; both N×H×W."""
     anomalous = mask > 0
-    loss = F.relu(MARGIN - normality[~anomalous]).mean()
-    return loss + F.relu(MARGIN + normality[anomalous]).mean() if anomalous.any() else loss
+    hinges = [(F.relu(MARGIN - normality), ~anomalous), (F.relu(MARGIN + normality), anomalous)]
+    return _total(hinge[places].mean() for hinge, places in hinges if places.any())
 
 
 def class_loss(normality: Tensor, mask: Tensor) -> Tensor:
@@ -339,8 +338,8 @@ class DFD(nn.Module):
         """Mean and deviation of each path's maps, and ``threshold`` = 99 % quantile of scores, of normals."""
         if not normals:
             raise UsageError("no normal pictures to calibrate on")
-        maps = torch.cat([self.path_maps(batch["features"]) for batch in normals], dim=1).flatten(1)
-        means, deviations = maps.mean(1).tolist(), maps.std(1).clamp_min(1e-6).tolist()
+        mean, deviation = statistics_of(self._counted(batch) for batch in normals)
+        means, deviations = mean.tolist(), deviation.clamp_min(1e-6).tolist()
         self.calibration = {f"{path}_mean": mean for path, mean in zip(PATHS, means, strict=True)}
         self.calibration |= {f"{path}_deviation": d for path, d in zip(PATHS, deviations, strict=True)}
         scores = torch.cat([self.score(batch)[0] for batch in normals])
@@ -349,6 +348,13 @@ class DFD(nn.Module):
     def _mixed(self, paths: Tensor) -> Tensor:
         """2×… (Perlin, Gaussian) to …; published as their mean."""
         return torch.lerp(paths[0], paths[1], self.settings.gaussian_share)
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """Map values of both paths where they count: 1×M×2."""
+        maps = self.path_maps(batch["features"]).flatten(1).T
+        if "ignore" in batch:
+            maps = maps[~batch["ignore"].to(maps.device).flatten()]
+        return maps[None]
 
     def _standard(self, values: Tensor) -> Tensor:
         """2×…, by path: mean 0 and deviation 1 over the pixels of normals."""
@@ -378,8 +384,9 @@ class DFD(nn.Module):
         return noisy.flatten(2).transpose(1, 2).view_as(patches)
 
     def _gaussian(self, patches: Tensor) -> Tensor:
-        """…×T×C to normality, float32 …×T."""
-        return self.gaussian_path(patches.flatten(0, -2)).float().view(patches.shape[:-1])
+        """…×T×C to normality, …×T, in float32: bfloat16 would round the noise away."""
+        with torch.autocast(patches.device.type, enabled=False):
+            return self.gaussian_path(patches.float().flatten(0, -2)).view(patches.shape[:-1])
 
     def _perlin(self, patches: Tensor) -> Tensor:
         """2×N×T×C to normality, float32 2×N×T."""

@@ -25,13 +25,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from detectors.coreset import k_centre
-from detectors.patches import STRIDES, pack, tap_shapes, to_maps, unpack
+from detectors.patches import CHUNK, STRIDES, pack, tap_shapes, to_maps, unpack
 from detectors.protocol import Batch, Method, Settings
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from manifests.errors import UsageError
 
 PROJECTED = 128  # dimensions in which the coreset is chosen (as released)
-CHUNK = 16  # pictures whose patch features are in memory at once
 QUANTILE = 0.99  # of the scores of normals: the threshold
 
 
@@ -130,8 +129,8 @@ class MemoryBank(nn.Module):
         Pictures are compared one by one, so that none depends on what it is scored with.
         """
         names = batch.get("category") or [None] * len(batch["features"])
-        ignored = batch.get("ignore")
-        skipped = [None] * len(names) if ignored is None else [patches_in(one, self.grid) for one in ignored]
+        ignored = batch["ignore"].to(self.bank.device) if "ignore" in batch else [None] * len(names)
+        skipped = [None if one is None else patches_in(one, self.grid) for one in ignored]
         found = [
             self._score(row[None], name, skip)
             for row, name, skip in zip(batch["features"], names, skipped, strict=True)
@@ -153,7 +152,10 @@ class MemoryBank(nn.Module):
         """Score and distances h×w of one picture; no score comes from the patches ``skip``, bool h×w."""
         patches, bank = self._patches(features)[0], self._bank(category)
         distances, nearest = torch.cdist(patches, bank).min(dim=1)
-        place = (distances if skip is None else distances - distances.max() * skip.flatten()).argmax()
+        place = distances.argmax()
+        if skip is not None:  # where nothing counts, as low as can be
+            skipped = skip.flatten()
+            place = distances.argmin() if skipped.all() else distances.masked_fill(skipped, -1.0).argmax()
         score = distances[place]
         count = min(self.settings.neighbours, len(bank))
         if count > 1:
@@ -180,7 +182,7 @@ class MemoryBank(nn.Module):
 def patches_in(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """The patches all of whose pixels lie in a mask: bool H×W to bool h×w."""
     outside = F.adaptive_max_pool2d((~mask).float()[None, None], grid)[0, 0]
-    return (outside == 0).to(mask.device)
+    return outside == 0
 
 
 def novelty(patch: Tensor, nearest: Tensor, bank: Tensor, count: int) -> Tensor:

@@ -14,12 +14,15 @@ What differs from the released code, and why:
   paper;
 * the prompt is the nearest of a small bank of normals, so no class label is needed at test time (core.md
   4.6); ``fixed`` and ``random`` are the paper's;
-* the weight of ``ref`` comes from normal pictures only (core.md 4.6), never from the test set.
+* the weight of ``ref`` comes from normal pictures only (core.md 4.6), never from the test set;
+* anomalies are the run's samples (``generation.preset: onenip`` draws nearly the paper's), the learning rate
+  falls by a cosine after a warm-up, and no epoch is chosen on the test set.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,6 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from detectors.coreset import k_centre
+from detectors.patches import CHUNK, statistics_of
 from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from generation.feature.operators import jitter
@@ -342,7 +346,8 @@ class OneNIP(nn.Module):
         """κ = ½·max of ``rec`` over normals; ``threshold`` = 99 % quantile of their scores."""
         if not normals:
             raise UsageError("no normal pictures to calibrate on")
-        self.calibration = {"kappa": 0.5 * max(self.parts(batch)[0].max().item() for batch in normals)}
+        largest = max(counted(self.parts(batch)[0], batch).max().item() for batch in normals)
+        self.calibration = {"kappa": 0.5 * largest}
         scores = torch.cat([self.score(batch)[0] for batch in normals])
         self.calibration["threshold"] = torch.quantile(scores.float(), QUANTILE).item()
 
@@ -374,16 +379,14 @@ class OneNIP(nn.Module):
         rows = torch.tensor([self.categories.index(name) for name in categories], device=bank.device)
         if self.settings.prompt == "fixed":
             return bank[rows, 0]
-        generator = torch.Generator().manual_seed(0)  # the same batch gets the same prompts
-        return bank[
-            rows, torch.randint(self.settings.bank, (len(rows),), generator=generator).to(bank.device)
-        ]
+        # Drawn by the picture itself, so that it gets the same prompt whatever it is scored with.
+        picked = [zlib.crc32(one.half().cpu().numpy().tobytes()) % self.settings.bank for one in tokens]
+        return bank[rows, torch.tensor(picked, device=bank.device)]
 
 
 def _channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    values = features.float()
-    mean = values.mean(dim=(0, 2, 3))
-    return mean, values.std(dim=(0, 2, 3)).clamp_min(1e-6)
+    mean, deviation = statistics_of(part.float().flatten(2).transpose(1, 2) for part in features.split(CHUNK))
+    return mean, deviation.clamp_min(1e-6)
 
 
 def _pooled(tokens: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ taps and not the features of overlapping neighbourhoods, which are many times as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from generation.backbones import Backbone
 
 Shape = tuple[int, int, int]  # channels, height, width
 
+CHUNK = 16  # pictures whose patch features are in memory at once
 STRIDES = (8, 16)  # of the middle levels: layer2 and layer3 of a ResNet
 BLUR = 4.0  # deviation of the Gaussian that smooths maps, in pixels of a picture of 256 (PatchCore, DFD)
 
@@ -46,3 +47,15 @@ def to_maps(scores: Tensor, size: int) -> Tensor:
     kernel = (kernel / kernel.sum())[None, None, :, None]
     padded = F.pad(maps, [radius] * 4, mode="reflect")
     return F.conv2d(F.conv2d(padded, kernel), kernel.transpose(2, 3))[:, 0]
+
+
+def statistics_of(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, float32 C, of values N×T×C that come in parts."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for part in parts:
+        values = part.flatten(0, 1).double()
+        count += len(values)
+        total = total.to(values) + values.sum(0)
+        squares = squares.to(values) + values.square().sum(0)
+    mean = total / count
+    return mean.float(), (squares / count - mean**2).clamp_min(1e-12).sqrt().float()

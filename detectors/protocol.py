@@ -128,6 +128,7 @@ class Method:
         settings: its settings with their defaults.
         presets: named settings, e.g. ``paper``.
         build: ``build(settings, categories, device) -> Detector``; untrained.
+        open_categories: whether it scores pictures of categories that it was not trained on.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Method:
     settings: type[Settings]
     presets: Mapping[str, Mapping[str, Any]]
     build: Callable[[Any, Sequence[str], Any], Detector]
+    open_categories: bool = False
 
 
 def counted(maps: Tensor, batch: Batch) -> Tensor:

@@ -21,7 +21,9 @@ focal and dice loss summed over layers, Adam, the memory's 1 − cos on raw toke
 * the adapters see channels standardised with the statistics of the training normals (the layers differ in
   scale); ``standardise: false`` is APRIL-GAN;
 * branches and scores are scaled by figures of normal pictures, never of the test set;
-* no band around the borders of masks is ignored: the masks of samples are exact, those of attention are not.
+* no band around the borders of masks is ignored: the masks of samples are exact, those of attention are not;
+* normals are neither turned nor jittered, the learning rate warms up and falls by a cosine, and the default's
+  gradients are clipped at 0.1.
 
 A picture of a category that was not trained on is scored all the same (protocol Z of core.md 2.3): its texts
 are made from its name when it is first met, and the memory, which holds nothing of it, is left out. So train
@@ -41,6 +43,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from detectors.patches import CHUNK, statistics_of
 from detectors.protocol import Batch, Method, Settings, counted
 from generation.cut.checkpoints import POCKET
 from generation.cut.clip import Clip, load_clip
@@ -241,9 +244,12 @@ class Vlad(nn.Module):
         nouns = [*(self._noun(category) for category in self.categories), UNNAMED]
         self.texts.copy_(torch.stack([state_embeddings(self._clip, noun) for noun in nouns]))
         if self.settings.standardise:
-            statistics = [_channel_statistics(found) for found in self._unpack(normals)[0]]
+            statistics = [
+                statistics_of(self._unpack(part)[0][layer] for part in normals.split(CHUNK))
+                for layer in range(len(self.shapes))
+            ]
             self.mean.copy_(torch.cat([mean for mean, _ in statistics]))
-            self.deviation.copy_(torch.cat([deviation for _, deviation in statistics]))
+            self.deviation.copy_(torch.cat([deviation for _, deviation in statistics]).clamp_min(1e-6))
         for row, category in enumerate(self.categories if self.settings.memory else ()):
             own = [i for i, name in enumerate(categories) if name == category]
             if not own:
@@ -275,8 +281,10 @@ class Vlad(nn.Module):
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """½·(p_cls + max S) and ½·S, with S in units that normals hardly reach (core.md 2.2)."""
+        """½·(p_cls + max S) and ½·S, with S in units that normals hardly reach (core.md 2.2). Of a picture
+        with ignored places the map alone speaks: its embedding has seen them."""
         p_cls, branches = self.parts(batch)
+        p_cls = _unless_ignored(p_cls, batch)
         maps = 0.5 * self._fused(branches) / self.calibration.get("unit", 1.0)
         return 0.5 * p_cls + counted(maps, batch).amax(dim=(1, 2)), maps
 
@@ -309,7 +317,10 @@ class Vlad(nn.Module):
         for batch in normals:
             for name, found in self.parts(batch)[1].items():
                 values = found.double()
-                part = torch.stack([torch.ones_like(values), values, values**2]).sum(dim=(1, 2, 3))
+                if "ignore" in batch:
+                    values = values[~batch["ignore"].to(values.device)]
+                values = values.flatten()
+                part = torch.stack([torch.ones_like(values), values, values**2]).sum(dim=1)
                 sums[name] = sums.get(name, 0) + part
         self.calibration = {}
         for name, (count, total, squares) in sums.items():
@@ -319,8 +330,8 @@ class Vlad(nn.Module):
         answers, maxima = [], []
         for batch in normals:
             p_cls, branches = self.parts(batch)
-            answers.append(p_cls)
-            maxima.append(self._fused(branches).amax(dim=(1, 2)))
+            answers.append(_unless_ignored(p_cls, batch))
+            maxima.append(counted(self._fused(branches), batch).amax(dim=(1, 2)))
         highest = torch.cat(maxima)
         unit = (highest.mean() + LIMIT * highest.std(correction=0)).clamp_min(1e-6)
         scores = 0.5 * (torch.cat(answers) + highest / unit)
@@ -477,13 +488,15 @@ def _fingerprint(clip: Clip, layers: Sequence[int]) -> str:
     return f"{known['id']}:{version}:{'+'.join(map(str, layers))}"
 
 
-def _channel_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return tokens.mean(dim=(0, 1)), tokens.std(dim=(0, 1)).clamp_min(1e-6)
-
-
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Of every row with every row: N×M."""
     return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+
+
+def _unless_ignored(p_cls: Tensor, batch: Batch) -> Tensor:
+    if "ignore" not in batch:
+        return p_cls
+    return p_cls.masked_fill(batch["ignore"].to(p_cls.device).flatten(1).any(dim=1), 0.0)
 
 
 def build(settings: VladSettings, categories: Sequence[str], device: str | torch.device = "cpu") -> Vlad:
@@ -497,4 +510,5 @@ VLAD = Method(
     settings=VladSettings,
     presets={"april": APRIL},
     build=build,
+    open_categories=True,
 )

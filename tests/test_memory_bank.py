@@ -192,4 +192,6 @@ def test_no_score_comes_from_an_ignored_place(backbone):
     (spoilt, good), maps = detector.score(batch)
     (less, same), unchanged = detector.score(batch | {"ignore": ignore})
     assert less < 0.8 * spoilt and same == good
+    nowhere = detector.score(batch | {"ignore": torch.ones(2, 64, 64, dtype=torch.bool)})[0]
+    assert nowhere[0] <= less
     torch.testing.assert_close(unchanged, maps)

@@ -24,7 +24,7 @@ from training.evaluation import predict
 from training.fitting import Normal, train
 from workflows.cli import app
 from workflows.predict import predict as predict_files
-from workflows.runtimes import RuntimeFileError, export_model, open_detector
+from workflows.runtimes import RuntimeFileError, alarm, export_model, open_detector
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
@@ -155,7 +155,7 @@ def test_any_detector_of_the_protocol_even_one_that_asks_for_a_category(tmp_path
     exported = open_detector(tmp_path / "toy.onnx")
     scores = [score for score, _ in exported.score([picture, picture // 2], "green")]
     assert scores == pytest.approx([1.6, 0.8], abs=1e-3)
-    with pytest.raises(UsageError, match="category green only"):
+    with pytest.raises(UsageError, match="pictures of green only"):
         list(exported.score([picture], "red"))
 
 
@@ -206,6 +206,20 @@ def test_predict_runs_an_exported_file_without_torch_and_finds_the_same(folder, 
         np.testing.assert_allclose(np.load(row["map"]), np.load(wanted["map"]), rtol=0, atol=1e-3)
         drawn = [cv2.imread(path).astype(int) for path in (row["heat_map"], wanted["heat_map"])]
         assert np.mean(np.abs(drawn[0] - drawn[1]) > 2) < 0.01
+
+
+def test_whose_threshold_decides():
+    facts = {
+        "categories": ["a", "b"],
+        "calibration": {"threshold": 0.9},
+        "notes": {"thresholds": {"a": 0.1, "b": 0.2}},
+    }
+    assert alarm(facts, None) == (None, 0.9) and alarm(facts, "b") == ("b", 0.2)
+    exported = facts | {"category": "a", "threshold": 0.1}
+    assert alarm(exported, None) == ("a", 0.1) and alarm(exported, "b") == ("b", 0.2)
+    with pytest.raises(UsageError, match="trained on a, b"):
+        alarm(facts, "new")
+    assert alarm(facts | {"open_categories": True}, "new") == ("new", 0.9)
 
 
 def test_what_is_no_detector_is_refused(folder, tmp_path):

@@ -442,3 +442,22 @@ def test_doctor_calls_the_attention_operator_because_an_import_proves_nothing(mo
     assert check.ok is None
     models.best_attention.cache_clear()
     assert re.search(r"0\.0\.35; .*its operator fails on .*No operator found.*torch's own", check.found)
+
+
+def test_predict_neither_replaces_nor_scores_what_it_should_not(tmp_path, monkeypatch):
+    use_brightness(monkeypatch)
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in (b"a.png", b"teil_\xfc.png"):  # the second is no UTF-8
+        with open(bytes(new) + b"/" + name, "wb") as file:
+            file.write(pictures.encode(np.full((40, 50, 1), 90, np.uint8), "png"))
+    before = (new / "a.png").read_bytes()
+    with pytest.raises(UsageError, match="would replace the picture"):
+        predict.predict(tmp_path, [new], new)
+    assert (new / "a.png").read_bytes() == before
+    for _ in range(2):  # what the first call wrote is no picture of the second
+        rows = predict.predict(tmp_path, [new], new / "found")
+        assert [row["error"] for row in rows] == [None, None]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/scores.csv").write_bytes(b"path,score\n\xff,x\n")
+    assert len(predict.predict(tmp_path, [new / "a.png"], tmp_path / "other")) == 1

@@ -1,6 +1,7 @@
 """Tiles: they cover a picture, what they say joins without a seam, and thin defects survive in them."""
 
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manifests.workspace import Workspace
 from training.evaluation import predict
 from training.fitting import Normal
 from training.loading import Sample, small_mask
 from training.metrics import pixel_metrics
 from training.tiling import blend, tile_normals, tile_samples, windows
+from workflows import detecting, rounds
+from workflows.config import parse_config
+from workflows.demo import write_drawn
 
 shapes = st.tuples(st.integers(8, 200), st.integers(8, 200))
 sizes, overlaps = st.integers(8, 64), st.floats(0, 0.75)
@@ -132,3 +137,38 @@ def test_training_tiles_pair_with_their_normals():
         np.testing.assert_array_equal(part.normal, tiles[part.image_id].pixels)
         np.testing.assert_array_equal((part.image != part.normal).any(axis=2), part.mask)
         assert part.mask.any() and part.category == "a"
+
+
+def test_a_run_in_tiles_trains_and_judges(tmp_path):
+    """By the command's own stages, with some samples held out to stop by."""
+    write_drawn(tmp_path / "pictures", train=8, good=3, each=1)
+    shutil.rmtree(tmp_path / "pictures/cloth")
+    detector = {"size": 32, "steps": 3, "hidden": 16, "ffn": 16, "bank": 1, "patience": 2}
+    config = parse_config(
+        {
+            "source": str(tmp_path / "pictures"),
+            "samples": 24,
+            "generation": {"generators": {"cutpaste": {}}},
+            "detector": {"settings": detector, "tiles": 0.25},
+            "evaluation": {"resamples": 10},
+            "cluster": {"workers": 1},
+        },
+        name="test",
+    )
+    space = Workspace(str(tmp_path / "run"))
+    with space.writing():
+        number = rounds.begin(config, space, new_round=False)
+        assert rounds.generate(space, number, config.cluster)
+        assert detecting.train(space, number) and detecting.evaluate(space, number)
+    assert detecting.load_detector(space, number)[1]["tiles"] == 0.25
+
+
+def test_a_tile_in_which_nothing_counts_does_not_decide():
+    picture = np.zeros((64, 128, 1), np.uint8)
+    picture[:, 64:] = 255
+    ignore = np.zeros((64, 128), bool)
+    ignore[:, 60:] = True
+    (score, _), (whole, _) = (
+        next(predict(pointwise(64), [picture], tiles=0.0, ignore=[given])) for given in (ignore, None)
+    )
+    assert score < 0.2 < 0.9 < whole

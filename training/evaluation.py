@@ -111,7 +111,11 @@ def _predict_tiled(
     skipped = None if ignore is None else [small_mask(window.of(ignore), size) for window in at]
     tiles = (window.of(picture) for window in at)
     found = list(predict(detector, tiles, categories and categories * len(at), ignore=skipped))
-    return max(score for score, _ in found), blend((scores for _, scores in found), at, shape)
+    counts = [True] * len(at) if skipped is None else [not skip.all() for skip in skipped]
+    if not any(counts):
+        counts = [True] * len(at)
+    worst = max(score for (score, _), counted in zip(found, counts, strict=True) if counted)
+    return worst, blend((scores for _, scores in found), at, shape)
 
 
 def at_size(scores: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class Examples:
         source: index into ``normals``: what each sample was made from.
         weights: float64, a sample each: how often it is drawn, relative to the others. Those of weight 0 are
             held out: they only judge (see ``Settings.patience``).
-        digest: sha256 over names, weights and masks: equal for the same samples and normals.
+        digest: sha256 over names, weights, masks and features: equal for the same samples and normals.
     """
 
     normals: Tensor
@@ -177,14 +177,18 @@ def collect(
         synthetic.append(all_normals[index][None])
         masks.append(torch.zeros(1, size, size, dtype=torch.bool))
     all_masks = masks.tensor()
+    all_synthetic = synthetic.tensor()
     digest = hashlib.sha256(repr((ids, list(place), categories)).encode())
     for mask in all_masks.numpy():
         digest.update(np.packbits(mask).data)
+    for features in (all_normals, all_synthetic):
+        for part in features.split(CHUNK):
+            digest.update(np.ascontiguousarray(part.numpy()).data)
     return Examples(
         normals=all_normals,
         categories=tuple(categories),
         pure=len(normals),
-        synthetic=synthetic.tensor(),
+        synthetic=all_synthetic,
         masks=all_masks,
         source=(*source, *alone),
         weights=np.array([*weights, *[1.0] * len(alone)]),
@@ -340,10 +344,16 @@ def extract(detector: Detector, pictures: Sequence[np.ndarray]) -> Tensor:
 def batches(detector: Detector, normals: Iterable[Normal]) -> Iterator[Batch]:
     """Batches as ``score`` takes them."""
     for chunk in chunks(normals, CHUNK):
-        yield {
+        batch: dict[str, Any] = {
             "features": extract(detector, [normal.pixels for normal in chunk]),
             "category": [normal.category for normal in chunk],
         }
+        if any(normal.ignore is not None for normal in chunk):
+            size = detector.settings.size
+            nothing = np.zeros((size, size), np.bool_)
+            ignore = [nothing if n.ignore is None else small_mask(n.ignore, size) for n in chunk]
+            batch["ignore"] = torch.from_numpy(np.stack(ignore))
+        yield batch
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -2,8 +2,9 @@
 
 It runs in one process or, started by ``accelerate launch``, in several that share the pictures and the steps.
 What decides a training is the same for any number of them and for any ``accumulate``, except the noise that a
-loss draws, which differs from process to process, and batch statistics: a batch norm sees the pictures of one
-micro-batch in one process, and the running statistics of the first process are kept.
+loss draws, which differs from process to process, what a loss pools over the pixels of a batch, and batch
+statistics: a batch norm sees the pictures of one micro-batch in one process, and the running statistics of
+the first process are kept.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def fit(
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    identity = _identity(detector, examples, seed, ranks)
+    identity = _identity(detector, examples, seed, accelerator)
     state = _resume(slot, identity, accelerator, say)
     if state.step:
         detector.load_state_dict(state.weights)
@@ -143,6 +144,8 @@ def fit(
             on_step(step, s.steps, {key: value.item() for key, value in losses.items()})
         if s.patience and step % max(1, s.steps // EVALUATIONS) == 0:
             held_out = (*held_out, held_out_loss(detector, examples, accelerator, seed))
+            if not math.isfinite(held_out[-1]):
+                raise UsageError(f"patience: the loss of the held-out samples is {held_out[-1]}; lower lr")
             if held_out[-1] <= min(held_out):
                 best = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
         if slot and accelerator.is_main_process and time.monotonic() - saved >= interval:
@@ -230,7 +233,7 @@ def _resume(slot: Slot | None, identity: str, accelerator: Accelerator, say: Say
     return State(0, {}, {}, {}, ())
 
 
-def _identity(detector: Detector, examples: Examples, seed: int, ranks: int) -> str:
+def _identity(detector: Detector, examples: Examples, seed: int, accelerator: Accelerator) -> str:
     """A name for all that decides the weights but the machine."""
     decides = (
         type(detector).__qualname__,
@@ -238,9 +241,10 @@ def _identity(detector: Detector, examples: Examples, seed: int, ranks: int) -> 
         detector.fingerprint,
         examples.digest,
         seed,
-        ranks,
+        accelerator.num_processes,
         next(detector.parameters()).device.type,
         torch.__version__,
+        accelerator.mixed_precision,
     )
     return hashlib.sha256(repr(decides).encode()).hexdigest()
 

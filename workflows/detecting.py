@@ -172,7 +172,7 @@ def _pictures(samples: Iterator[Sample | FeatureSample]) -> Iterator[Sample]:
 
 def _weight(sample: Sample | FeatureSample, round_: Round) -> float:
     """Of a sample in the round's mix; 0 for the held-out ones."""
-    if held_out(sample.sample_id):
+    if held_out(sample.recipe["sample_id"]):  # a tile's own name says more
         return 0.0
     training = round_.config.training
     age = round_.number - sample.recipe["round"]

@@ -70,7 +70,7 @@ def alarm(facts: Mapping[str, Any], category: str | None) -> tuple[str | None, f
     overall = facts["calibration"]["threshold"]
     if category is None:
         return None, float(overall)
-    if category not in categories:
+    if category not in categories and not facts.get("open_categories", False):
         raise UsageError(f"--category {category}: the detector was trained on {', '.join(categories)}")
     return category, float(facts.get("notes", {}).get("thresholds", {}).get(category, overall))
 
@@ -84,10 +84,13 @@ def export_model(checkpoint: Path, out: Path, format: str, category: str | None)
 
 
 def _checkpoint(folder: Path, device: str) -> Runtime:
+    from detectors.protocol import get
     from training import checkpoints
     from training.evaluation import predict
 
-    detector, facts = checkpoints.load(folder, device), checkpoints.read_config(folder)
+    facts = checkpoints.read_config(folder)
+    detector = checkpoints.load(folder, device)
+    facts["open_categories"] = get(facts["detector"]).open_categories
 
     def score(pictures: Iterable[np.ndarray], category: str | None) -> Iterator[tuple[float, np.ndarray]]:
         tiles = facts.get("notes", {}).get("tiles")
