@@ -16,8 +16,10 @@ What differs from the released code, and why:
   has one set of statistics in training and in scoring [inferred];
 * each path's maps are brought to mean 0 and deviation 1 over normal pictures before they are averaged
   (core.md 3.8). ``normalise: batch`` is the released code's, which leaks: see :meth:`DFD.score`;
-* the weights of the two paths can be set (``gaussian_share``; published ½): isotropic noise is soon told from
-  correlated features, and a Gaussian path that has learned just that adds nothing to the Perlin path;
+* the default's scores and maps are the Perlin path's alone (``gaussian_share``; published ½): isotropic noise
+  is soon told from correlated features, and a Gaussian path that has learned just that drowns the other
+  [measured with the default backbone: pixel AP 0.14 alone, 0.28 by halves, 0.50 without it]. It is trained
+  all the same, and shapes the adapter;
 * AdamW with the loop's warm-up and cosine for all parts, in place of Adam and a cosine of the discriminators
   alone, of 76 steps; the published ratios of the learning rates are kept;
 * the pixel and similarity losses are means over the pixels of a batch, so that micro-batches (``accumulate``)
@@ -68,7 +70,7 @@ class DFDSettings(Settings):
     noise: float = Field(0.4, ge=0, description="deviation of the Gaussian path's noise")
     left_normal: float = Field(0.2, ge=0, le=1, description="share of samples whose anomaly is left out")
     gaussian_share: float = Field(
-        0.5, ge=0, le=1, description="weight of the Gaussian path in scores and maps; the other has the rest"
+        0.0, ge=0, le=1, description="weight of the Gaussian path in scores and maps; the other has the rest"
     )
     standardise: bool = Field(True, description="bring every channel of a band to mean 0 and deviation 1")
     bgr: bool = Field(False, description="the encoder sees blue first")
@@ -90,6 +92,7 @@ PAPER = {
     "width": 1024,
     "heads": 16,
     "noise": 0.015,
+    "gaussian_share": 0.5,
     "standardise": False,
     "bgr": True,
     "normalise": "batch",

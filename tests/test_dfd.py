@@ -42,7 +42,7 @@ def backbone():
 
 def make(backbone, **changed) -> DFD:
     torch.manual_seed(0)
-    return DFD(DFDSettings(**{**TINY, **changed}), ["a"], backbone)
+    return DFD(DFDSettings(**{**TINY, "gaussian_share": 0.5, **changed}), ["a"], backbone)
 
 
 def weave(seed: int, size: int = 64) -> np.ndarray:
