@@ -195,7 +195,16 @@ def square(picture: np.ndarray, size: int) -> np.ndarray:
 
 def to_batch(pictures: Sequence[np.ndarray], size: int) -> Tensor:
     """uint8 H×W×C pictures of any sizes to one uint8 tensor N×3×size×size."""
-    return torch.cat([resize(torch.from_numpy(np.ascontiguousarray(p))[None], size) for p in pictures])
+    return torch.cat(
+        [_at(torch.from_numpy(np.ascontiguousarray(picture))[None], size) for picture in pictures]
+    )
+
+
+def _at(image: Tensor, size: int) -> Tensor:
+    """:func:`resize`, which changes nothing but the channels of a picture of that size."""
+    if image.shape[1:3] != (size, size):
+        return resize(image, size)
+    return image.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
 
 
 class _Taps(nn.Module):

@@ -208,14 +208,15 @@ def tokens(region: np.ndarray, height: int, width: int) -> np.ndarray:
     Returns:
         bool, height×width.
     """
-    shrinks = region.shape[0] >= height and region.shape[1] >= width
-    way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     count, labels = cv2.connectedComponents(region.view(np.uint8), connectivity=8)
-    chosen = np.zeros(height * width, np.bool_)
-    for label in range(1, count):
-        share = cv2.resize((labels == label).astype(np.float32), (width, height), interpolation=way).ravel()
-        most = max(1, round(float(share.sum())))
-        chosen[np.argsort(-share, kind="stable")[:most]] = True
+    y, x = np.nonzero(region)
+    token = y * height // region.shape[0] * width + x * width // region.shape[1]
+    places = height * width
+    part = np.bincount((labels[y, x] - 1) * places + token, minlength=(count - 1) * places)
+    chosen = np.zeros(places, np.bool_)
+    for covered in part.reshape(-1, places):
+        most = max(1, round(covered.sum() * places / region.size))
+        chosen[np.argsort(-covered, kind="stable")[:most]] = True
     return chosen.reshape(height, width)
 
 
