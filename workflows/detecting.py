@@ -386,28 +386,23 @@ def alarm_thresholds(
     """By category: the stated quantile of calibration normals' (picture scores, map values)."""
     quantile, tiles = round_.config.evaluation.quantile, round_.config.detector.tiles
     size = detector.settings.size
-    places: list[np.ndarray | None] = []
-    for normal in normals:
-        shape = normal.pixels.shape[:2]
-        tiled = tiles is not None and is_tiled(shape, size)
-        ignore = normal.ignore
-        places.append(ignore if ignore is None else small_mask(ignore, shape if tiled else size))
-    pictures, names = [normal.pixels for normal in normals], [normal.category for normal in normals]
-    found = list(predict(detector, pictures, names, tiles, places))
     thresholds = {}
-    for category in sorted(set(names)):
-        own = [result for name, result in zip(names, found, strict=True) if name == category]
-        skipped = [place for name, place in zip(names, places, strict=True) if name == category]
-        maps = np.concatenate(
-            [
-                scores.ravel() if skip is None else scores[~skip]
-                for (_, scores), skip in zip(own, skipped, strict=True)
-            ]
-        )
-        thresholds[category] = (
-            float(np.quantile([score for score, _ in own], quantile)),
-            float(np.quantile(maps, quantile)),
-        )
+    for category in sorted({normal.category for normal in normals}):
+        own = [normal for normal in normals if normal.category == category]
+        places: list[np.ndarray | None] = []
+        for normal in own:
+            shape = normal.pixels.shape[:2]
+            tiled = tiles is not None and is_tiled(shape, size)
+            ignore = normal.ignore
+            places.append(ignore if ignore is None else small_mask(ignore, shape if tiled else size))
+        scores, values = [], []
+        pictures = (normal.pixels for normal in own)
+        found = predict(detector, pictures, [category] * len(own), tiles, places)
+        for (score, scored), skip in zip(found, places, strict=True):
+            scores.append(score)
+            values.append(scored.ravel() if skip is None else scored[~skip])
+        on_maps = np.quantile(np.concatenate(values), quantile)
+        thresholds[category] = (float(np.quantile(scores, quantile)), float(on_maps))
     return thresholds
 
 
