@@ -39,7 +39,9 @@ class Settings(BaseModel):
     size: int = Field(224, ge=32, description="pictures are resized to this many pixels a side")
     steps: int = Field(300, ge=0, description="optimiser steps; 0: `prepare` alone fits it, without samples")
     batch: int = Field(8, ge=1, description="samples a step, over all processes and micro-batches")
-    accumulate: int = Field(1, ge=1, description="micro-batches a step: less memory, the same mean gradient")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches a step: less memory; batch norms see one micro-batch at a time"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
     clip: float = Field(0.1, gt=0, description="largest gradient norm")
@@ -86,8 +88,9 @@ class Detector(Protocol):
         settings, ``lr`` (the peak) and ``weight_decay``. The loss must reach every parameter."""
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """``loss`` is minimised, the others are reported. Each is a mean over the batch. Random numbers come
-        from torch's global generator.
+        """``loss`` is minimised, the others are reported. Each is a mean over the batch; only one over its
+        pictures is the same for any number of micro-batches. Random numbers come from torch's global
+        generator.
 
         Args:
             batch: ``normal``, ``synthetic``, ``prompt``: features, each of B pictures: a normal, the anomaly

@@ -390,15 +390,17 @@ class Vlad(nn.Module):
             UsageError: it is not known, and there is no other branch.
         """
         known = {name: row for row, name in enumerate(self.categories)}
+        unpacked: dict[str | None, list[Tensor]] = {}
         maps = []
         for i in range(len(layers[0])):
             name = names[i] if names is not None else None
             if name is None or name in known:
-                bank = self.bank.flatten(0, 1) if name is None else self.bank[known[name]]
-                remembered = self._unpack(bank)[0]
+                if name not in unpacked:
+                    bank = self.bank.flatten(0, 1) if name is None else self.bank[known[name]]
+                    unpacked[name] = self._unpack(bank)[0]
                 nearest = [
                     _cosine(tokens[i], kept.flatten(0, 1)).amax(dim=1)
-                    for tokens, kept in zip(layers, remembered, strict=True)
+                    for tokens, kept in zip(layers, unpacked[name], strict=True)
                 ]
                 maps.append(torch.cat([self._resized(1 - cosine[None]) for cosine in nearest]).sum(dim=0))
             elif self.settings.steps:

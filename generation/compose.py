@@ -17,7 +17,7 @@ from generation.protocol import Box, Edit, FeatureEdit
 VISIBLE = 2  # 8-bit levels; a change above this belongs to the mask
 HOLE = 16  # pixels; unchanged islands up to this size belong to the mask
 PAD = 8  # pixels around the region in which the picture's local variation is measured
-QUIET = 4.0  # 8-bit levels; the local variation counts at least that much, or a change that nobody sees would
+QUIET = 4.0  # 8-bit levels; the least local variation: on a plain part what nobody sees would have contrast
 GRID = 16  # cells a side of the signature
 
 _SQUARE = np.ones((3, 3), np.uint8)

@@ -130,7 +130,7 @@ def calibrated(backbone: Backbone, operator: Operator, params: FeatureParams) ->
 
 
 def variant(operator: Operator, params: FeatureParams) -> str:
-    """The operator's name and what else its strengths depend on."""
+    """Under which name an operator's strengths are shipped: its own, and the projection that changes them."""
     return f"{operator.name} {params.projection}" if isinstance(params, AscentParams) else operator.name
 
 
