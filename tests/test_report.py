@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifests.schema import DECISIONS, HISTORY, METRICS, SAMPLES, SHARDS, to_table
+from manifests.schema import DECISIONS, HISTORY, METRICS, SAMPLES, SHARDS, STRESS, to_table
 from manifests.workspace import Workspace, part, round_file
 from tests.small_workspace import (
     HOSTILE,
@@ -96,6 +96,13 @@ def test_report_of_a_whole_run(space):
         metric_row(0, "test", "bolt", "image_auroc", 0.66, defect=NASTY),
     ]
     space.write_table(round_file(0, "metrics.parquet"), to_table(rows, METRICS))
+    stress = [
+        {"round": 0, "detector": "memory_bank", "seed": 0, "kind": "blur", "level": level, "strength": 0.0}
+        | {"category": category, "metric": "aupro", "value": value, "low": value, "high": value}
+        for level, value in ((0, 0.913), (2, 0.527))
+        for category in ("mean", "bolt")
+    ]
+    space.write_table(round_file(0, "stress.parquet"), to_table(stress, STRESS))
     reason = f"missed defects are smaller {NASTY}"
     decisions = [
         {"round": 0, "setting": "area", "before": "[0.1, 0.2]", "after": "[0.05, 0.1]", "reason": reason},
@@ -112,7 +119,8 @@ def test_report_of_a_whole_run(space):
     )
     for fact in (
         "0.8110.71–0.86", "0.410", "0.8230.72–0.87", "87.5%", "contrast below 1", "61.2",
-        "[0.05, 0.1]", reason, "rejected 1 of the accepted samples",
+        "[0.05, 0.1]", reason,
+        "blur0.9130.91–0.910.5270.53–0.53", "rejected 1 of the accepted samples",
     ):  # fmt: skip
         assert fact in text, fact
     ids = data["samples"]["sample_id"]

@@ -31,7 +31,7 @@ class Facts:
         metrics: rows of every round; where there are several seeds, the detector's name says which.
         outcomes: one row a round, generator, status and reason, with ``count``, ``attempts`` and ``seconds``.
         found: by judged round, what was found of each real defect of the feedback split.
-        decisions, heatmaps: rows of every round; heat maps have their ``round``.
+        decisions, heatmaps, stress: rows of every round; heat maps have their ``round``.
         seconds: by (stage, round).
         bytes: of the shards, by round.
         vetoed: samples that a person rejected.
@@ -45,6 +45,7 @@ class Facts:
     found: Mapping[int, Sequence[Row]]
     decisions: Sequence[Row]
     heatmaps: Sequence[Row]
+    stress: Sequence[Row]
     seconds: Mapping[tuple[str, int], float]
     bytes: Mapping[int, int]
     vetoed: frozenset[str]
@@ -92,6 +93,7 @@ def read_facts(space: Workspace) -> Facts:
         },
         decisions=_rows(space, rounds, "decisions.parquet"),
         heatmaps=[{"round": number, **row} for number in rounds for row in _rows(space, [number], TABLE)],
+        stress=_rows(space, rounds, "stress.parquet"),
         seconds=_seconds(space),
         bytes={
             number: pc.sum(space.read_table(round_file(number, "shards.parquet"))["bytes"]).as_py() or 0

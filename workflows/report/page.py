@@ -70,6 +70,7 @@ def write_report(space: Workspace, *, with_pictures: bool = True) -> str:
         feedback_figures=tables.figures_tables(facts.metrics, "feedback"),
         test_figures=tables.figures_tables(facts.metrics, "test"),
         heldout_figures=tables.figures_tables(facts.metrics, "heldout_synthetic"),
+        stress_figures=tables.stress_tables(facts.stress),
         changed=tables.decisions_table(facts, changed=True),
         stayed=tables.decisions_table(facts, changed=False),
         configured=tables.configured_table(facts),

@@ -108,6 +108,26 @@ def figures_tables(metrics: Sequence[Row], split: str) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
+def stress_tables(stress: Sequence[Row]) -> list[Table]:
+    """Means over categories under each disturbance, a table a round and detector, a column a level."""
+    means = [row for row in matching(stress, category="mean") if row["metric"] in HEADLINE]
+    levels = sorted({row["level"] for row in means})
+    tables = []
+    for number, detector in sorted({(row["round"], row["detector"]) for row in means}):
+        own = matching(means, round=number, detector=detector)
+        kinds = sorted({row["kind"] for row in own})
+        rows = [
+            [METRICS[metric], kind, *_cells(found, levels, "level")]
+            for metric in HEADLINE
+            for kind in kinds
+            if (found := matching(own, metric=metric, kind=kind))
+        ]
+        head = ["metric", "change", *("as it is" if level == 0 else f"level {level}" for level in levels)]
+        caption = f"Round {number}, {detector}: with other viewpoints, uneven light and blur"
+        tables.append(Table(caption, head, rows, keys=2))
+    return tables
+
+
 def types_table(types: Sequence[TypeOutcome]) -> Table:
     """Real defects found, missed, gained and lost, a row a type and round."""
     head = ["category", "defect", "round", "defects", "found", "missed", "gained", "lost"]
@@ -228,10 +248,11 @@ def _metrics_table(title: str, found: Sequence[Row], by: tuple[str, ...]) -> Tab
     )
 
 
-def _cells(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """The value and, on a second line, its interval, for each metric; a dash where there is none."""
-    by_name = {row["metric"]: row for row in rows}
-    return [_cell(by_name[name]) if name in by_name else NOTHING for name in names]
+def _cells(rows: Sequence[Row], names: Sequence[Any], by: str = "metric") -> list[str]:
+    """The value and, on a second line, its interval, for each metric (or other column); a dash where there
+    is none."""
+    found = {row[by]: row for row in rows}
+    return [_cell(found[name]) if name in found else NOTHING for name in names]
 
 
 def _cell(row: Row) -> str:
