@@ -42,7 +42,12 @@ def procedural(kind: str, rng: np.random.Generator, height: int, width: int, cha
     """
     if kind not in KINDS:
         raise ValueError(f"unknown texture {kind!r}: use one of {', '.join(KINDS)}")
-    pattern = KINDS[kind](rng, height, width)
+    return coloured(rng, KINDS[kind](rng, height, width), channels)
+
+
+def coloured(rng: np.random.Generator, pattern: np.ndarray, channels: int) -> np.ndarray:
+    """A drawn pattern, in [0, 1] and of any shape, in the colours of some matter: float32 in [0, 1], the
+    pattern's shape×channels."""
     if channels == 1:
         low, high = np.sort(rng.uniform(0, 1, 2)).astype(np.float32)
         return np.clip(low + (high - low) * pattern, 0, 1)[..., None]

@@ -5,7 +5,7 @@
 NORMALS is a ``.npy`` file of uint8 pictures N×H×W×3; a preset makes its samples from them in turn. Both
 packages at their defaults, one defect a picture. Prints one JSON object: for each ``package: preset``,
 ``seconds`` (CPU, one a sample), ``leak``, ``hollow`` and ``area`` (means, of the picture and the mask that it
-returns, as docs/formats.md has them), and ``versions``.
+returns, as docs/formats.md has them), ``areas`` (of each sample), and ``versions``.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def measure(make, normals: np.ndarray, count: int) -> dict[str, object]:
         seconds.append(time.process_time() - start)
         found.append(exactness(before, after, mask))
     leak, hollow, area = np.mean(found[WARM_UP:], axis=0).tolist()
-    return {"seconds": seconds[WARM_UP:], "leak": leak, "hollow": hollow, "area": area}
+    areas = [one[2] for one in found[WARM_UP:]]
+    return {"seconds": seconds[WARM_UP:], "leak": leak, "hollow": hollow, "area": area, "areas": areas}
 
 
 def main() -> None:
