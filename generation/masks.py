@@ -44,8 +44,8 @@ def perlin(angles: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     fade_y, slope_y = _basis(angles.shape[0] - 1, height)
     fade_x, slope_x = _basis(angles.shape[1] - 1, width)
-    noise = slope_y @ np.sin(angles) @ fade_x.T + fade_y @ np.cos(angles) @ slope_x.T
-    return (math.sqrt(2) * noise).astype(np.float32)
+    across = np.concatenate([np.sin(angles) @ fade_x.T, np.cos(angles) @ slope_x.T])
+    return (np.concatenate([slope_y, fade_y], axis=1) @ (math.sqrt(2) * across)).astype(np.float32)
 
 
 @lru_cache(maxsize=256)
@@ -356,7 +356,7 @@ def bow(
     sine, cosine = math.sin(angle), math.cos(angle)
     half_x, half_y, rise_x, rise_y = cosine * length / 2, sine * length / 2, -sine * arc, cosine * arc
     corners = np.rint(_CURVE @ (16 * np.array([[half_x, half_y], [rise_x, rise_y], [x, y]]))).astype(np.int32)
-    thick = math.ceil(thickness + 2 * abs(arc) / CHORDS**2) + 4
+    thick = math.ceil(thickness + 2 * abs(arc) / CHORDS**2) + 2
     left, top, w, h = cv2.boundingRect(corners)
     x0, x1 = max(left // 16 - thick, 0), min((left + w) // 16 + thick + 2, allowed.shape[1])
     y0, y1 = max(top // 16 - thick, 0), min((top + h) // 16 + thick + 2, allowed.shape[0])

@@ -112,7 +112,9 @@ def apply(sources: Sequence[Source], draws: Sequence[PerlinDraw], _model: Any) -
 def _apply(source: Source, one: PerlinDraw) -> Edit:
     """I' = I + opacity·soft mask·(A − I)."""
     before = source.at(one.places.outer)
-    change = one.weight[:, None] * (one.texture - before)
+    change = one.texture - before
+    soft = np.flatnonzero(one.weight < 1)
+    change[soft] *= one.weight[soft, None]
     if one.opacity is not None:
         return Edit(one.places.box, before + np.float32(one.opacity) * change, one.places.region)
     return solved(

@@ -22,7 +22,7 @@ FAINT, BOLD = 1.25, 6.0  # contrast at severity 0 and 1; the gate stands at 1
 HALVINGS = 4  # strengths tried for the largest change of an operator that only takes away
 CLOSE = 0.04  # relative error at which the search ends
 TRIES = 9  # evaluations at most
-ENOUGH = 4096  # pixels whose change is looked at for the first strength
+ENOUGH = 1024  # pixels whose change is looked at for the first strength
 
 
 @dataclass(frozen=True)
