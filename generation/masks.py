@@ -259,7 +259,7 @@ def _blob(
         sunk = np.minimum(level, threshold - np.float32(0.25))
         level = np.where(cv2.dilate(part, _SQUARE) > 0, level, sunk)
         fine = cv2.resize(level, (full, full), interpolation=cv2.INTER_LINEAR)
-        part = ((fine >= threshold) & (open_ > 0)).astype(np.uint8)
+        part = (fine >= threshold).view(np.uint8) & open_
     left, top, w, h = cv2.boundingRect(part)
     if w == 0:
         return None
@@ -290,7 +290,7 @@ def _largest(level: np.ndarray, open_: np.ndarray, size: float) -> tuple[np.floa
         if rank < 1:
             break
         threshold = np.partition(values, len(values) - rank)[len(values) - rank]
-        above = ((level >= threshold) & (open_ > 0)).astype(np.uint8)
+        above = (level >= threshold).view(np.uint8) & open_
         labels = cv2.connectedComponents(above, connectivity=8)[1]
         sizes = np.bincount(labels.ravel())
         sizes[0] = 0
