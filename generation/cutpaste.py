@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from generation.masks import around, place, rectangle, union
-from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
+from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable, places_of, stored
 from generation.severity import solved
 from manifests.schema import Recipe
 
@@ -109,25 +109,37 @@ def apply(sources: Sequence[Source], draws: Sequence[CutPasteDraw], _model: Any)
 
 def _apply(source: Source, one: CutPasteDraw) -> Edit:
     before = source.crop(one.box)
-    keep = one.region[..., None]
 
     if (published := one.pastes[0].factors) is not None:
         (y, x), (height, width) = one.pastes[0].source, one.region.shape
         piece = colour_jitter(source.crop((y, y + height, x, x + width)), published)
-        return Edit(one.box, np.where(keep, piece, before), one.region)
+        return Edit(one.box, np.where(one.region[..., None], piece, before), one.region)
 
-    def render(strength: float) -> np.ndarray:
+    places = places_of(one.box, one.region, source.pixels.shape[1])
+
+    def paste(factor: float) -> np.ndarray:
         patch = before.copy()
         for paste in one.pastes:
             y0, y1, x0, x1 = paste.target
             top, left = paste.source
             piece = source.crop((top, top + y1 - y0, left, left + x1 - x0))
-            piece = recolour(piece, *amplified(paste.gain, paste.offset, max(strength, 1.0)))
-            view = patch[y0 - one.box[0] : y1 - one.box[0], x0 - one.box[2] : x1 - one.box[2]]
-            view += np.float32(min(strength, 1.0)) * (piece - view)
-        return np.where(keep, patch, before)
+            piece = recolour(piece, *amplified(paste.gain, paste.offset, factor))
+            patch[y0 - one.box[0] : y1 - one.box[0], x0 - one.box[2] : x1 - one.box[2]] = piece
+        return stored(patch, places.inner)
 
-    return solved(source, one.box, one.region, one.severity, render, limit=AMPLIFIED)
+    start = stored(before, places.inner)
+    return solved(source, places, start, one.severity, faded(start, paste), limit=AMPLIFIED)
+
+
+def faded(before: np.ndarray, paste: Callable[[float], np.ndarray]) -> Callable[[float], np.ndarray]:
+    """What a paste looks like at a strength: transparent below 1, recoloured that much more above it.
+
+    Args:
+        before: float32, N×C.
+        paste: ``factor -> patch``; opaque, its recolouring amplified by the factor.
+    """
+    change = paste(1.0) - before
+    return lambda strength: before + np.float32(strength) * change if strength <= 1 else paste(strength)
 
 
 def jitter(rng: np.random.Generator, channels: int, strength: float) -> Colours:
@@ -136,10 +148,11 @@ def jitter(rng: np.random.Generator, channels: int, strength: float) -> Colours:
     The amount is at least half of ``strength`` in one direction or the other, so that a stronger sample is
     a more visible one.
     """
-    contrast, brightness = rng.choice([-1, 1], 2) * rng.uniform(0.5, 1, 2) * strength
-    tint = rng.uniform(-0.25, 0.25, channels) * strength if channels == 3 else np.zeros(channels)
-    gain = 1 + 0.5 * contrast + tint
-    return tuple(gain.tolist()), (float(0.5 * brightness),) * channels
+    contrast, brightness = (
+        strength * (u + 1) / 2 if u >= 0 else strength * (u - 1) / 2 for u in rng.uniform(-1, 1, 2).tolist()
+    )
+    tint = (rng.uniform(-0.25, 0.25, channels) * strength).tolist() if channels == 3 else [0.0]
+    return tuple(1 + 0.5 * contrast + t for t in tint), (0.5 * brightness,) * channels
 
 
 def factors(rng: np.random.Generator, strength: float) -> Factors:
@@ -179,8 +192,13 @@ def amplified(gain: Sequence[float], offset: Sequence[float], factor: float) -> 
 
 
 def recolour(piece: np.ndarray, gain: Sequence[float], offset: Sequence[float]) -> np.ndarray:
-    """``gain·(x − mean) + mean + offset`` a channel, clipped to [0, 1]; float32 as given."""
-    mean = piece.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
+    """``gain·(x − mean) + mean + offset`` a channel, clipped to [0, 1].
+
+    Args:
+        piece: float32, h×w×C or N×C.
+    """
+    channels = piece.shape[-1]
+    mean = np.array(cv2.mean(piece.reshape(1, -1, channels))[:channels], np.float32)
     scaled = (piece - mean) * np.array(gain, np.float32) + (mean + np.array(offset, np.float32))
     return np.clip(scaled, 0, 1)
 

@@ -18,11 +18,14 @@ STEPS = 6  # of the search for a blob's threshold; nearly always one or two are 
 SMALLEST = 4  # pixels of the smallest blob
 MARGIN = 4  # pixels around a region in its box, so that soft edges and filters see their surroundings
 SOFT = 0.9  # pixels of width that a lens's soft edges add
+CHORDS = 16  # straight pieces of a bent middle line
 THINNEST = 0.6  # pixels of a lens's width before its edges are softened; thinner lines would be transparent
 STROKE_RATIOS, STROKE_BEND = (5.0, 20.0), 0.12  # length over thickness of a stroke, and its bend
 ASPECT = 2.5  # of ellipses and rectangles
 Shape = Literal["blob", "stroke", "ellipse", "rectangle", "whole"]
 _SQUARE = np.ones((3, 3), np.uint8)
+_T = np.linspace(-1, 1, CHORDS + 1)
+_CURVE = np.stack([_T, 0.5 - _T * _T, np.ones_like(_T)], axis=1)  # times half a length, a bend, a middle
 
 
 def perlin(angles: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -41,8 +44,8 @@ def perlin(angles: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     fade_y, slope_y = _basis(angles.shape[0] - 1, height)
     fade_x, slope_x = _basis(angles.shape[1] - 1, width)
-    noise = slope_y @ np.sin(angles) @ fade_x.T + fade_y @ np.cos(angles) @ slope_x.T
-    return (math.sqrt(2) * noise).astype(np.float32)
+    across = np.concatenate([np.sin(angles) @ fade_x.T, np.cos(angles) @ slope_x.T])
+    return (np.concatenate([slope_y, fade_y], axis=1) @ (math.sqrt(2) * across)).astype(np.float32)
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +74,18 @@ def fractal(rng: np.random.Generator, side: int, cells_y: int, cells_x: int, oct
 
 
 def blobs(rng: np.random.Generator, allowed: np.ndarray, area: float, count: int) -> tuple[Box, np.ndarray]:
+    """Perlin-shaped regions that together cover a wanted share of the picture, as one: see
+    :func:`blob_parts`.
+
+    Returns:
+        A box with a margin of 4 pixels where the picture has them, and the region in it: bool, h×w.
+    """
+    return union(blob_parts(rng, allowed, area, count), allowed.shape)
+
+
+def blob_parts(
+    rng: np.random.Generator, allowed: np.ndarray, area: float, count: int
+) -> list[tuple[Box, np.ndarray]]:
     """Perlin-shaped regions that together cover a wanted share of the picture.
 
     Each blob is the largest connected part of {noise − elliptical distance > t} around a random allowed
@@ -85,7 +100,7 @@ def blobs(rng: np.random.Generator, allowed: np.ndarray, area: float, count: int
         count: blobs, at least 1; fewer where two grow together.
 
     Returns:
-        A box with a margin of 4 pixels where the picture has them, and the region in it: bool, h×w.
+        Of each blob a tight box and the region in it: bool, h×w.
 
     Raises:
         Undrawable: no room for one of the blobs.
@@ -101,7 +116,7 @@ def blobs(rng: np.random.Generator, allowed: np.ndarray, area: float, count: int
                 break
         else:
             raise Undrawable("no room")
-    return union(parts, allowed.shape)
+    return parts
 
 
 def shaped(
@@ -197,6 +212,11 @@ def union(parts: list[tuple[Box, np.ndarray]], shape: tuple[int, ...]) -> tuple[
     return (y0, y1, x0, x1), region
 
 
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Ascending flat indices of the pixels of one or several regions, each once."""
+    return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
+
+
 def _blob(
     rng: np.random.Generator, allowed: np.ndarray, size: float, others: list[tuple[Box, np.ndarray]]
 ) -> tuple[Box, np.ndarray] | None:
@@ -239,7 +259,7 @@ def _blob(
         sunk = np.minimum(level, threshold - np.float32(0.25))
         level = np.where(cv2.dilate(part, _SQUARE) > 0, level, sunk)
         fine = cv2.resize(level, (full, full), interpolation=cv2.INTER_LINEAR)
-        part = ((fine >= threshold) & (open_ > 0)).astype(np.uint8)
+        part = (fine >= threshold).view(np.uint8) & open_
     left, top, w, h = cv2.boundingRect(part)
     if w == 0:
         return None
@@ -270,7 +290,7 @@ def _largest(level: np.ndarray, open_: np.ndarray, size: float) -> tuple[np.floa
         if rank < 1:
             break
         threshold = np.partition(values, len(values) - rank)[len(values) - rank]
-        above = ((level >= threshold) & (open_ > 0)).astype(np.uint8)
+        above = (level >= threshold).view(np.uint8) & open_
         labels = cv2.connectedComponents(above, connectivity=8)[1]
         sizes = np.bincount(labels.ravel())
         sizes[0] = 0
@@ -307,6 +327,17 @@ def lens(
     Raises:
         Undrawable: the bend led it off a picture of a few pixels.
     """
+    rows, columns, weight = bow(rng, allowed, pixels, ratios, bend)
+    y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns.min()), int(columns.max()) + 1
+    dense = np.zeros((y1 - y0, x1 - x0), np.float32)
+    dense[rows - y0, columns - x0] = weight
+    return (y0, y1, x0, x1), dense
+
+
+def bow(
+    rng: np.random.Generator, allowed: np.ndarray, pixels: float, ratios: tuple[float, float], bend: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pixels of :func:`lens` alone, in raster order: rows, columns, and float32 weight in (0, 1]."""
     ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
     # A lens has π/4 of its rectangle, and its soft edge shows over another half pixel on each side. It
     # should not leave the picture.
@@ -321,21 +352,30 @@ def lens(
     arc = rng.uniform(-bend, bend) * length
     y, x = place(rng, allowed)
 
-    reach = math.ceil(length / 2 + abs(arc)) + 2
-    y0, y1 = max(y - reach, 0), min(y + reach + 1, allowed.shape[0])
-    x0, x1 = max(x - reach, 0), min(x + reach + 1, allowed.shape[1])
-    dy = np.arange(y0 - y, y1 - y, dtype=np.float32)[:, None]
-    dx = np.arange(x0 - x, x1 - x, dtype=np.float32)[None, :]
-    sine, cosine = np.float32(math.sin(angle)), np.float32(math.cos(angle))
-    along = (dx * cosine + dy * sine) * np.float32(2 / length)
-    across = dy * cosine - dx * sine + np.float32(arc) * (along * along - np.float32(0.5))
-    half = np.float32(thickness / 2) * np.sqrt(np.maximum(1 - along * along, 0))
-    weight = np.where(np.abs(along) < 1, np.clip(half - np.abs(across) + np.float32(0.5), 0, 1), 0)
-    rows, columns = np.flatnonzero(weight.any(axis=1)), np.flatnonzero(weight.any(axis=0))
-    if len(rows) == 0:
+    # Only pixels near the middle line have a weight: a line drawn along it, a little too thick, finds them.
+    sine, cosine = math.sin(angle), math.cos(angle)
+    half_x, half_y, rise_x, rise_y = cosine * length / 2, sine * length / 2, -sine * arc, cosine * arc
+    corners = np.rint(_CURVE @ (16 * np.array([[half_x, half_y], [rise_x, rise_y], [x, y]]))).astype(np.int32)
+    thick = math.ceil(thickness + 2 * abs(arc) / CHORDS**2) + 2
+    left, top, w, h = cv2.boundingRect(corners)
+    x0, x1 = max(left // 16 - thick, 0), min((left + w) // 16 + thick + 2, allowed.shape[1])
+    y0, y1 = max(top // 16 - thick, 0), min((top + h) // 16 + thick + 2, allowed.shape[0])
+    near = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    cv2.polylines(near, [corners - (16 * x0, 16 * y0)], False, 1, thick, cv2.LINE_8, 4)
+    at = np.flatnonzero(near.view(np.bool_))
+    rows = at // near.shape[1]
+    columns = at - rows * near.shape[1]
+
+    dy, dx = (rows + (y0 - y)).astype(np.float32), (columns + (x0 - x)).astype(np.float32)
+    along = dx * np.float32(2 / length * cosine) + dy * np.float32(2 / length * sine)
+    square = along * along
+    across = dy * np.float32(cosine) - dx * np.float32(sine) + np.float32(arc) * (square - np.float32(0.5))
+    half = np.float32(thickness / 2) * np.sqrt(np.maximum(1 - square, 0))
+    weight = half - np.abs(across) + np.float32(0.5)
+    inside = np.flatnonzero((weight > 0) & (square < 1))
+    if len(inside) == 0:
         raise Undrawable("no room")
-    box = (y0 + int(rows[0]), y0 + int(rows[-1]) + 1, x0 + int(columns[0]), x0 + int(columns[-1]) + 1)
-    return box, weight[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    return rows[inside] + y0, columns[inside] + x0, np.minimum(weight[inside], 1)
 
 
 def place(rng: np.random.Generator, allowed: np.ndarray) -> tuple[int, int]:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from generation.masks import blobs, feather, threshold
-from generation.protocol import Box, Donors, Edit, Generator, Params, Source
+from generation.masks import blob_parts, feather, joined, threshold, union
+from generation.protocol import Donors, Edit, Generator, Params, Places, Source, places_at, places_of
 from generation.severity import solved
-from generation.textures import KINDS, augment, cut, procedural
+from generation.textures import KINDS, augment, coloured, cut
 from manifests.errors import UsageError
 from manifests.schema import Recipe
 
@@ -44,46 +44,65 @@ class PerlinParams(Params):
 
 @dataclass(frozen=True)
 class PerlinDraw:
-    """Attributes: ``texture`` uint8, h×w×C, as large as ``box``; ``opacity`` = 1 − β, its weight; None if
-    it is solved for."""
+    """Attributes: ``weight`` float32 in [0, 1], N, and ``texture`` float32 in [0, 1], N×C, at the N places;
+    ``opacity`` = 1 − β, its weight; None if it is solved for."""
 
-    box: Box
-    region: np.ndarray
+    places: Places
+    weight: np.ndarray
     texture: np.ndarray
     severity: float
     opacity: float | None
-    edge: int
 
 
 def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PerlinDraw:
-    """A mask and a texture for it.
+    """A mask and a texture for it. Every blob shows the texture's beginning.
 
     Raises:
         UsageError: the recipe names no donor although its texture setting needs one.
         Undrawable: no room for the mask.
     """
     params = PerlinParams(**recipe.settings())
+    shape = source.allowed.shape
     if params.mask == "area":
-        box, region = blobs(rng, source.allowed, recipe.area, recipe.count)
+        parts = [union([part], shape) for part in blob_parts(rng, source.allowed, recipe.area, recipe.count)]
     else:
-        box, region = threshold(rng, source.allowed, params.lattice, params.rotation)
-    height, width = region.shape
-    channels = source.pixels.shape[2]
+        parts = [threshold(rng, source.allowed, params.lattice, params.rotation)]
+    height, width = (max(region.shape[axis] for _, region in parts) for axis in (0, 1))
+    texture = _texture(rng, recipe, source, params, height, width)
+
+    each = [places_of(box, region, shape[1]) for box, region in parts]
+    outer = joined([one.outer for one in each])
+    weight, shown = np.zeros(len(outer), np.float32), np.zeros((len(outer), *texture.shape[2:]), np.float32)
+    edge = EDGE if params.mask == "area" else 0
+    for one in each:
+        at = np.searchsorted(outer, one.outer) if len(each) > 1 else slice(None)
+        soft = feather(one.region, edge).reshape(-1)[one.inner]
+        weight[at] = np.maximum(weight[at], soft)  # two blobs may touch
+        tall, wide = one.region.shape
+        shown[at] = texture[:tall, :wide].reshape(tall * wide, *texture.shape[2:]).take(one.inner, axis=0)
     if params.texture == "procedural":
-        kind = list(KINDS)[rng.integers(len(KINDS))]
-        texture = np.rint(procedural(kind, rng, height, width, channels) * 255).astype(np.uint8)
-    elif not source.donors:
+        shown = coloured(rng, shown, source.pixels.shape[2])
+    else:
+        shown *= np.float32(1 / 255)
+    opacity = None if params.opacity is None else float(rng.uniform(*params.opacity))
+    return PerlinDraw(places_at(outer, shape[1]), weight, shown, recipe.severity, opacity)
+
+
+def _texture(
+    rng: np.random.Generator, recipe: Recipe, source: Source, params: PerlinParams, height: int, width: int
+) -> np.ndarray:
+    """A piece of a donor, uint8, height×width×C; or a drawn pattern, in [0, 1], height×width."""
+    if params.texture == "procedural":
+        return KINDS[list(KINDS)[rng.integers(len(KINDS))]](rng, height, width)
+    if not source.donors:
         raise UsageError(
             f"perlin with texture: {params.texture} needs a donor picture, recipe {recipe.sample_id} names "
             "none: set generation.textures to a folder of pictures, or texture to 'procedural'"
         )
-    else:
-        texture = cut(rng, source.donors[rng.integers(len(source.donors))], height, width)
-    if params.augment and params.texture != "procedural":
+    texture = cut(rng, source.donors[rng.integers(len(source.donors))], height, width)
+    if params.augment:
         texture = augment(rng, texture)
-    opacity = None if params.opacity is None else float(rng.uniform(*params.opacity))
-    edge = EDGE if params.mask == "area" else 0
-    return PerlinDraw(box, region, texture, recipe.severity, opacity, edge)
+    return texture
 
 
 def apply(sources: Sequence[Source], draws: Sequence[PerlinDraw], _model: Any) -> list[Edit]:
@@ -92,15 +111,16 @@ def apply(sources: Sequence[Source], draws: Sequence[PerlinDraw], _model: Any) -
 
 def _apply(source: Source, one: PerlinDraw) -> Edit:
     """I' = I + opacity·soft mask·(A − I)."""
-    weight = feather(one.region, one.edge)[..., None]
-    before = source.crop(one.box)
-    change = weight * (one.texture.astype(np.float32) / np.float32(255) - before)
+    before = source.at(one.places.outer)
+    change = one.texture - before
+    soft = np.flatnonzero(one.weight < 1)
+    change[soft] *= one.weight[soft, None]
     if one.opacity is not None:
-        return Edit(one.box, before + np.float32(one.opacity) * change, one.region)
+        return Edit(one.places.box, before + np.float32(one.opacity) * change, one.places.region)
     return solved(
         source,
-        one.box,
-        one.region,
+        one.places,
+        before,
         one.severity,
         lambda opacity: before + np.float32(opacity) * change,
         limit=1.0,

@@ -19,7 +19,7 @@ from scipy.fft import dstn, idstn, next_fast_len
 from scipy.sparse.linalg import splu
 
 from generation.masks import around, feather, place
-from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
+from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable, places_of, stored
 from generation.severity import solved
 from manifests.errors import UsageError
 from manifests.schema import Recipe
@@ -138,13 +138,14 @@ def _apply(source: Source, one: PoissonDraw) -> Edit:
         region[part] |= inside
     if one.published:
         return Edit(one.box, np.clip(patch, 0, 1), region)
-    change = patch - before
+    places = places_of(one.box, region, source.pixels.shape[1])
+    start, change = stored(before, places.inner), stored(patch - before, places.inner)
     return solved(
         source,
-        one.box,
-        region,
+        places,
+        start,
         one.severity,
-        lambda strength: before + np.float32(strength) * change,
+        lambda strength: start + np.float32(strength) * change,
         limit=LARGEST,
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -65,7 +65,7 @@ class Source:
     @property
     def levels(self) -> int:
         """The largest value of a stored pixel: 255 or 65535."""
-        return int(np.iinfo(self.pixels.dtype).max)
+        return 255 if self.pixels.dtype == np.uint8 else 65535
 
     @cached_property
     def image(self) -> np.ndarray:
@@ -77,6 +77,72 @@ class Source:
         y0, y1, x0, x1 = box
         return self.pixels[y0:y1, x0:x1].astype(np.float32) / np.float32(self.levels)
 
+    def at(self, outer: np.ndarray) -> np.ndarray:
+        """float32 in [0, 1], N×C, of some pixels, by their flat indices."""
+        return stored(self.pixels, outer).astype(np.float32) / np.float32(self.levels)
+
+
+class Places(NamedTuple):
+    """A region and its N pixels, in raster order. A thin defect fills a small part of its box, so that what
+    is worked out for its pixels alone costs what the defect is large.
+
+    Attributes:
+        box: where ``region`` lies in the picture.
+        region: bool, h×w.
+        inner, outer: flat indices of its pixels in the box and in the picture, ascending.
+    """
+
+    box: Box
+    region: np.ndarray
+    inner: np.ndarray
+    outer: np.ndarray
+
+
+def places_of(box: Box, region: np.ndarray, width: int) -> Places:
+    """The pixels of a region of a picture of that width."""
+    inner = np.flatnonzero(region)
+    rows = inner // region.shape[1]
+    return Places(box, region, inner, inner + rows * (width - region.shape[1]) + (box[0] * width + box[2]))
+
+
+def places_at(outer: np.ndarray, width: int) -> Places:
+    """The pixels at ascending flat indices of a picture of that width, at least one, in their tight box."""
+    rows = outer // width
+    columns = outer - rows * width
+    y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns.min()), int(columns.max()) + 1
+    region = np.zeros((y1 - y0, x1 - x0), np.bool_)
+    inner = outer - rows * (width - region.shape[1]) - (y0 * region.shape[1] + x0)
+    region.reshape(-1)[inner] = True
+    return Places((y0, y1, x0, x1), region, inner, outer)
+
+
+def stored(pixels: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """Some pixels of a picture H×W×C, by their flat indices: N×C."""
+    return pixels.reshape(-1, pixels.shape[2]).take(outer, axis=0)
+
+
+class Measured(NamedTuple):
+    """What an edit does to the N pixels of its region.
+
+    Attributes:
+        places: of the region.
+        after: the stored pixels' type, N×C; the new content in whole levels.
+        change: largest difference over the channels in raw steps, N.
+        visible, inside: bool, N; whether it changed by more than 2 levels; the mask.
+        level: mean change inside the mask, in 8-bit levels.
+        elsewhere: changed pixels of the box outside the region.
+        variation: of the source around the region; see :func:`generation.compose.local_variation`.
+    """
+
+    places: Places
+    after: np.ndarray
+    change: np.ndarray
+    visible: np.ndarray
+    inside: np.ndarray
+    level: float
+    elsewhere: int
+    variation: float
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -84,16 +150,20 @@ class Edit:
 
     Attributes:
         box: where ``patch`` belongs.
-        patch: float32 in [0, 1], h×w×C; the new content, already blended with the source.
+        patch: float32 in [0, 1]; the new content, already blended with the source: h×w×C, or, of a generator
+            that changes nothing else, the region's pixels alone, N×C, as ``content[region]`` has them.
         region: bool, h×w; the only places that may end up in the mask.
         measures: the generator's own figures, by name; finite. They are stored with the sample, and the gates
             know some of them.
+        measured: what :func:`generation.compose.measure` gives for this very edit, where it was asked already
+            (a severity is solved for by asking); None: it is asked then.
     """
 
     box: Box
     patch: np.ndarray
     region: np.ndarray
     measures: Mapping[str, float] = field(default_factory=dict)
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)

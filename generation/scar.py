@@ -15,12 +15,13 @@ from generation.cutpaste import (
     amplified,
     colour_jitter,
     factors,
+    faded,
     jitter,
     recolour,
     within,
 )
-from generation.masks import around, lens, place
-from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
+from generation.masks import around, bow, joined, place
+from generation.protocol import Box, Edit, Generator, Params, Places, Source, Undrawable, places_at
 from generation.severity import solved
 from manifests.schema import Recipe
 
@@ -49,51 +50,62 @@ class ScarParams(Params):
 
 @dataclass(frozen=True)
 class Stroke:
-    """One scar: its soft weight (float32, h×w) in a box, where its content comes from, and the colours as of
-    :class:`generation.cutpaste.Paste`."""
+    """One scar: flat indices of its pixels and their soft weights (float32), both N; how far on in the flat
+    picture its content comes from; and the colours as of :class:`generation.cutpaste.Paste`."""
 
-    target: Box
+    outer: np.ndarray
     weight: np.ndarray
-    source: tuple[int, int]
+    shift: int
     gain: tuple[float, ...]
     offset: tuple[float, ...]
-    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
 class ScarDraw:
     strokes: tuple[Stroke, ...]
     severity: float
+    places: Places
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The published scar: ``region`` (bool, h×w) of a box, and where the box's content comes from."""
+
     box: Box
-    allowed: np.ndarray
+    region: np.ndarray
+    source: tuple[int, int]
+    factors: Factors
 
 
-def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw:
+def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw | Strip:
     """Strokes that together have the wanted area, each around an allowed place.
 
     The lens shape and the slight bend are inference, for the look of a scratch.
     """
     params = ScarParams(**recipe.settings())
+    allowed = source.allowed
     if params.published:
-        return _published(rng, source.allowed, params.jitter)
+        return _published(rng, allowed, params.jitter)
     shares = rng.uniform(1, 2, recipe.count)
     strokes = []
     for share in shares / shares.sum():
-        pixels = max(share * recipe.area * source.allowed.size, 4.0)
-        target, weight = lens(rng, source.allowed, pixels, (params.ratio_low, params.ratio_high), params.bend)
-        corner = around(place(rng, source.allowed), weight.shape[0], weight.shape[1], source.allowed.shape)
+        pixels = max(share * recipe.area * allowed.size, 4.0)
+        rows, columns, weight = bow(rng, allowed, pixels, (params.ratio_low, params.ratio_high), params.bend)
+        top, left = int(rows[0]), int(columns.min())
+        height, width = int(rows[-1]) + 1 - top, int(columns.max()) + 1 - left
+        y, x = around(place(rng, allowed), height, width, allowed.shape)
         colours = jitter(rng, source.pixels.shape[2], params.jitter)
-        strokes.append(Stroke(target, weight, corner, *colours))
-    corners = np.array([stroke.target for stroke in strokes])
-    (y0, x0), (y1, x1) = corners[:, [0, 2]].min(axis=0), corners[:, [1, 3]].max(axis=0)
-    allowed = source.allowed[y0:y1, x0:x1]
-    if not any((_part(allowed, stroke.target, y0, x0) & (stroke.weight > 0)).any() for stroke in strokes):
+        outer = rows * allowed.shape[1] + columns
+        inside = np.flatnonzero(allowed.reshape(-1)[outer])
+        shift = (y - top) * allowed.shape[1] + x - left
+        strokes.append(Stroke(outer[inside], weight[inside], shift, *colours))
+    places = joined([stroke.outer for stroke in strokes])
+    if not len(places):
         raise Undrawable("no room")
-    box = (int(y0), int(y1), int(x0), int(x1))
-    return ScarDraw(tuple(strokes), recipe.severity, box, allowed)
+    return ScarDraw(tuple(strokes), recipe.severity, places_at(places, allowed.shape[1]))
 
 
-def _published(rng: np.random.Generator, allowed: np.ndarray, strength: float) -> ScarDraw:
+def _published(rng: np.random.Generator, allowed: np.ndarray, strength: float) -> Strip:
     scale = min(allowed.shape) / 256
     width, length = rng.uniform(*PUBLISHED_WIDTH) * scale, rng.uniform(*PUBLISHED_LENGTH) * scale
     angle = math.radians(rng.uniform(-PUBLISHED_TURN, PUBLISHED_TURN))
@@ -103,48 +115,37 @@ def _published(rng: np.random.Generator, allowed: np.ndarray, strength: float) -
     y, x = (np.arange(side) - (side - 1) / 2 for side in (height, wide))
     along = y[:, None] * math.cos(angle) + x[None] * math.sin(angle)
     across = x[None] * math.cos(angle) - y[:, None] * math.sin(angle)
-    weight = ((np.abs(along) <= length / 2) & (np.abs(across) <= width / 2)).astype(np.float32)
+    strip = (np.abs(along) <= length / 2) & (np.abs(across) <= width / 2)
     (top, left), corner = (within(rng, height, wide, allowed.shape) for _ in range(2))
-    box = (top, top + height, left, left + wide)
-    part = allowed[top : top + height, left : left + wide]
-    if not (part & (weight > 0)).any():
+    region = allowed[top : top + height, left : left + wide] & strip
+    if not region.any():
         raise Undrawable("no room")
-    return ScarDraw((Stroke(box, weight, corner, (), (), factors(rng, strength)),), 1.0, box, part)
+    return Strip((top, top + height, left, left + wide), region, corner, factors(rng, strength))
 
 
-def apply(sources: Sequence[Source], draws: Sequence[ScarDraw], _model: Any) -> list[Edit]:
+def apply(sources: Sequence[Source], draws: Sequence[ScarDraw | Strip], _model: Any) -> list[Edit]:
     return [_apply(source, one) for source, one in zip(sources, draws, strict=True)]
 
 
-def _apply(source: Source, one: ScarDraw) -> Edit:
-    before = source.crop(one.box)
-    region = np.zeros(one.allowed.shape, np.bool_)
-    for stroke in one.strokes:
-        inside = _part(one.allowed, stroke.target, one.box[0], one.box[2]) & (stroke.weight > 0)
-        _part(region, stroke.target, one.box[0], one.box[2])[:] |= inside
+def _apply(source: Source, one: ScarDraw | Strip) -> Edit:
+    if isinstance(one, Strip):
+        (y, x), (height, width) = one.source, one.region.shape
+        piece = colour_jitter(source.crop((y, y + height, x, x + width)), one.factors)
+        return Edit(one.box, np.where(one.region[..., None], piece, source.crop(one.box)), one.region)
 
-    if (published := one.strokes[0].factors) is not None:
-        (y, x), (height, width) = one.strokes[0].source, one.strokes[0].weight.shape
-        piece = colour_jitter(source.crop((y, y + height, x, x + width)), published)
-        return Edit(one.box, np.where(region[..., None], piece, before), region)
+    before = source.at(one.places.outer)
+    pieces = [source.at(stroke.outer + stroke.shift) for stroke in one.strokes]
+    targets = [np.searchsorted(one.places.outer, stroke.outer) for stroke in one.strokes]
 
-    def render(strength: float) -> np.ndarray:
-        patch = before.copy()
-        for stroke in one.strokes:
-            height, width = stroke.weight.shape
-            top, left = stroke.source
-            piece = source.crop((top, top + height, left, left + width))
-            piece = recolour(piece, *amplified(stroke.gain, stroke.offset, max(strength, 1.0)))
-            view = _part(patch, stroke.target, one.box[0], one.box[2])
-            inside = _part(one.allowed, stroke.target, one.box[0], one.box[2])
-            view += (stroke.weight * inside * np.float32(min(strength, 1.0)))[..., None] * (piece - view)
-        return patch
+    def paste(factor: float) -> np.ndarray:
+        values = before.copy()
+        for stroke, piece, target in zip(one.strokes, pieces, targets, strict=True):
+            if len(target):
+                new, old = recolour(piece, *amplified(stroke.gain, stroke.offset, factor)), values[target]
+                values[target] = old + stroke.weight[:, None] * (new - old)
+        return values
 
-    return solved(source, one.box, region, one.severity, render, limit=AMPLIFIED)
-
-
-def _part(array: np.ndarray, box: Box, top: int, left: int) -> np.ndarray:
-    return array[box[0] - top : box[1] - top, box[2] - left : box[3] - left]
+    return solved(source, one.places, before, one.severity, faded(before, paste), limit=AMPLIFIED)
 
 
 GENERATOR = Generator(

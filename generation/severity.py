@@ -15,29 +15,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from generation.compose import changed, local_variation, quantise
-from generation.protocol import Box, Edit, Source
+from generation.compose import VISIBLE, Changed, changed, local_variation, quantise
+from generation.protocol import Edit, Measured, Places, Source, stored
 
 FAINT, BOLD = 1.25, 6.0  # contrast at severity 0 and 1; the gate stands at 1
 HALVINGS = 4  # strengths tried for the largest change of an operator that only takes away
 CLOSE = 0.04  # relative error at which the search ends
 TRIES = 9  # evaluations at most
+ENOUGH = 1024  # pixels whose change is looked at for the first strength
 
 
 @dataclass(frozen=True)
 class Solved:
-    """Attributes: ``patch`` float32 in [0, 1], h×w×C; ``strength`` that gave it; ``seen`` bool, h×w, the mask
-    of its change."""
+    """Attributes: ``patch`` float32, N×C, as rendered; ``strength`` that gave it; ``after``, it in whole
+    levels; ``seen`` what it changes."""
 
     patch: np.ndarray
     strength: float
-    seen: np.ndarray
+    after: np.ndarray
+    seen: Changed
 
 
 def solved(
     source: Source,
-    box: Box,
-    region: np.ndarray,
+    places: Places,
+    before: np.ndarray,
     severity: float,
     render: Callable[[float], np.ndarray],
     *,
@@ -49,30 +51,51 @@ def solved(
     was wanted (the gates compare) and which strength it took.
 
     Args:
-        box, region: of the edit; bool, h×w, not empty.
+        places: of the edit; at least one.
+        before: float32 in [0, 1], N×C; the source at the places.
         render: ``strength -> patch``; see :func:`solve`; clipped here.
-        start: a likely strength; None where the change grows in proportion to the strength: what would do if
-            nothing were clipped or too small to be seen.
+        start: a likely strength; None where the change grows in proportion to the strength, at least up to
+            strength 1.
         takes_away: whether the operator can do no more than remove or rearrange what is there: severity 1 is
             then the most that it can do to this region, if that is less than ``BOLD``.
     """
-    stored = source.pixels[box[0] : box[1], box[2] : box[3]]
-    variation = local_variation(source.pixels, box, region)
+    levels = stored(source.pixels, places.outer)
+    variation = local_variation(source.pixels, places.box, places.region)
     most = BOLD
     if takes_away:
-        limit, largest = _furthest(render, stored, region, limit)
+        limit, largest = _furthest(render, levels, places, limit)
         most = min(most, max(largest / variation, FAINT))
     wanted = wanted_change(severity, variation, most)
     if start is None:
-        start = wanted / max(_mean_change(render(limit), source.crop(box), region), 1e-6) * limit
-    found = solve(lambda strength: np.clip(render(strength), 0, 1), stored, region, wanted, start, limit)
-    patch = np.where(found.seen[..., None], found.patch, source.crop(box))
-    return Edit(box, patch, region, {"wanted_change": wanted, "solved_strength": found.strength})
+        start = proportional(render(1.0), before, wanted)
+    found = solve(render, levels, places, wanted, start, limit)
+    inside = found.seen.inside
+    patch = np.minimum(np.maximum(found.patch, 0), 1)
+    unseen = np.flatnonzero(~inside)
+    patch[unseen] = before[unseen]
+    found.after[unseen] = levels[unseen]
+    seen = found.seen._replace(change=found.seen.change * inside, visible=found.seen.visible & inside)
+    measured = Measured(places, found.after, *seen, 0, variation)
+    measures = {"wanted_change": wanted, "solved_strength": found.strength}
+    return Edit(places.box, patch, places.region, measures, measured)
 
 
-def _mean_change(after: np.ndarray, before: np.ndarray, region: np.ndarray) -> float:
-    """Mean over the region of the largest difference over channels, in 8-bit levels."""
-    return 255 * float(np.abs(after[region] - before[region]).max(axis=1).mean())
+def proportional(after: np.ndarray, before: np.ndarray, wanted: float) -> float:
+    """The share of a change whose mean over what is seen of it is ``wanted``, in 8-bit levels.
+
+    With u_1 ≥ u_2 ≥ … the pixels' changes, k of them are seen from the share 2.5/u_k on (what rounds to 2
+    levels is not), and their mean change is then share·mean(u_1…u_k).
+
+    Args:
+        after, before: float32 in [0, 1], N×C.
+    """
+    step = -(-len(after) // ENOUGH)
+    change = np.abs(after[::step] - before[::step])
+    levels = change[:, 0] if change.shape[1] == 1 else np.maximum.reduce(list(change.T))
+    levels = np.maximum(255 * np.sort(levels)[::-1], 1e-6)
+    means = levels.cumsum() / np.arange(1, len(levels) + 1)
+    seen = np.flatnonzero((VISIBLE + 0.5) * means <= wanted * levels)
+    return wanted / float(means[seen[-1] if len(seen) else 0])
 
 
 def wanted_change(severity: float, variation: float, most: float = BOLD) -> float:
@@ -86,14 +109,13 @@ def wanted_change(severity: float, variation: float, most: float = BOLD) -> floa
 
 
 def _furthest(
-    render: Callable[[float], np.ndarray], before: np.ndarray, region: np.ndarray, limit: float
+    render: Callable[[float], np.ndarray], before: np.ndarray, places: Places, limit: float
 ) -> tuple[float, float]:
     """(strength, mean change) of the largest change up to a limit: a pattern that is moved by its period is
     where it was, so that the largest strength need not change most."""
     strengths = [limit / 2**k for k in range(HALVINGS)]
     levels = [
-        changed(before, quantise(np.clip(render(strength), 0, 1), before.dtype), region).level
-        for strength in strengths
+        changed(before, quantise(render(strength), before.dtype), places).level for strength in strengths
     ]
     best = int(np.argmax(levels))
     return strengths[best], levels[best]
@@ -102,7 +124,7 @@ def _furthest(
 def solve(
     render: Callable[[float], np.ndarray],
     before: np.ndarray,
-    region: np.ndarray,
+    places: Places,
     wanted: float,
     start: float,
     limit: float,
@@ -110,10 +132,10 @@ def solve(
     """The strength whose change comes nearest to the wanted one: secant steps within a bracket.
 
     Args:
-        render: ``strength -> patch``, float32, h×w×C, clipped to [0, 1]; pure; ``before`` at 0, and further
-            from it the larger the strength.
-        before: uint8 or uint16, h×w×C; the stored pixels.
-        region: bool, h×w; where the change counts.
+        render: ``strength -> patch``, float32, N×C; pure; ``before`` at 0, and further from it the larger
+            the strength.
+        before: uint8 or uint16, N×C; the stored pixels.
+        places: where the change counts; N.
         wanted: mean change in 8-bit levels.
         start: a likely strength, > 0.
         limit: the largest allowed. What it cannot reach is returned as near as it comes; the gates tell.
@@ -123,10 +145,11 @@ def solve(
     strength = min(start, limit)
     for _ in range(TRIES):
         patch = render(strength)
-        seen = changed(before, quantise(patch, before.dtype), region)
+        after = quantise(patch, before.dtype)
+        seen = changed(before, after, places)
         change = seen.level
         if best is None or abs(change - wanted) < error:
-            best, error = Solved(patch, strength, seen.inside > 0), abs(change - wanted)
+            best, error = Solved(patch, strength, after, seen), abs(change - wanted)
         if error <= CLOSE * wanted:
             break
         if change < wanted:
@@ -137,9 +160,9 @@ def solve(
             high = (strength, change)
         if np.isinf(high[0]):
             growth = wanted / change if change > 0 else 8.0
-            strength = min(limit, strength * float(np.clip(growth, 1.3, 8.0)))
+            strength = min(limit, strength * min(max(growth, 1.1), 8.0))
         else:
             share = (wanted - low[1]) / max(high[1] - low[1], 1e-9)
-            strength = low[0] + (high[0] - low[0]) * float(np.clip(share, 0.05, 0.95))
+            strength = low[0] + (high[0] - low[0]) * min(max(share, 0.05), 0.95)
     assert best is not None
     return best

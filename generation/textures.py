@@ -42,13 +42,19 @@ def procedural(kind: str, rng: np.random.Generator, height: int, width: int, cha
     """
     if kind not in KINDS:
         raise ValueError(f"unknown texture {kind!r}: use one of {', '.join(KINDS)}")
-    pattern = KINDS[kind](rng, height, width)
+    return coloured(rng, KINDS[kind](rng, height, width), channels)
+
+
+def coloured(rng: np.random.Generator, pattern: np.ndarray, channels: int) -> np.ndarray:
+    """A drawn pattern, in [0, 1] and of any shape, in 256 steps between two colours of matter: float32 in
+    [0, 1], the pattern's shape×channels."""
     if channels == 1:
-        low, high = np.sort(rng.uniform(0, 1, 2)).astype(np.float32)
-        return np.clip(low + (high - low) * pattern, 0, 1)[..., None]
-    dark = TINTS[rng.integers(len(TINTS))] * np.float32(rng.uniform(0.7, 1.1))
-    light = np.clip(dark + rng.uniform(0.05, 0.45) * (1 - dark), 0, 1).astype(np.float32)
-    return np.clip(dark + (light - dark) * pattern[..., None], 0, 1)
+        dark, light = np.sort(rng.uniform(0, 1, (2, 1)), axis=0)
+    else:
+        dark = TINTS[rng.integers(len(TINTS))] * rng.uniform(0.7, 1.1)
+        light = np.clip(dark + rng.uniform(0.05, 0.45) * (1 - dark), 0, 1)
+    steps = np.clip(dark + (light - dark) * (np.arange(256) / 255)[:, None], 0, 1).astype(np.float32)
+    return steps.take(np.rint(np.float32(255) * pattern).astype(np.uint8), axis=0)
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, cells: float, octaves: int = 3) -> np.ndarray:

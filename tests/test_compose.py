@@ -1,5 +1,7 @@
 """The exact-mask contract against a slow, literal reading of docs/formats.md, and the gates."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from generation.compose import Composite, compose, compose_features
+from generation.compose import Composite, compose, compose_features, measure
 from generation.gates import Gates, judge, nearest
 from generation.protocol import Edit, FeatureEdit
 
@@ -84,6 +86,22 @@ def test_composite_follows_the_contract_literally(case):
     # OpenCV and scipy round the mean of 25 whole levels differently only at exact halves.
     assert composite.contrast == pytest.approx(contrast, rel=0.01)
     assert composite.area == pytest.approx(mask.mean())
+
+
+@settings(max_examples=100, deadline=None)
+@given(edits())
+def test_the_pixels_of_the_region_alone_are_the_same_edit(case):
+    """Where a patch changes nothing else, and what was measured before is taken over."""
+    pixels, edit = case
+    y0, y1, x0, x1 = edit.box
+    levels = np.float32(np.iinfo(pixels.dtype).max)
+    rest = pixels[y0:y1, x0:x1].astype(np.float32) / levels
+    dense = compose(pixels, replace(edit, patch=np.where(edit.region[..., None], edit.patch, rest)))
+    alone = replace(edit, patch=edit.patch[edit.region])
+    for one in (alone, replace(alone, measured=measure(pixels, alone))):
+        found = compose(pixels, one)
+        for name in vars(dense):
+            np.testing.assert_array_equal(getattr(found, name), getattr(dense, name), name)
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import pytest
 import pywt
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
@@ -17,8 +19,8 @@ from generation.frequency import operators
 from generation.frequency.family import FrequencyParams
 from generation.gates import Gates
 from generation.masks import shaped, threshold
-from generation.protocol import Source
-from generation.severity import solve, wanted_change
+from generation.protocol import Source, places_of
+from generation.severity import proportional, solve, wanted_change
 from manifests.errors import UsageError
 from manifests.schema import canonical_json
 from tests.test_generators import make, picture, recipe, source
@@ -186,20 +188,35 @@ def test_a_peak_is_one_component_of_the_spectrum():
 
 
 def test_the_solver_finds_the_strength_of_a_linear_change():
-    before = np.full((20, 20, 1), 100, np.uint8)
-    region = np.ones((20, 20), bool)
+    before = np.full((400, 1), 100, np.uint8)
+    places = places_of((0, 20, 0, 20), np.ones((20, 20), bool), 20)
     for wanted in (5.0, 17.0, 60.0):
         found = solve(
-            lambda strength: np.float32(100 / 255) + np.full((20, 20, 1), strength, np.float32),
-            before, region, wanted, 0.01, 1.0,
+            lambda strength: np.float32(100 / 255) + np.full((400, 1), strength, np.float32),
+            before, places, wanted, 0.01, 1.0,
         )  # fmt: skip
         assert abs(found.strength * 255 - wanted) <= max(0.05 * wanted, 1)
 
 
 def test_what_cannot_be_reached_comes_as_near_as_it_can():
-    before = np.full((20, 20, 1), 100, np.uint8)
-    render = lambda s: np.full((20, 20, 1), 100 / 255 + s, np.float32)  # noqa: E731
-    assert solve(render, before, np.ones((20, 20), bool), 90.0, 0.01, 0.1).strength == 0.1
+    before = np.full((400, 1), 100, np.uint8)
+    places = places_of((0, 20, 0, 20), np.ones((20, 20), bool), 20)
+    render = lambda s: np.full((400, 1), 100 / 255 + s, np.float32)  # noqa: E731
+    assert solve(render, before, places, 90.0, 0.01, 0.1).strength == 0.1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32), st.floats(4, 60), st.integers(1, 400), st.sampled_from([1, 3]))
+def test_the_first_strength_gives_the_wanted_change_where_the_change_is_a_share(
+    seed, wanted, count, channels
+):
+    """What is seen of it then has the wanted mean, but for one pixel more or less."""
+    change = np.random.default_rng(seed).uniform(0, 1, (count, channels)).astype(np.float32)
+    before = np.zeros_like(change)
+    share = proportional(change, before, wanted)
+    levels = np.sort(255 * share * change.max(axis=1))[::-1]
+    seen = np.count_nonzero(levels >= 2.5)
+    assert min(abs(levels[: max(k, 1)].mean() - wanted) for k in (seen - 1, seen, seen + 1)) < 0.01 * wanted
 
 
 def materials():

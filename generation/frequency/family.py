@@ -21,7 +21,17 @@ from scipy.fft import next_fast_len
 from generation.frequency import operators
 from generation.frequency.operators import Render
 from generation.masks import Shape, feather, shaped
-from generation.protocol import Box, Donors, Edit, Generator, Params, Source, Undrawable
+from generation.protocol import (
+    Box,
+    Donors,
+    Edit,
+    Generator,
+    Params,
+    Source,
+    Undrawable,
+    places_of,
+    stored,
+)
 from generation.severity import solved
 from generation.textures import cut
 from manifests.errors import PictureError, UsageError
@@ -249,19 +259,20 @@ def _apply(source: Source, one: FrequencyDraw, operator: Operator) -> Edit:
     y0, y1, x0, x1 = one.box
     top, left = one.window.box[0] - one.window.added[0], one.window.box[2] - one.window.added[2]
     inner = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
-    before = source.crop(one.box)
-    weight = feather(one.region, one.edge)[..., None]
+    places = places_of(one.box, one.region, source.pixels.shape[1])
+    before = source.at(places.outer)
+    weight = feather(one.region, one.edge).reshape(-1, 1).take(places.inner, axis=0)
 
     def patch(strength: float) -> np.ndarray:
-        return before + weight * (render(strength)[inner] - before)
+        return before + weight * (stored(render(strength)[inner], places.inner) - before)
 
     if one.strength is not None:
         edit = Edit(one.box, np.clip(patch(one.strength), 0, 1), one.region)
     else:
         edit = solved(
             source,
-            one.box,
-            one.region,
+            places,
+            before,
             one.severity,
             patch,
             start=operator.start,
