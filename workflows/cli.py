@@ -563,13 +563,13 @@ def demo(
 
 
 def _configure(path: Path, rounds: int | None = None, scheduler: str | None = None) -> Config:
-    from workflows.config import load_config
+    from workflows.config import at_scheduler, load_config
 
     config = load_config(path)
     if rounds is not None:
         config = config.model_copy(update={"rounds": rounds})
     if scheduler is not None:
-        cluster = config.cluster.model_copy(update={"address": scheduler})
+        cluster = at_scheduler(config.cluster, scheduler)
         config = config.model_copy(update={"cluster": cluster})
     return config
 
