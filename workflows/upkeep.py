@@ -19,13 +19,18 @@ from workflows.detecting import load_detector
 from workflows.machines import job_script
 from workflows.room import fitted
 from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
+from workflows.rounds import sweep as sweep_round
 from workflows.stages import PICTURE_TABLES, Job, make_shard, round_from, settings_hash
 
 PROBE = 32  # samples that a dry run makes to measure their cost
 
 
-def verify(space: Workspace) -> list[Finding]:
-    """Checks every round byte by byte and notes what is damaged, so that the next `run` makes it again."""
+def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
+    """Checks every round byte by byte and notes what is damaged, so that the next `run` makes it again.
+
+    Args:
+        sweep: removes files that belong to no planned shard, in place of reporting them.
+    """
     findings = []
     for number in space.rounds():
         round_ = open_round(space, number)
@@ -33,6 +38,8 @@ def verify(space: Workspace) -> list[Finding]:
         if not started and not space.exists(round_file(number, "shards.parquet")):
             continue  # nothing was made yet
         with progress(f"round {number}: verifying", round_.shard_count, "shards") as advance:
+            if sweep:
+                sweep_round(space, number, round_.shard_count)
             found = verify_round(space, number, round_.shard_count, advance)
         bad = [vars(finding) for finding in found if finding.shard >= 0]
         name = round_file(number, "damaged.parquet")
