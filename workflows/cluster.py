@@ -19,6 +19,7 @@ from typing import Any
 from distributed import Client, Future, KilledWorker, WorkerPlugin
 
 from manifests.errors import FlawsmithError
+from manifests.recipes import Section
 from manifests.workspace import Workspace
 from workflows.config import Cluster
 from workflows.console import say
@@ -158,10 +159,7 @@ def _submit_all(
     running: dict[Any, tuple[Lane, Job]] = {}
     done: SimpleQueue[Future] = SimpleQueue()
     lanes = [
-        Lane(
-            section.gpu,
-            (Job(space.url, round_.number, shard, digest) for shard in todo if shard in section.shards),
-        )
+        Lane(section.gpu, _jobs_of(section, space, round_.number, todo, digest))
         for section in round_.sections
     ]
     threads, gpus, counted = 0, 0.0, 0.0
@@ -237,6 +235,10 @@ def _submit_all(
             f"more ({error}). Finished shards are kept: start it and run the same command again to go on"
         ) from error
     return RoundResult(records, errors)
+
+
+def _jobs_of(section: Section, space: Workspace, number: int, todo: list[int], digest: str) -> Iterator[Job]:
+    return (Job(space.url, number, shard, digest) for shard in todo if shard in section.shards)
 
 
 def _memory_kills(client: Client) -> int:
