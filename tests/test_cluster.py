@@ -12,7 +12,7 @@ import pytest
 import yaml
 from distributed import Nanny
 
-from manifests.errors import FlawsmithError, UsageError
+from manifests.errors import UsageError
 from manifests.workspace import Workspace
 from tests import faults
 from tests.test_cli import flawsmith
@@ -183,12 +183,8 @@ def test_shards_are_small_enough_for_the_walltime_and_stay_so(pictures, tmp_path
 # -- GPUs of this machine -------------------------------------------------------------------------------
 
 
-def visible() -> str | None:
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
 @pytest.mark.parametrize("dask_cuda", [False, True])
-def test_each_gpu_has_a_worker_of_its_own_and_the_others_see_none(monkeypatch, dask_cuda):
+def test_each_gpu_has_a_worker_of_its_own_and_the_others_see_none(monkeypatch, capfd, dask_cuda):
     """GPUs need not exist for it: what matters is what each process is told."""
     monkeypatch.setattr(machines, "_devices", lambda: ["4", "5"])
     package = ModuleType("dask_cuda.worker_spec")
@@ -205,8 +201,9 @@ def test_each_gpu_has_a_worker_of_its_own_and_the_others_see_none(monkeypatch, d
     monkeypatch.setitem(sys.modules, "dask_cuda.worker_spec", package if dask_cuda else None)
     with open_client(Cluster(workers=1), gpus=True) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"]
-        told = client.run(visible)
+        told = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
     found = {told[address]: worker["resources"].get("GPU", 0) for address, worker in workers.items()}
+    assert capfd.readouterr().err == ""  # what Dask has to say to itself
     assert found == ({"": 0, "4,5": 1, "5,4": 1} if dask_cuda else {"": 0, "4": 1, "5": 1})
 
 

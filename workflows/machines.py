@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -77,7 +78,12 @@ def _running(settings: Cluster) -> Client:
 def _local(settings: Cluster, gpus: bool) -> SpecCluster:
     """Workers of one thread a core, and beside them one a GPU, which the others do not see."""
     devices = _devices() if gpus else []
-    common = {"host": "127.0.0.1", "memory_limit": settings.memory_limit, "dashboard": False}
+    common = {
+        "host": "127.0.0.1",
+        "memory_limit": settings.memory_limit,
+        "dashboard": False,
+        "silence_logs": logging.CRITICAL,
+    }
     options = common | {"nthreads": settings.threads}
     if devices:
         options["env"] = {"CUDA_VISIBLE_DEVICES": ""}
@@ -90,7 +96,7 @@ def _local(settings: Cluster, gpus: bool) -> SpecCluster:
         }
     scheduler = {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}
     return SpecCluster(
-        workers, {"cls": Scheduler, "options": scheduler}, silence_logs="CRITICAL", name="flawsmith"
+        workers, {"cls": Scheduler, "options": scheduler}, silence_logs=logging.CRITICAL, name="flawsmith"
     )
 
 
@@ -121,7 +127,7 @@ def _jobs(settings: Slurm) -> Any:
     cluster = _jobqueue().SLURMCluster(
         **_job_options(settings),
         scheduler_options={"dashboard_address": ":0"},
-        silence_logs="CRITICAL",
+        silence_logs=logging.CRITICAL,
     )
     fewest, most = settings.jobs
     cluster.adapt(minimum_jobs=fewest, maximum_jobs=most)
