@@ -162,13 +162,14 @@ def _submit_all(
         Lane(section.gpu, _jobs_of(section, space, round_.number, todo, digest))
         for section in round_.sections
     ]
-    threads, gpus, counted = 0, 0.0, 0.0
+    threads, gpus, counted, joined, killed = 0, 0.0, 0.0, False, 0
 
     def count() -> None:
-        nonlocal threads, gpus, counted
+        nonlocal threads, gpus, counted, joined
         workers = client.scheduler_info(n_workers=-1)["workers"]
-        if not workers and counted:
+        if joined and not workers:
             say("no worker is left; waiting for others to join")
+        joined = bool(workers)
         threads, gpus, counted = _threads(workers, settings), _offered(workers, settings), time.monotonic()
 
     def top_up() -> None:
@@ -188,6 +189,21 @@ def _submit_all(
                 lane.running += 1
                 future.add_done_callback(done.put)
 
+    def judge(error: BaseException, job: Job) -> Job | str:
+        """What to try again, or what to say."""
+        nonlocal killed
+        if isinstance(error, KilledWorker):
+            before, killed = killed, _memory_kills(client)
+            if killed > before and (1 << job.halvings) < _largest_batch(round_, job):
+                return replace(job, halvings=job.halvings + 1)
+            return _died(error, settings, short=killed > before)
+        if isinstance(error, HungShard):
+            return str(error)
+        if _is_fatal(error):
+            raise _explain(error, space) from error
+        tries[job.shard] = tries.get(job.shard, 0) + 1
+        return job if tries[job.shard] <= RETRIES else f"{type(error).__name__}: {error}"
+
     try:
         count()
         killed = _memory_kills(client)
@@ -201,30 +217,17 @@ def _submit_all(
                 continue
             lane, job = running.pop(future.key)
             lane.running -= 1
-            error = None
             if future.status == "finished":
                 records.append(future.result())
                 progress(records[-1])
-            elif future.status != "error":
-                raise OSError("the connection was lost")
-            else:
-                error = future.exception()
-            if isinstance(error, KilledWorker):
-                short = _memory_kills(client) > killed
-                killed = _memory_kills(client)
-                if short and (1 << job.halvings) < _largest_batch(round_, job):
-                    lane.again.append(replace(job, halvings=job.halvings + 1))
+            elif future.status == "error":
+                found = judge(future.exception(), job)
+                if isinstance(found, Job):
+                    lane.again.append(found)
                 else:
-                    errors[job.shard] = _died(error, settings, short)
-            elif isinstance(error, HungShard):
-                errors[job.shard] = str(error)
-            elif error is not None and _is_fatal(error):
-                raise _explain(error, space) from error
-            elif error is not None and tries.get(job.shard, 0) < RETRIES:
-                tries[job.shard] = tries.get(job.shard, 0) + 1
-                lane.again.append(job)
-            elif error is not None:
-                errors[job.shard] = f"{type(error).__name__}: {error}"
+                    errors[job.shard] = found
+            else:
+                raise OSError("the connection was lost")
             future.release()
             if time.monotonic() - counted > REFRESH:
                 count()
