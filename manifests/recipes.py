@@ -6,9 +6,9 @@ central table: whoever makes a shard plans it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -18,9 +18,10 @@ from manifests.schema import GOOD, Image, Recipe
 from manifests.wording import DRAWS, Prompts
 
 Donors = Literal["none", "texture", "normal", "foreign"]
+Number = TypeVar("Number", int, float)
 
 
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+def ordered(value: tuple[Number, Number]) -> tuple[Number, Number]:
     if value[0] > value[1]:
         raise ValueError(f"the range {list(value)} is upside down; write [{value[1]}, {value[0]}]")
     return value
@@ -28,14 +29,14 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
 
 Share = Annotated[float, Field(ge=0)]
 UnitRange = Annotated[
-    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], AfterValidator(_ordered)
+    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], AfterValidator(ordered)
 ]
 AreaRange = Annotated[
     tuple[Annotated[float, Field(gt=0, le=0.5)], Annotated[float, Field(gt=0, le=0.5)]],
-    AfterValidator(_ordered),
+    AfterValidator(ordered),
 ]
 CountRange = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]], AfterValidator(_ordered)
+    tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]], AfterValidator(ordered)
 ]
 
 
@@ -98,6 +99,54 @@ def shard_count(samples: int, shard_size: int) -> int:
     return -(-samples // shard_size)
 
 
+@dataclass(frozen=True)
+class Section:
+    """The shards of a round whose generators want the same kind of worker, so that a GPU is never held by a
+    shard that has no use for it.
+
+    Attributes:
+        generators: those of the mix that its recipes are made by.
+        gpu: whether they want one.
+        samples: recipes in all its shards. shard_size: the most in one. first: number of its first shard.
+    """
+
+    generators: Mapping[str, GeneratorSettings]
+    gpu: bool
+    samples: int
+    shard_size: int
+    first: int
+
+    @property
+    def shards(self) -> range:
+        return range(self.first, self.first + shard_count(self.samples, self.shard_size))
+
+
+def sections(
+    samples: int,
+    generators: Mapping[str, GeneratorSettings],
+    gpu: Collection[str],
+    sizes: Mapping[bool, int],
+) -> tuple[Section, ...]:
+    """A round's shards: first those for GPUs, which take longest, then the others.
+
+    Args:
+        samples: of the round; divided by the generators' shares. A mix of one kind is one section.
+        gpu: names of the generators that want a GPU.
+        sizes: the most samples a shard, with and without one.
+    """
+    found: list[Section] = []
+    total = sum(settings.share for settings in generators.values())
+    left, first = samples, 0
+    for kind in (True, False):
+        mine = {name: s for name, s in generators.items() if s.share > 0 and (name in gpu) == kind}
+        share = sum(settings.share for settings in mine.values())
+        count = min(left, round(samples * share / total)) if kind and total else left
+        if mine and count:
+            found.append(Section(mine, kind, count, sizes[kind], first))
+            left, first = left - count, found[-1].shards.stop
+    return tuple(found)
+
+
 def plan_shard(
     *,
     seed: int,
@@ -112,8 +161,9 @@ def plan_shard(
     pool: Pool,
     round_: int,
     shard: int,
+    first: int = 0,
 ) -> list[Recipe]:
-    """The recipes of one shard, in plan order.
+    """The recipes of one shard, in plan order. ``first`` is the shard with which the ``samples`` begin.
 
     Generators appear in proportion to their shares (systematic sampling, so that even a small shard keeps
     the mix), categories equally often in expectation, area log-uniformly, severity and count uniformly in
@@ -125,8 +175,8 @@ def plan_shard(
         UsageError: no generator has a share, a generator needs donors that the pool lacks, or its prompts
             leave out a category.
     """
-    size = min(shard_size, samples - shard * shard_size)
-    if size <= 0:
+    size = min(shard_size, samples - (shard - first) * shard_size)
+    if size <= 0 or shard < first:
         raise IndexError(f"shard {shard} is beyond a plan of {samples} samples in shards of {shard_size}")
     names = [name for name in sorted(generators) if generators[name].share > 0]
     if not names:

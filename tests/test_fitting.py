@@ -448,7 +448,7 @@ def test_accelerate_launch_trains_a_workspace(generated, tmp_path):
     command = [
         "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port(),
-        "-m", "workflows.cli", "train", space.url, "--round", "0",
+        "-m", "workflows.cli", "train", f"file://{space.url}", "--round", "0",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False

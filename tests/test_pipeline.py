@@ -282,6 +282,10 @@ def test_verify_names_damage_and_the_next_run_repairs_exactly_that(undisturbed, 
         finding = found[part("shards", 0, shard, "tar")]
         assert word in finding.what
         assert finding.shard == (shard if shard < SHARDS else -1)
+    orphan = Path(space.path("rounds/000/samples/part-00004.parquet.0123.part"))
+    orphan.write_bytes(b"half")
+    assert {finding.shard for finding in verify(space, sweep=True)} == {1, 3, 5, 7}
+    assert not extra.exists() and not orphan.exists()
 
     make(config(pictures, workers=1), tmp_path / "damaged")
     assert contents(space) == contents(undisturbed)

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from generation import registry
 from manifests.errors import UsageError
-from manifests.recipes import GeneratorSettings, Pool, Trait, plan_shard, pool_from, shard_count
+from manifests.recipes import (
+    GeneratorSettings,
+    Pool,
+    Trait,
+    plan_shard,
+    pool_from,
+    sections,
+    shard_count,
+)
 from manifests.schema import RECIPES, Image, canonical_json, recipes_from, to_table
 from workflows.config import Generation
 
@@ -59,6 +67,44 @@ def test_every_sample_is_planned_exactly_once(samples, shard_size):
     assert len(ids) == len(set(ids)) == samples
     with pytest.raises(IndexError):
         plan(count, samples=samples, shard_size=shard_size)
+
+
+@given(
+    st.integers(1, 400),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.lists(st.tuples(st.floats(0.01, 10), st.booleans()), min_size=1, max_size=5),
+)
+@settings(max_examples=60, deadline=None)
+def test_sections_hold_every_sample_once_and_one_kind_of_worker_each(samples, on_gpu, without, mix):
+    generators = {f"g{i}": GeneratorSettings(share=share) for i, (share, _) in enumerate(mix)}
+    wants = {f"g{i}" for i, (_, gpu) in enumerate(mix) if gpu}
+    found = sections(samples, generators, wants, {True: on_gpu, False: without})
+    assert [shard for part in found for shard in part.shards] == list(range(found[-1].shards.stop))
+    total = sum(settings.share for settings in generators.values())
+    for part in found:
+        assert set(part.generators) == {name for name in generators if (name in wants) == part.gpu}
+        share = sum(settings.share for settings in part.generators.values()) / total
+        assert abs(part.samples - samples * share) <= 1
+        assert part.shard_size == (on_gpu if part.gpu else without)
+    traits = {name: Trait("none", "blob", 1, "{}") for name in generators}
+    recipes = [
+        recipe
+        for part in found
+        for shard in part.shards
+        for recipe in plan(
+            shard,
+            traits=traits,
+            **{k: getattr(part, k) for k in ("generators", "samples", "shard_size", "first")},
+        )
+    ]
+    assert len({recipe.sample_id for recipe in recipes}) == len(recipes) == samples
+    assert len({recipe.seed for recipe in recipes}) == samples
+
+
+def test_a_mix_of_one_kind_is_one_section_and_the_plan_that_it_always_was():
+    (part,) = sections(1000, PLAN["generators"], [], {True: 8, False: 64})
+    assert plan(3, first=part.first, samples=part.samples, shard_size=part.shard_size) == plan(3)
 
 
 def test_ranges_shares_and_donors_are_kept():

@@ -226,14 +226,21 @@ def feedback(
     typer.echo(steering.explain(space, number))
 
 
-@app.command(epilog="Example: flawsmith verify runs/bottle && echo whole")
-def verify(workspace: WorkspaceArgument) -> None:
+@app.command(
+    epilog="Examples: flawsmith verify runs/bottle && echo whole | flawsmith verify --sweep runs/bottle"
+)
+def verify(
+    workspace: WorkspaceArgument,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="remove what killed writers left and no planned shard has")
+    ] = False,
+) -> None:
     """Read every shard and name what is truncated, damaged, missing or extra; `run` then repairs it."""
     from workflows.upkeep import verify as verify_workspace
 
     space = _existing(workspace)
     with space.writing():
-        findings = verify_workspace(space)
+        findings = verify_workspace(space, sweep=sweep)
     for finding in findings:
         typer.echo(f"{finding.path}: {finding.what}")
     typer.echo(
@@ -563,13 +570,13 @@ def demo(
 
 
 def _configure(path: Path, rounds: int | None = None, scheduler: str | None = None) -> Config:
-    from workflows.config import load_config
+    from workflows.config import at_scheduler, load_config
 
     config = load_config(path)
     if rounds is not None:
         config = config.model_copy(update={"rounds": rounds})
     if scheduler is not None:
-        cluster = config.cluster.model_copy(update={"address": scheduler})
+        cluster = at_scheduler(config.cluster, scheduler)
         config = config.model_copy(update={"cluster": cluster})
     return config
 

@@ -1,100 +1,65 @@
-"""Dask: opening a cluster, sending one task a shard, and reporting how far it is."""
+"""One Dask task a shard: submitting, what becomes of it, and reporting how far a round is."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future as Outcome
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
 from typing import Any
 
-import dask
-from distributed import Client, LocalCluster, WorkerPlugin, as_completed
+from distributed import Client, Future, KilledWorker, WorkerPlugin
 
 from manifests.errors import FlawsmithError
+from manifests.recipes import Section
 from manifests.workspace import Workspace
 from workflows.config import Cluster
 from workflows.console import say
+from workflows.machines import open_client
 from workflows.stages import (
+    KINDS,
     Job,
     Round,
+    finished_record,
     generators_of,
     load_model,
     load_round,
+    make_samples,
     make_shard,
     prepare_process,
     settings_hash,
-    shard_record,
 )
 
-RETRIES = 3  # of a task whose worker was lost or that met an I/O error
-
-# What a local cluster's processes are told before they start.
-LOCAL = {
-    "distributed.nanny.pre-spawn-environ": {
-        "OMP_NUM_THREADS": 1,
-        "OPENBLAS_NUM_THREADS": 1,
-        "MKL_NUM_THREADS": 1,
-        # Dask has the C library give freed memory back at once; pictures then come from fresh pages, array
-        # by array, which takes a third of a worker's time. These bounds keep up to 256 MB a worker instead.
-        "MALLOC_TRIM_THRESHOLD_": 256 * 2**20,
-        "MALLOC_MMAP_THRESHOLD_": 32 * 2**20,
-    },
-    # Dask looks after itself every few milliseconds, which here would cost more than all its scheduling.
-    "distributed.worker.profile.enabled": False,
-    "distributed.admin.tick.interval": "500ms",
-    "distributed.admin.system-monitor.interval": "2s",
-    "distributed.worker.memory.monitor-interval": "500ms",
-    # Errors come back with the shard's result; a worker's own traceback tells a user nothing more.
-    "distributed.logging.distributed": "critical",
-}
+RETRIES = 3  # of a shard that met an I/O error
+REFRESH = 10.0  # seconds after which workers are counted again
+PROBE = 16  # samples that tell how long one takes
 
 
 class Prepare(WorkerPlugin):
-    """Once a worker: fixes its threads and loads the models of the round, so that no task does."""
+    """Once a worker: fixes its threads and loads the models of the round, so that no task does. Beside
+    workers with a GPU, those without load nothing that wants one."""
 
     name = "flawsmith-prepare"
 
-    def __init__(self, workspace: str, number: int, settings: str):
+    def __init__(self, workspace: str, number: int, settings: str, gpu_workers: bool):
         self.args = (workspace, number, settings)
+        self.gpu_workers = gpu_workers
 
     def setup(self, worker: Any) -> None:
         prepare_process()
         round_ = load_round(*self.args)
-        for name, trait in round_.traits.items():
-            if round_.generation.generators[name].share > 0:
-                load_model(name, trait.params)
-
-
-@contextmanager
-def open_client(settings: Cluster) -> Iterator[Client]:
-    """A client of the configured scheduler, or of a local cluster: one single-threaded worker a core."""
-    if settings.address:
-        try:
-            client = Client(settings.address, timeout="10s")
-        except (OSError, TimeoutError, ValueError) as error:
-            raise FlawsmithError(
-                f"no Dask scheduler answers at {settings.address}: {error}; start one with `dask scheduler` "
-                "and `dask worker`, or leave --scheduler out to use this machine"
-            ) from error
-        with client:
-            yield client
-        return
-    with (
-        dask.config.set(LOCAL),
-        LocalCluster(
-            n_workers=settings.workers or os.cpu_count() or 1,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=settings.memory_limit,
-            dashboard_address="127.0.0.1:0",
-            silence_logs="CRITICAL",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+        spared = self.gpu_workers and not worker.state.total_resources.get("GPU")
+        for generator in generators_of(round_.generation):
+            if not (spared and generator.gpu):
+                load_model(generator.name, round_.traits[generator.name].params)
 
 
 @dataclass(frozen=True)
@@ -111,8 +76,8 @@ def unfinished(
     """(records of finished shards, numbers of those to make), by record and size; nothing is hashed."""
     records, todo = [], []
     for shard in range(count):
-        record = None if shard in damaged else shard_record(space, number, shard)
-        if record is not None and space.size(record["path"]) == record["bytes"]:
+        record = None if shard in damaged else finished_record(space, number, shard)
+        if record is not None:
             records.append(record)
         else:
             todo.append(shard)
@@ -125,33 +90,57 @@ def make_round(
     todo: list[int],
     settings: Cluster,
     progress: Callable[[dict[str, Any]], None] = lambda record: None,
+    client: Client | None = None,
 ) -> RoundResult:
     """Makes shards of a round on Dask workers, a bounded number at a time: any plan fits the scheduler.
 
+    Args:
+        client: of the workers to use; None: one is opened.
+
     Raises:
-        FlawsmithError: the disk is full, or an error that no retry mends. Finished shards stay.
+        FlawsmithError: the disk is full, the scheduler is lost, or an error that no retry mends. Finished
+            shards stay.
     """
     digest = settings_hash(space, number)
-    with open_client(settings) as client:
-        client.register_plugin(Prepare(space.url, number, digest))
+    round_ = load_round(space.url, number, digest)
+    with nullcontext(client) if client else open_client(settings, gpus=wants_gpu(round_)) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"]
-        if not workers:
+        if not workers and not settings.slurm:
             say("no worker has joined the scheduler yet; waiting for `dask worker` to do so")
-        window = 2 * max(1, len(workers))
-        round_ = load_round(space.url, number, digest)
+        client.register_plugin(Prepare(space.url, number, digest, _offered(workers, settings) > 0))
         try:
-            return _submit_all(
-                client, space, round_, todo, digest, window, _resources(round_, workers), progress
-            )
+            return _submit_all(client, space, round_, todo, digest, settings, progress)
         finally:
-            client.unregister_worker_plugin(Prepare.name)
+            if client.status == "running":
+                client.unregister_worker_plugin(Prepare.name)
 
 
-def _resources(round_: Round, workers: dict[str, Any]) -> dict[str, float]:
-    """One GPU a task, if a generator of the mix wants one and workers offer any (`--resources GPU=1`)."""
-    wanted = any(generator.gpu for generator in generators_of(round_.generation))
-    offered = any("GPU" in worker.get("resources", {}) for worker in workers.values())
-    return {"GPU": 1} if wanted and offered else {}
+def wants_gpu(round_: Round) -> bool:
+    return any(generator.gpu for generator in generators_of(round_.generation))
+
+
+def _offered(workers: dict[str, Any], settings: Cluster) -> float:
+    """GPUs that workers have (`--resources GPU=1`), or that jobs will."""
+    found = sum(worker.get("resources", {}).get("GPU", 0) for worker in workers.values())
+    return max(found, settings.slurm.jobs[1] if settings.slurm and settings.slurm.gpu else 0)
+
+
+def _threads(workers: dict[str, Any], settings: Cluster) -> int:
+    found = sum(worker["nthreads"] for worker in workers.values())
+    return max(found, settings.slurm.jobs[1] * settings.slurm.cores if settings.slurm else 1)
+
+
+@dataclass
+class Lane:
+    """Shards of a round that wait for one kind of worker."""
+
+    gpu: bool
+    waiting: Iterator[Job]
+    again: deque[Job] = field(default_factory=deque)
+    running: int = 0
+
+    def next(self) -> Job | None:
+        return self.again.popleft() if self.again else next(self.waiting, None)
 
 
 def _submit_all(
@@ -160,57 +149,185 @@ def _submit_all(
     round_: Round,
     todo: list[int],
     digest: str,
-    window: int,
-    resources: dict[str, float],
+    settings: Cluster,
     progress: Callable[[dict[str, Any]], None],
 ) -> RoundResult:
+    """Twice as many tasks as there are threads, and for GPUs twice as many as there are GPUs."""
     records: list[dict[str, Any]] = []
     errors: dict[int, str] = {}
-    waiting = iter(todo)
-    running = as_completed()
-    shard_of: dict[Any, int] = {}
+    tries: dict[int, int] = {}
+    running: dict[Any, tuple[Lane, Job]] = {}
+    done: SimpleQueue[Future] = SimpleQueue()
+    lanes = [
+        Lane(section.gpu, _jobs_of(section, space, round_.number, todo, digest))
+        for section in round_.sections
+    ]
+    threads, gpus, counted, joined, killed = 0, 0.0, 0.0, False, 0
 
-    def submit() -> None:
-        shard = next(waiting, None)
-        if shard is not None:
-            job = Job(space.url, round_.number, shard, digest)
-            future = client.submit(
-                _run_job,
-                job,
-                key=f"shard-{digest[:8]}-{round_.number}-{shard}-{time.time_ns()}",
-                resources=resources,
-                retries=RETRIES,
-                pure=False,
-            )
-            shard_of[future.key] = shard
-            running.add(future)
+    def count() -> None:
+        nonlocal threads, gpus, counted, joined
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        if joined and not workers:
+            say("no worker is left; waiting for others to join")
+        joined = bool(workers)
+        threads, gpus, counted = _threads(workers, settings), _offered(workers, settings), time.monotonic()
 
-    for _ in range(window):
-        submit()
-    for future in running:
-        shard = shard_of.pop(future.key)
-        if future.status == "finished":
-            record = future.result()
-            if isinstance(record, BaseException):
-                raise _explain(record, space) from record
-            records.append(record)
-            progress(record)
-        else:
-            error = future.exception()
-            errors[shard] = f"{type(error).__name__}: {error}"
-        future.release()
-        submit()
+    def top_up() -> None:
+        for lane in lanes:
+            held = lane.gpu and gpus > 0
+            while lane.running < 2 * (gpus if held else threads) and (job := lane.next()) is not None:
+                future = client.submit(
+                    _run_job,
+                    job,
+                    settings.time_limit,
+                    key=f"shard-{digest[:8]}-{job.round}-{job.shard}-{time.time_ns()}",
+                    resources={"GPU": 1} if held else {},
+                    priority=int(lane.gpu),  # these take longest
+                    pure=False,
+                )
+                running[future.key] = lane, job
+                lane.running += 1
+                future.add_done_callback(done.put)
+
+    def judge(error: BaseException, job: Job) -> Job | str:
+        """What to try again, or what to say."""
+        nonlocal killed
+        if isinstance(error, KilledWorker):
+            before, killed = killed, _memory_kills(client)
+            if killed > before and (1 << job.halvings) < _largest_batch(round_, job):
+                return replace(job, halvings=job.halvings + 1)
+            return _died(error, settings, short=killed > before)
+        if isinstance(error, HungShard):
+            return str(error)
+        if _is_fatal(error):
+            raise _explain(error, space) from error
+        tries[job.shard] = tries.get(job.shard, 0) + 1
+        return job if tries[job.shard] <= RETRIES else f"{type(error).__name__}: {error}"
+
+    try:
+        count()
+        killed = _memory_kills(client)
+        top_up()
+        while running:
+            try:
+                future = done.get(timeout=REFRESH)
+            except Empty:
+                count()
+                top_up()
+                continue
+            lane, job = running.pop(future.key)
+            lane.running -= 1
+            if future.status == "finished":
+                records.append(future.result())
+                progress(records[-1])
+            elif future.status == "error":
+                found = judge(future.exception(), job)
+                if isinstance(found, Job):
+                    lane.again.append(found)
+                else:
+                    errors[job.shard] = found
+            else:
+                raise OSError("the connection was lost")
+            future.release()
+            if time.monotonic() - counted > REFRESH:
+                count()
+            top_up()
+    except (OSError, TimeoutError) as error:
+        raise FlawsmithError(
+            f"the Dask scheduler{f' at {settings.address}' if settings.address else ''} does not answer any "
+            f"more ({error}). Finished shards are kept: start it and run the same command again to go on"
+        ) from error
     return RoundResult(records, errors)
 
 
-def _run_job(job: Job) -> dict[str, Any] | BaseException:
-    """The task. An error that no retry mends is handed back as a value, for Dask retries what is raised."""
-    try:
-        return make_shard(job)
-    except (FlawsmithError, OSError) as error:
-        if _is_fatal(error):
-            return error
-        raise
+def _jobs_of(section: Section, space: Workspace, number: int, todo: list[int], digest: str) -> Iterator[Job]:
+    return (Job(space.url, number, shard, digest) for shard in todo if shard in section.shards)
+
+
+def _memory_kills(client: Client) -> int:
+    """How many workers were ended because they exceeded their memory limit."""
+    return len(client.get_events("worker-restart-memory"))
+
+
+def _largest_batch(round_: Round, job: Job) -> int:
+    """Of the generators that the shard's recipes are made by; 1 if none takes a smaller one."""
+    names = {recipe.generator for recipe in round_.plan(job.shard)}
+    return max(int(json.loads(round_.traits[name].params).get("batch", 1)) for name in names)
+
+
+def _died(error: KilledWorker, settings: Cluster, short: bool) -> str:
+    times = error.allowed_failures + 1
+    if not short:
+        return f"{times} workers that made it were lost (killed, or out of memory)"
+    limit = f" {settings.memory_limit}" if not (settings.address or settings.slurm) else ""
+    return (
+        f"{times} workers that made it needed more memory than their limit{limit} and were ended: give them "
+        "more (cluster.memory_limit, cluster.slurm.memory, `dask worker --memory-limit`) or fewer to a "
+        "machine, or make smaller pictures (output.max_side)"
+    )
+
+
+# -- on a worker ----------------------------------------------------------------------------------------
+
+
+class HungShard(Exception):
+    """A shard took longer than its time limit; its worker is ended, for no thread can be."""
+
+
+def _run_job(job: Job, time_limit: float | None) -> dict[str, Any]:
+    """The task: the record of a shard, made unless a worker that was lost since had finished it."""
+    space = Workspace(job.workspace)
+    if record := finished_record(space, job.round, job.shard):
+        return record
+    made: Outcome[dict[str, Any]] = Outcome()
+    at = ["planning"]
+
+    def work() -> None:
+        try:
+            made.set_result(make_shard(job, at.append))
+        except BaseException as error:
+            made.set_exception(error)
+
+    thread = threading.Thread(target=work, name=f"shard-{job.shard}", daemon=True)
+    thread.start()
+    thread.join(time_limit)
+    if made.done():
+        return made.result()
+    frame = sys._current_frames()[thread.ident or 0]
+    threading.Timer(2.0, os._exit, (1,)).start()  # once this error is on its way; the nanny starts another
+    raise HungShard(
+        f"generator {at[-1]} was not done after {time_limit:g} s (in {frame.f_code.co_filename}, line "
+        f"{frame.f_lineno}) and its worker was ended. If it only needs longer, raise cluster.time_limit; "
+        "output.shard_size makes shards smaller"
+    )
+
+
+def _measure(job: Job) -> float:
+    """Seconds that a sample of a shard takes once models are loaded; nothing is written."""
+    prepare_process()
+    round_ = load_round(job.workspace, job.round, job.settings)
+    recipes = round_.plan(job.shard)[:PROBE]
+    for recipe in recipes:
+        load_model(recipe.generator, recipe.params)
+    started = time.perf_counter()
+    make_samples(round_, recipes)
+    return (time.perf_counter() - started) / len(recipes)
+
+
+def measure(client: Client, space: Workspace, number: int, settings: Cluster) -> dict[str, float]:
+    """Seconds a sample by kind of worker, of a few samples of each section on a worker of its kind."""
+    digest = settings_hash(space, number)
+    held = bool(settings.slurm and settings.slurm.gpu)
+    found = {
+        KINDS[section.gpu]: client.submit(
+            _measure,
+            Job(space.url, number, section.first, digest),
+            resources={"GPU": 1} if held and section.gpu else {},
+            pure=False,
+        )
+        for section in load_round(space.url, number, digest).sections
+    }
+    return {kind: future.result() for kind, future in found.items()}
 
 
 def _is_fatal(error: BaseException) -> bool:

@@ -10,16 +10,26 @@ Three lines suffice::
 from __future__ import annotations
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from generation.gates import Gates
 from manifests.errors import UsageError
-from manifests.recipes import AreaRange, CountRange, GeneratorSettings, UnitRange
+from manifests.recipes import AreaRange, CountRange, GeneratorSettings, UnitRange, ordered
 from manifests.sources import SourceSettings
 
 if TYPE_CHECKING:
@@ -76,6 +86,44 @@ class Generation(Settings):
         return {**known[name], **given, "gates": gates}
 
 
+def walltime_seconds(value: str) -> int:
+    """Of ``MM:SS``, ``H:MM:SS`` and ``D-HH:MM:SS``, as SLURM writes them.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)", value)
+    if found is None:
+        raise ValueError("write H:MM:SS or D-HH:MM:SS")
+    days, hours, minutes, seconds = (int(group or 0) for group in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _written(value: Any) -> Any:
+    """YAML reads an unquoted 2:00:00 as a number to the base of 60."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value // 3600}:{value // 60 % 60:02d}:{value % 60:02d}"
+    return value
+
+
+def _long_enough(value: str) -> str:
+    if walltime_seconds(value) < 300:
+        raise ValueError("under 5 minutes, workers have no time to make a shard and leave; write H:MM:SS")
+    return value
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+JobsRange = Annotated[
+    tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]],
+    BeforeValidator(_pair),
+    AfterValidator(ordered),
+]
+Walltime = Annotated[str, BeforeValidator(_written), AfterValidator(_long_enough)]
+
+
 class Output(Settings):
     """How shards are written."""
 
@@ -86,12 +134,59 @@ class Output(Settings):
     normals: bool = Field(True, description="write the untouched picture beside each sample")
 
 
-class Cluster(Settings):
-    """Where shards are made. Changing this never changes what is made, so a workspace accepts any."""
+class Tls(Settings):
+    """PEM files of an encrypted scheduler: as `dask scheduler --tls-ca-file … --tls-cert … --tls-key …`."""
 
-    workers: int | None = Field(None, ge=1, description="worker processes; null: one a core")
-    memory_limit: str = Field("auto", description="per worker, e.g. 4GB")
-    address: str | None = Field(None, description="a running scheduler, e.g. tcp://host:8786")
+    ca: str = Field(description="certificate of the authority that signed the scheduler's and the workers'")
+    cert: str = Field(description="this client's certificate")
+    key: str = Field(description="its private key")
+
+
+class Slurm(Settings):
+    """Jobs that dask-jobqueue submits. Each holds ``cores`` single-threaded workers, or with ``gpu`` one
+    worker of as many threads, which has the GPU to itself."""
+
+    cores: int = Field(ge=1, description="of a job")
+    memory: str = Field(description="of a job, e.g. 32GB")
+    walltime: Walltime = Field(description="of a job, H:MM:SS or D-HH:MM:SS; 5 minutes at least")
+    jobs: JobsRange = Field((1, 1), description="jobs kept running, or [fewest, most] as work demands")
+    queue: str | None = Field(None, description="partition")
+    account: str | None = None
+    gpu: bool = Field(False, description="a GPU a job (--gres=gpu:1)")
+    directives: tuple[str, ...] = Field((), description="further #SBATCH lines, e.g. --qos=long")
+    prologue: tuple[str, ...] = Field(
+        (), description="shell lines before the workers start, e.g. module load"
+    )
+    interface: str | None = Field(None, description="network interface of scheduler and workers, e.g. ib0")
+
+    @property
+    def seconds(self) -> int:
+        return walltime_seconds(self.walltime)
+
+
+class Cluster(Settings):
+    """Where shards are made: on this machine, by a running scheduler (``address``) or in jobs (``slurm``).
+    Changing this never changes what is made, so a workspace accepts any."""
+
+    workers: int | None = Field(None, ge=1, description="worker processes of this machine; null: one a core")
+    threads: int = Field(1, ge=1, description="shards a worker of this machine makes at a time")
+    memory_limit: str = Field("auto", description="of a worker of this machine, e.g. 4GB")
+    address: str | None = Field(None, description="a running scheduler: tcp://host:8786 or tls://host:8786")
+    tls: Tls | None = Field(None, description="certificates for a tls:// address")
+    slurm: Slurm | None = Field(None, description="submit jobs to SLURM")
+    time_limit: float | None = Field(
+        3600, gt=0, description="seconds after which a shard is given up as hung; null: never"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Cluster:
+        if self.address and self.slurm:
+            raise ValueError("address and slurm exclude each other: name a running scheduler or jobs")
+        if self.tls and not (self.address or "").startswith("tls://"):
+            raise ValueError(f"tls needs an address that begins with tls://, found {self.address!r}")
+        if (self.address or "").startswith("tls://") and not self.tls:
+            raise ValueError("an address that begins with tls:// needs tls: {ca: …, cert: …, key: …}")
+        return self
 
 
 class Detector(Settings):
@@ -211,6 +306,21 @@ def parse_config(raw: Any, *, name: str, folder: Path | None = None) -> Config:
     return resolved
 
 
+def at_scheduler(cluster: Cluster, address: str) -> Cluster:
+    """The same with a running scheduler in place of what it names (``--scheduler``).
+
+    Raises:
+        UsageError: the address asks for certificates that the configuration does not name.
+    """
+    changed: dict[str, Any] = {"address": address, "slurm": None}
+    if not address.startswith("tls://"):
+        changed["tls"] = None
+    try:
+        return Cluster.model_validate({**cluster.model_dump(), **changed})
+    except ValidationError as error:
+        raise UsageError(f"--scheduler {address}: {error.errors()[0]['msg']}") from None
+
+
 def _check(config: Config) -> list[str]:
     """What types alone cannot say: known names, and settings that need each other."""
     from generation import registry
@@ -308,7 +418,11 @@ def _resolve(config: Config, folder: Path) -> Config:
     generation = config.generation.model_copy(
         update={"textures": absolute(config.generation.textures), "generators": generators}
     )
-    return config.model_copy(update={"source": sources, "generation": generation})
+    tls = config.cluster.tls
+    if tls is not None:
+        tls = tls.model_copy(update={name: absolute(path) for name, path in tls})
+    cluster = config.cluster.model_copy(update={"tls": tls})
+    return config.model_copy(update={"source": sources, "generation": generation, "cluster": cluster})
 
 
 def explain(error: ValidationError, raw: Any, name: str, model: type[BaseModel] = Config) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from generation import registry
 from generation.synthesis import attempt, batch_of
 from manifests import pictures, shards
-from manifests.schema import Recipe, canonical_json, recipes_from
+from manifests.schema import Recipe, recipes_from
 from manifests.workspace import Workspace, WorkspaceError, part
 from workflows.stages import (
     PictureCache,
@@ -22,6 +22,7 @@ from workflows.stages import (
     members_of,
     prepare_process,
     settings_hash,
+    with_batch,
 )
 
 
@@ -81,11 +82,6 @@ def _remake(
         measures = {**outcome.measures, "batch": smaller}
         outcome = replace(outcome, recipe=recipes[sample_id], measures=measures)
     return members_of(outcome, round_, cache)
-
-
-def with_batch(recipe: Recipe, batch: int) -> Recipe:
-    """The recipe with the smaller batch that a row tells of where memory ran out."""
-    return replace(recipe, params=canonical_json({**recipe.settings(), "batch": batch}))
 
 
 def _compare(stored: dict[str, bytes], made: dict[str, bytes]) -> tuple[int, float]:

@@ -20,12 +20,12 @@ RESERVE = 0.15  # of what is free: prediction is not exact, and pictures need ro
 def fitted(generation: Generation, cluster: Cluster) -> tuple[Generation, list[str]]:
     """The settings with batches that fit this machine's memory, and a line on each generator with a model.
 
-    Workers of a cluster of one's own are on machines that are not known here: nothing is changed for them.
+    Workers elsewhere are on machines that are not known here: nothing is changed for them.
     """
     chosen, notes = dict(generation.generators), []
     for name, settings in generation.generators.items():
         fit = registry.get(name).fit
-        if settings.share <= 0 or fit is None or cluster.address:
+        if settings.share <= 0 or fit is None or cluster.address or cluster.slurm:
             continue
         room = available(cluster)
         try:
@@ -41,14 +41,12 @@ def fitted(generation: Generation, cluster: Cluster) -> tuple[Generation, list[s
 
 def available(cluster: Cluster) -> int:
     """Bytes that one worker of a local cluster may use, on the device that models run on."""
-    workers = cluster.workers or os.cpu_count() or 1
-    if device() == "cuda":
+    if device() == "cuda":  # one worker a GPU
         import torch
 
-        free, sharing = torch.cuda.mem_get_info()[0], -(-workers // torch.cuda.device_count())
-    else:
-        free, sharing = _free(), workers
-    return int(free * (1 - RESERVE) / sharing)
+        return int(torch.cuda.mem_get_info()[0] * (1 - RESERVE))
+    workers = cluster.workers or os.cpu_count() or 1
+    return int(_free() * (1 - RESERVE) / (workers * cluster.threads))
 
 
 def _free() -> int:

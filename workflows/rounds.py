@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any
+
+from distributed import Client
 
 from manifests.errors import FlawsmithError, UsageError
 from manifests.recipes import check_donors, check_prompts
@@ -19,11 +22,13 @@ from manifests.schema import (
 from manifests.sources import Scan, scan, scan_textures
 from manifests.verify import extra_files
 from manifests.workspace import Workspace, part, round_file
-from workflows.cluster import make_round, unfinished
+from workflows.cluster import make_round, measure, unfinished
 from workflows.config import Cluster, Config, Generation, differences
 from workflows.console import progress, say
+from workflows.machines import lifetime, open_client
 from workflows.room import fitted
 from workflows.stages import (
+    KINDS,
     PICTURE_TABLES,
     PROMPTS,
     Round,
@@ -34,6 +39,8 @@ from workflows.stages import (
     settings_hash,
     traits_of,
 )
+
+SHARE = 0.1  # of a worker's lifetime that a shard may take
 
 
 class PartialResult(FlawsmithError):
@@ -165,23 +172,31 @@ def generate(space: Workspace, number: int, cluster: Cluster) -> bool:
         PartialResult: some shards failed after all retries; running again tries them again.
         FlawsmithError: no sample at all was accepted, or the disk is full.
     """
-    round_ = open_round(space, number)
-    damaged = damaged_shards(space, number)
-    records, todo = unfinished(space, number, round_.shard_count, damaged)
-    errors: dict[int, str] = {}
-    if todo:
-        kept = f", {len(records)} of {round_.shard_count} shards are there" if records else ""
-        say(f"round {number}: making {len(todo)} shards{kept}")
-        samples = min(len(todo) * round_.config.output.shard_size, round_.config.samples)
-        with progress(f"round {number}: generating", samples, "samples") as advance:
-            result = make_round(
-                space,
-                number,
-                todo,
-                cluster,
-                lambda record: advance(record["accepted"] + record["rejected"] + record["failed"]),
-            )
-        records, errors = records + result.records, result.errors
+    with ExitStack() as stack:
+        client = None
+        if cluster.slurm and _is_untouched(space, number):
+            client = stack.enter_context(open_client(cluster))
+            _fit_walltime(space, number, cluster, client)
+        round_ = open_round(space, number)
+        damaged = damaged_shards(space, number)
+        for shard in damaged:  # its samples table is the mark that a shard is whole
+            space.remove(part("samples", number, shard, "parquet"))
+        records, todo = unfinished(space, number, round_.shard_count, damaged)
+        errors: dict[int, str] = {}
+        if todo:
+            kept = f", {len(records)} of {round_.shard_count} shards are there" if records else ""
+            say(f"round {number}: making {len(todo)} shards{kept}")
+            samples = min(len(todo) * round_.config.output.shard_size, round_.config.samples)
+            with progress(f"round {number}: generating", samples, "samples") as advance:
+                result = make_round(
+                    space,
+                    number,
+                    todo,
+                    cluster,
+                    lambda record: advance(record["accepted"] + record["rejected"] + record["failed"]),
+                    client,
+                )
+            records, errors = records + result.records, result.errors
     records.sort(key=lambda record: record["shard"])
     if {record["fingerprint"] for record in records} - {round_.fingerprint()}:
         say(
@@ -214,6 +229,41 @@ def generate(space: Workspace, number: int, cluster: Cluster) -> bool:
             + ". Loosen generation.gates, or widen generation.area and generation.severity"
         )
     return bool(todo)
+
+
+def _is_untouched(space: Workspace, number: int) -> bool:
+    """Whether nothing of a round was made yet and how many samples its shards hold is still open."""
+    stored = space.read_yaml(round_file(number, "settings.yaml"))
+    return "shard_sizes" not in stored and not space.names(f"rounds/{number:03d}/samples")
+
+
+def _fit_walltime(space: Workspace, number: int, cluster: Cluster, client: Client) -> None:
+    """Settles, once and before a round's first shard, how many samples its shards hold, so that each takes
+    a small part of a SLURM job's time: a worker that leaves at its end then loses little. Stored with the
+    round's settings, and kept by runs that go on elsewhere."""
+    if cluster.slurm is None:
+        return
+    stored = space.read_yaml(round_file(number, "settings.yaml"))
+    seconds = _seconds(space, number - 1) if number > stored["first"] else {}
+    if not seconds:
+        seconds = measure(client, space, number, cluster)
+    most = SHARE * lifetime(cluster.slurm)[0]
+    size = open_round(space, number).config.output.shard_size
+    sizes = {kind: min(size, max(1, int(most / each))) for kind, each in seconds.items()}
+    space.write_yaml(round_file(number, "settings.yaml"), {**stored, "shard_sizes": sizes})
+    for kind, each in seconds.items():
+        say(f"round {number}: {each:.3g} s a sample ({kind}): {sizes[kind]} samples a shard")
+
+
+def _seconds(space: Workspace, number: int) -> dict[str, float]:
+    """Measured seconds a sample of a finished round, by kind of worker."""
+    rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
+    found = {}
+    for section in open_round(space, number).sections:
+        mine = [row for row in rows if row["shard"] in section.shards]
+        count = sum(row["accepted"] + row["rejected"] + row["failed"] for row in mine)
+        found[KINDS[section.gpu]] = sum(row["seconds"] for row in mine) / max(count, 1)
+    return found
 
 
 def damaged_shards(space: Workspace, number: int) -> set[int]:

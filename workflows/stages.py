@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ from generation.masks import resolve_location
 from generation.protocol import Generator, Source
 from generation.synthesis import Outcome, synthesise
 from manifests import pictures, shards
-from manifests.recipes import Pool, Trait, plan_shard, pool_from, shard_count
+from manifests.recipes import Pool, Section, Trait, plan_shard, pool_from, sections
 from manifests.schema import (
     RECIPES,
     SAMPLES,
@@ -45,6 +45,7 @@ from workflows.config import Config, Generation
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
 PICTURE_TABLES = ("images.parquet", "textures.parquet")  # in the folder of a configuration's first round
 PROMPTS = "prompts.json"  # there too, if a generator of the configuration has prompts
+KINDS = {True: "gpu", False: "cpu"}  # of workers; the names in settings.yaml, shard_sizes
 PACKAGES = ("flawsmith", "numpy", "opencv-python-headless", "pillow", "scipy")
 MODEL_PACKAGES = ("torch", "timm", "diffusers", "transformers", "open_clip_torch")
 
@@ -52,12 +53,14 @@ MODEL_PACKAGES = ("torch", "timm", "diffusers", "transformers", "open_clip_torch
 @dataclass(frozen=True)
 class Job:
     """What crosses the scheduler: a few words. ``settings`` is the sha256 of the round's settings, so that a
-    worker never serves a round from a stale cache."""
+    worker never serves a round from a stale cache; ``halvings`` of the batch, where whole workers were lost
+    for lack of memory."""
 
     workspace: str
     round: int
     shard: int
     settings: str
+    halvings: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,35 @@ class Round:
     images: dict[str, Image]
     textures: dict[str, Image]
     traits: dict[str, Trait]
+    sizes: dict[str, int]  # the most samples a shard, by kind of worker; those that are missing: shard_size
 
     @cached_property
     def pictures(self) -> PictureCache:
         """Decoded once a process, not once a shard."""
         return PictureCache(self)
 
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        size = self.config.output.shard_size
+        return sections(
+            self.config.samples,
+            self.generation.generators,
+            [name for name in self.generation.generators if registry.get(name).gpu],
+            {gpu: min(size, self.sizes.get(kind, size)) for gpu, kind in KINDS.items()},
+        )
+
     @property
     def shard_count(self) -> int:
-        return shard_count(self.config.samples, self.config.output.shard_size)
+        return self.sections[-1].shards.stop
 
     def plan(self, shard: int) -> list[Recipe]:
+        section = next((s for s in self.sections if shard in s.shards), self.sections[-1])
         return plan_shard(
             seed=self.config.seed,
-            samples=self.config.samples,
-            shard_size=self.config.output.shard_size,
-            generators=self.generation.generators,
+            samples=section.samples,
+            shard_size=section.shard_size,
+            first=section.first,
+            generators=section.generators,
             traits=self.traits,
             area=self.generation.area,
             severity=self.generation.severity,
@@ -113,9 +129,10 @@ class Round:
                 "seed": self.config.seed,
                 "samples": self.config.samples,
                 "output": self.config.output.model_dump(mode="json"),
+                **({"shard_sizes": self.sizes} if self.sizes else {}),
                 "generation": self.generation.model_dump(mode="json"),
                 "models": models,
-                "device": device() if models else "cpu",
+                "device": device() if any(registry.get(name).gpu for name in models) else "cpu",
                 "threads": 1,
                 "packages": {name: _version(name) for name in packages},
             }
@@ -178,8 +195,9 @@ def round_from(
     images: Sequence[Image],
     textures: Sequence[Image],
     prompts: Mapping[str, Prompts] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Round:
-    """``prompts``: see :func:`traits_of`."""
+    """``prompts``: see :func:`traits_of`; ``sizes``: see :class:`Round`."""
     return Round(
         number,
         config,
@@ -188,6 +206,7 @@ def round_from(
         {image.image_id: image for image in images},
         {texture.image_id: texture for texture in textures},
         traits_of(generation, prompts),
+        dict(sizes or {}),
     )
 
 
@@ -217,7 +236,8 @@ def load_round(workspace: str, number: int, settings: str) -> Round:
         raise WorkspaceError(f"round {number}: its settings changed while the run was under way; run again")
     config, generation, first = read_settings(space, number)
     images, textures = (images_from(space.read_table(round_file(first, name))) for name in PICTURE_TABLES)
-    return round_from(number, config, generation, images, textures, stored_prompts(space, first))
+    prompts, sizes = stored_prompts(space, first), shard_sizes(space, number)
+    return round_from(number, config, generation, images, textures, prompts, sizes)
 
 
 def read_settings(space: Workspace, number: int) -> tuple[Config, Generation, int]:
@@ -238,11 +258,18 @@ def read_settings(space: Workspace, number: int) -> tuple[Config, Generation, in
         ) from error
 
 
+def shard_sizes(space: Workspace, number: int) -> dict[str, int]:
+    """The most samples a shard, by kind of worker, where a walltime made them smaller than the setting."""
+    return dict(space.read_yaml(round_file(number, "settings.yaml")).get("shard_sizes") or {})
+
+
 # -- one shard ------------------------------------------------------------------------------------------
 
 
-def make_shard(job: Job) -> dict[str, Any]:
+def make_shard(job: Job, begun: Callable[[str], None] = lambda generator: None) -> dict[str, Any]:
     """Plans, makes, writes and records one shard; returns its row of ``shards.parquet``.
+
+    ``begun`` is told of each generator as its samples begin.
 
     The samples table is written last and is the mark that the shard is whole. Deterministic errors become
     failed recipes; I/O errors, lack of memory and interrupts leave nothing behind and propagate.
@@ -254,7 +281,7 @@ def make_shard(job: Job) -> dict[str, Any]:
     space.write_table(part("recipes", job.round, job.shard, "parquet"), to_table(recipes, RECIPES))
     planned = time.perf_counter()
 
-    made = list(make_samples(round_, recipes))
+    made = make_samples(round_, recipes, job.halvings, begun)
     done = time.perf_counter()
 
     accepted = [sample for sample in made if sample.members]
@@ -301,9 +328,16 @@ class Made:
     encode_seconds: float
 
 
-def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
+def make_samples(
+    round_: Round,
+    recipes: Sequence[Recipe],
+    halvings: int = 0,
+    begun: Callable[[str], None] = lambda generator: None,
+) -> list[Made]:
     """Synthesises recipes, generator by generator, and encodes what was accepted; in plan order.
 
+    With ``halvings``, generators whose settings have a ``batch`` run that many times smaller ones, and the
+    measures say so; replay then does the same.
     Pictures are encoded as soon as their generator is done, so that a shard's pixels are never all in memory.
     """
     cache = round_.pictures
@@ -311,9 +345,12 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
     made: dict[str, Made] = {}
     for name in sorted({recipe.generator for recipe in recipes}):
         generator = registry.get(name)
+        begun(name)
         mine = [recipe for recipe in recipes if recipe.generator == name]
+        batch = mine[0].settings().get("batch") if halvings else None
+        smaller = batch and max(1, batch >> halvings)
         outcomes = synthesise(
-            mine,
+            [with_batch(recipe, smaller) for recipe in mine] if smaller else mine,
             cache.source,
             generator,
             load_model(name, mine[0].params),
@@ -321,12 +358,20 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
             round_.generation.attempts,
             signatures,
         )
-        for outcome in outcomes:
+        for outcome, recipe in zip(outcomes, mine, strict=True):
             started = time.perf_counter()
+            if smaller:
+                measures = {"batch": smaller, **outcome.measures}
+                outcome = replace(outcome, recipe=recipe, measures=measures)
             members = members_of(outcome, round_, cache) if outcome.status == "accepted" else {}
             light = Outcome(**{**vars(outcome), "pixels": None, "mask": None, "feature": None})
             made[outcome.recipe.sample_id] = Made(light, members, time.perf_counter() - started)
     return [made[recipe.sample_id] for recipe in recipes]
+
+
+def with_batch(recipe: Recipe, batch: int) -> Recipe:
+    """The recipe with the smaller batch that its row tells of where memory ran out."""
+    return replace(recipe, params=canonical_json({**recipe.settings(), "batch": batch}))
 
 
 @cache
@@ -338,7 +383,7 @@ def load_model(generator: str, params: str) -> Any:
     import torch
 
     torch.set_num_threads(1)  # part of what makes a model's bytes equal
-    return found.load(json.loads(params), device())
+    return found.load(json.loads(params), device_of(found))
 
 
 class PictureCache:
@@ -460,7 +505,7 @@ def _row(outcome: Outcome, offset: int, checksum: str) -> dict[str, Any]:
         "offset": offset,
         "checksum": checksum,
         "seconds": outcome.seconds,
-        "device": device() if registry.get(outcome.recipe.generator).load is not None else "cpu",
+        "device": device_of(registry.get(outcome.recipe.generator)),
         "versions": _versions(),
     }
 
@@ -486,6 +531,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_of(generator: Generator) -> str:
+    """What a generator runs on: never a GPU that it did not ask for, so that any worker makes its shards."""
+    return device() if generator.load is not None and generator.gpu else "cpu"
+
+
 # -- what is there --------------------------------------------------------------------------------------
 
 
@@ -498,6 +548,12 @@ def shard_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | 
         return json.loads(raw) if raw else None
     except (OSError, pa.ArrowException, ValueError):
         return None  # missing or damaged: not finished either way
+
+
+def finished_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | None:
+    """:func:`shard_record` if the shard is there in its size; nothing is hashed."""
+    record = shard_record(space, number, shard)
+    return record if record is not None and space.size(record["path"]) == record["bytes"] else None
 
 
 def prepare_process(threads: int = 1) -> None:

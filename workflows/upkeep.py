@@ -16,15 +16,21 @@ from manifests.workspace import Workspace, WorkspaceError, round_file
 from workflows.config import Config
 from workflows.console import progress
 from workflows.detecting import load_detector
+from workflows.machines import job_script
 from workflows.room import fitted
 from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
+from workflows.rounds import sweep as sweep_round
 from workflows.stages import PICTURE_TABLES, Job, make_shard, round_from, settings_hash
 
 PROBE = 32  # samples that a dry run makes to measure their cost
 
 
-def verify(space: Workspace) -> list[Finding]:
-    """Checks every round byte by byte and notes what is damaged, so that the next `run` makes it again."""
+def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
+    """Checks every round byte by byte and notes what is damaged, so that the next `run` makes it again.
+
+    Args:
+        sweep: removes files that belong to no planned shard, in place of reporting them.
+    """
     findings = []
     for number in space.rounds():
         round_ = open_round(space, number)
@@ -32,6 +38,8 @@ def verify(space: Workspace) -> list[Finding]:
         if not started and not space.exists(round_file(number, "shards.parquet")):
             continue  # nothing was made yet
         with progress(f"round {number}: verifying", round_.shard_count, "shards") as advance:
+            if sweep:
+                sweep_round(space, number, round_.shard_count)
             found = verify_round(space, number, round_.shard_count, advance)
         bad = [vars(finding) for finding in found if finding.shard >= 0]
         name = round_file(number, "damaged.parquet")
@@ -94,7 +102,8 @@ def estimate(config: Config) -> str:
     textures = scan_textures(config.generation.textures) if config.generation.textures else []
     generation, notes = fitted(config.generation, config.cluster)
     round_ = round_from(0, config, generation, found.images, textures)
-    workers = config.cluster.workers or os.cpu_count() or 1
+    slurm = config.cluster.slurm
+    workers = slurm.jobs[1] * slurm.cores if slurm else config.cluster.workers or os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         probe = config.model_copy(
             update={"samples": PROBE, "output": config.output.model_copy(update={"shard_size": PROBE})}
@@ -103,10 +112,12 @@ def estimate(config: Config) -> str:
         for name, table in zip(PICTURE_TABLES, (found.images, textures), strict=True):
             space.write_table(round_file(0, name), to_table(table, IMAGES))
         write_settings(space, 0, probe, generation, first=0)
-        record = make_shard(Job(space.url, 0, 0, settings_hash(space, 0)))
-    each = record["seconds"] / PROBE
-    size = record["bytes"] / max(record["accepted"], 1)
-    accepted = record["accepted"] / PROBE
+        probed, digest = open_round(space, 0), settings_hash(space, 0)
+        records = [make_shard(Job(space.url, 0, shard, digest)) for shard in range(probed.shard_count)]
+    total = {name: sum(record[name] for record in records) for name in ("seconds", "bytes", "accepted")}
+    each = total["seconds"] / PROBE
+    size = total["bytes"] / max(total["accepted"], 1)
+    accepted = total["accepted"] / PROBE
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     in_hand = size * config.output.shard_size * 2
     return "\n".join(
@@ -122,5 +133,6 @@ def estimate(config: Config) -> str:
             f"memory        about {(memory + in_hand) / 1e6:,.0f} MB a worker",
             *(f"predicted     {note}" for note in notes),
             f"measured on {PROBE} samples of the plan; nothing was written",
+            *(["", "each of SLURM's jobs:", job_script(slurm).rstrip()] if slurm else []),
         ]
     )
