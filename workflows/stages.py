@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -41,6 +41,7 @@ from manifests.schema import (
 from manifests.wording import Prompts, from_plain, to_plain
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
 from workflows.config import Config, Generation
+from workflows.practice import Pinned, coached
 
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
 PICTURE_TABLES = ("images.parquet", "textures.parquet")  # in the folder of a configuration's first round
@@ -71,6 +72,7 @@ class Round:
     images: dict[str, Image]
     textures: dict[str, Image]
     traits: dict[str, Trait]
+    critic: Pinned | None = None
 
     @cached_property
     def pictures(self) -> PictureCache:
@@ -109,6 +111,7 @@ class Round:
         prompts = prompts_bytes(self.traits)
         return canonical_json(
             {
+                **({"critic": self.critic.sha256} if self.critic else {}),
                 **({"prompts": hashlib.sha256(prompts).hexdigest()} if prompts else {}),
                 "seed": self.config.seed,
                 "samples": self.config.samples,
@@ -217,7 +220,9 @@ def load_round(workspace: str, number: int, settings: str) -> Round:
         raise WorkspaceError(f"round {number}: its settings changed while the run was under way; run again")
     config, generation, first = read_settings(space, number)
     images, textures = (images_from(space.read_table(round_file(first, name))) for name in PICTURE_TABLES)
-    return round_from(number, config, generation, images, textures, stored_prompts(space, first))
+    critic = space.read_yaml(round_file(number, "settings.yaml")).get("critic")
+    round_ = round_from(number, config, generation, images, textures, stored_prompts(space, first))
+    return replace(round_, critic=Pinned(workspace, **critic) if critic else None)
 
 
 def read_settings(space: Workspace, number: int) -> tuple[Config, Generation, int]:
@@ -312,14 +317,17 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
     for name in sorted({recipe.generator for recipe in recipes}):
         generator = registry.get(name)
         mine = [recipe for recipe in recipes if recipe.generator == name]
+        model = load_model(name, mine[0].params)
+        model, search = coached(generator, model, round_.critic, round_.generation.practice)
         outcomes = synthesise(
             mine,
             cache.source,
             generator,
-            load_model(name, mine[0].params),
+            model,
             round_.generation.gates,
             round_.generation.attempts,
             signatures,
+            search,
         )
         for outcome in outcomes:
             started = time.perf_counter()
@@ -421,6 +429,7 @@ def members_of(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str
         "lossy": output.format == "jpg",
         "attempt": outcome.attempts - 1,
         "generator": registry.get(recipe.generator).identify(recipe.settings()),
+        **({"critic": round_.critic.sha256} if round_.critic else {}),
     }
     if outcome.feature is not None:
         sink = io.BytesIO()
