@@ -6,6 +6,10 @@ synthetic data with deliberate practice", which guides sampling by the learner's
 "Feedback-guided data synthesis for imbalanced classification", by its loss). Both are published for
 classifiers and diffusion models; the mean margin inside an anomaly's mask, and the search over draws of
 generators without a gradient, are inference.
+
+What is kept is the draw with the lowest margin. The one nearest to the threshold, which entropy would choose,
+taught a linear head on frozen features neither more nor less (pixel AP 0.356 and 0.343; first draws 0.351,
+draws by chance 0.359 to 0.374; 128 samples, three seeds).
 """
 
 from __future__ import annotations

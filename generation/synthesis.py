@@ -225,9 +225,9 @@ def _hardest(
     Args:
         drawn: the attempts at one batch, each in plan order.
     """
-    critic, passed = search.critic, []
-    for number, made_ in enumerate(drawn):
-        for at, made in enumerate(made_):
+    passed = []
+    for number, attempted in enumerate(drawn):
+        for at, made in enumerate(attempted):
             composite, recipe = made.composite, made.outcome.recipe
             if composite is not None and not judge(
                 composite, recipe.area, gates, measures=made.outcome.measures
@@ -237,12 +237,12 @@ def _hardest(
     if passed:
         places, numbers, composites, categories = zip(*passed, strict=True)
         contents, masks = [c.content for c in composites], [c.mask for c in composites]
-        found = mean_margins(critic, contents, masks, categories)
+        found = mean_margins(search.critic, contents, masks, categories)
         margins = dict(zip(zip(places, numbers, strict=True), found, strict=True))
     outcomes = []
     for at in range(len(drawn[0])):
         order = sorted((margin, number) for (place, number), margin in margins.items() if place == at)
-        for number in [number for _, number in order] or [len(drawn) - 1]:
+        for _, number in order:
             outcome = _judged(drawn[number][at], gates, signatures)
             if outcome.status == "accepted":
                 break

@@ -58,7 +58,8 @@ def load_critic(pinned: Pinned) -> Critic:
     if (found := _sha256(files)) != pinned.sha256:
         raise WorkspaceError(
             f"{pinned.folder} is no longer the detector that the round began to practise against (sha256 "
-            f"{found[:12]}, its settings say {pinned.sha256[:12]}): restore it, or begin another workspace"
+            f"{found[:12]}, its settings say {pinned.sha256[:12]}): restore it, or delete the round that "
+            "practises and run again"
         )
     with tempfile.TemporaryDirectory() as aside:
         for name, data in files.items():
