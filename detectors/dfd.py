@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from detectors.patches import CHUNK, STRIDES, pack, statistics_of, tap_shapes, to_maps, unpack
 from detectors.protocol import Batch, Method, Settings, counted
-from generation.backbones import DEFAULT, Backbone, load_backbone
+from generation.backbones import DEFAULT, Backbone, in_unit, load_backbone
 from generation.feature.operators import gaussian
 from manifests.errors import UsageError
 
@@ -284,8 +284,8 @@ class DFD(nn.Module):
         ]
 
     def extract(self, images: Tensor) -> Tensor:
-        """uint8 N×3×size×size to the packed taps of both bands, float32 N×2×P."""
-        pixels = images.to(self._backbone.device).float() / 255
+        """N×3×size×size, uint8 or float in [0, 1], to the packed taps of both bands, float32 N×2×P."""
+        pixels = in_unit(images.to(self._backbone.device))
         bands = split_bands(pixels.flip(1) if self.settings.bgr else pixels)
         return torch.stack([pack(self._backbone.taps(band)) for band in bands], dim=1)
 
@@ -327,7 +327,11 @@ class DFD(nn.Module):
             scores, maps = self._standard(scores), self._standard(maps)
         return self._mixed(scores), self._mixed(maps)
 
-    @torch.inference_mode()
+    def maps(self, batch: Batch) -> Tensor:
+        """Those of :meth:`score`, float32 N×size×size; differentiable in the features. By the statistics of
+        normals whatever ``normalise`` says: no sample is made from what else is scored."""
+        return self._mixed(self._standard(self.path_maps(batch["features"])))
+
     def path_maps(self, features: Tensor) -> Tensor:
         """Abnormality by the Perlin and by the Gaussian path, bands added: float32 2×N×size×size."""
         adapted = self._adapted(features)

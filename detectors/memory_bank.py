@@ -89,7 +89,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # patches in each row of bank
 
     def extract(self, images: Tensor) -> Tensor:
-        """uint8 N×3×size×size to the packed taps, float32 N×P."""
+        """N×3×size×size, uint8 or float in [0, 1], to the packed taps, float32 N×P."""
         return pack(self._backbone.taps(images))
 
     @torch.no_grad()
@@ -137,6 +137,15 @@ class MemoryBank(nn.Module):
         ]
         scores, distances = (torch.stack(parts) for parts in zip(*found, strict=True))
         return scores, to_maps(distances, self.settings.size)
+
+    def maps(self, batch: Batch) -> Tensor:
+        """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
+        names = batch.get("category") or [None] * len(batch["features"])
+        found = [
+            torch.cdist(self._patches(row[None])[0], self._bank(name)).amin(dim=1).view(self.grid)
+            for row, name in zip(batch["features"], names, strict=True)
+        ]
+        return to_maps(torch.stack(found), self.settings.size)
 
     @torch.inference_mode()
     def calibrate(self, normals: Sequence[Batch]) -> None:

@@ -280,7 +280,7 @@ class OneNIP(nn.Module):
         )
 
     def extract(self, images: Tensor) -> Tensor:
-        """uint8 N×3×size×size to float32 N×C×h×h."""
+        """N×3×size×size, uint8 or float in [0, 1], to float32 N×C×h×h."""
         return self._backbone.features(images)
 
     def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
@@ -327,11 +327,14 @@ class OneNIP(nn.Module):
     @torch.inference_mode()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """½·rec + ½·κ·ref, and the largest mean of 16×16 pixels of it (core.md 4.6)."""
-        rec, ref = self.parts(batch)
-        maps = 0.5 * rec + 0.5 * self.calibration.get("kappa", 1.0) * ref
+        maps = self.maps(batch)
         return largest_mean(counted(maps, batch), POOL), maps
 
-    @torch.inference_mode()
+    def maps(self, batch: Batch) -> Tensor:
+        """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
+        rec, ref = self.parts(batch)
+        return 0.5 * rec + 0.5 * self.calibration.get("kappa", 1.0) * ref
+
     def parts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """``rec`` (0 and more) and ``ref`` (in [0, 1]), float32 N×size×size."""
         real = self._tokens(batch["features"])
@@ -380,7 +383,8 @@ class OneNIP(nn.Module):
         if self.settings.prompt == "fixed":
             return bank[rows, 0]
         # Drawn by the picture itself, so that it gets the same prompt whatever it is scored with.
-        picked = [zlib.crc32(one.half().cpu().numpy().tobytes()) % self.settings.bank for one in tokens]
+        stored = tokens.detach().half().cpu().numpy()
+        picked = [zlib.crc32(one.tobytes()) % self.settings.bank for one in stored]
         return bank[rows, torch.tensor(picked, device=bank.device)]
 
 

@@ -76,8 +76,8 @@ class Detector(Protocol):
     calibration: dict[str, float]
 
     def extract(self, images: Tensor) -> Tensor:
-        """The frozen part: uint8 N×3×size×size to float32 features of any shape, the first axis kept. The
-        loop keeps them as float16."""
+        """The frozen part: N×3×size×size, uint8 or float in [0, 1], to float32 features of any shape, the
+        first axis kept; differentiable in pictures that are floats. The loop keeps them as float16."""
 
     def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
         """Closed-form part of the fit, before the first step: features of the train split's normals and the
@@ -109,6 +109,9 @@ class Detector(Protocol):
                 ``ignore``, not always there: bool B×size×size, places that may raise no score (see
                 :func:`counted`).
         """
+
+    def maps(self, batch: Batch) -> Tensor:
+        """The maps of :meth:`score` alone, differentiable in the features: what samples are practised on."""
 
     def calibrate(self, normals: Sequence[Batch]) -> None:
         """Set ``calibration`` from normal pictures alone: batches as :meth:`score` takes them."""

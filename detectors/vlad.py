@@ -45,6 +45,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from detectors.patches import CHUNK, statistics_of
 from detectors.protocol import Batch, Method, Settings, counted
+from generation.backbones import in_unit
 from generation.cut.checkpoints import POCKET
 from generation.cut.clip import Clip, load_clip
 from generation.cut.prompts import fill, load_bank
@@ -233,7 +234,7 @@ class Vlad(nn.Module):
         self.register_buffer("bank", torch.zeros(len(self.categories), kept, packed, dtype=torch.float16))
 
     def extract(self, images: Tensor) -> Tensor:
-        """uint8 N×3×size×size to packed float32 features N×P."""
+        """N×3×size×size, uint8 or float in [0, 1], to packed float32 features N×P."""
         maps, embedding = _look(self._clip, images, self.layers)
         return torch.cat([*(found.flatten(1) for found in maps), embedding], dim=1)
 
@@ -285,10 +286,13 @@ class Vlad(nn.Module):
         with ignored places the map alone speaks: its embedding has seen them."""
         p_cls, branches = self.parts(batch)
         p_cls = _unless_ignored(p_cls, batch)
-        maps = 0.5 * self._fused(branches) / self.calibration.get("unit", 1.0)
+        maps = self._in_units(branches)
         return 0.5 * p_cls + counted(maps, batch).amax(dim=(1, 2)), maps
 
-    @torch.inference_mode()
+    def maps(self, batch: Batch) -> Tensor:
+        """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
+        return self._in_units(self.parts(batch)[1])
+
     def parts(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """p_cls, float32 N in [0, 1], and the maps of the branches, float32 N×size×size: ``text`` in [0, 1],
         unless no steps were trained; ``memory`` in [0, 2·layers], if the category has one.
@@ -336,6 +340,9 @@ class Vlad(nn.Module):
         unit = (highest.mean() + LIMIT * highest.std(correction=0)).clamp_min(1e-6)
         scores = 0.5 * (torch.cat(answers) + highest / unit)
         self.calibration |= {"unit": unit.item(), "threshold": torch.quantile(scores, QUANTILE).item()}
+
+    def _in_units(self, branches: Mapping[str, Tensor]) -> Tensor:
+        return 0.5 * self._fused(branches) / self.calibration.get("unit", 1.0)
 
     def _fused(self, branches: Mapping[str, Tensor]) -> Tensor:
         """S = Σ (branch − mean)/deviation, smoothed; float32 N×size×size."""
@@ -440,7 +447,7 @@ def _look(clip: Clip, images: Tensor, layers: Sequence[int] | None = None) -> tu
     """The frozen part.
 
     Args:
-        images: uint8 N×3×size×size.
+        images: N×3×size×size, uint8 or float in [0, 1].
         layers: blocks or stages, from 1; None: all.
 
     Returns:
@@ -455,9 +462,8 @@ def _look(clip: Clip, images: Tensor, layers: Sequence[int] | None = None) -> tu
             f"backbone {clip.name}: its image tower ({type(visual).__name__}) gives no intermediate maps; "
             "take a ViT, a ResNet or a timm tower of open_clip"
         )
-    x = (images.to(clip.device).float() / 255 - clip.mean) / clip.std
-    with torch.inference_mode():
-        found = visual.forward_intermediates(x, indices=layers and [layer - 1 for layer in layers])
+    x = (in_unit(images.to(clip.device)) - clip.mean) / clip.std
+    found = visual.forward_intermediates(x, indices=layers and [layer - 1 for layer in layers])
     return found["image_intermediates"], F.normalize(found["image_features"], dim=-1)
 
 

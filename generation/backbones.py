@@ -55,9 +55,8 @@ class Backbone:
     mean: Tensor
     std: Tensor
 
-    @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Concatenated taps.
+        """Concatenated taps; differentiable in pictures that are floats.
 
         Args:
             images: N×C×H×W with C = 3 (RGB) or 1 (grey, repeated); uint8 in 0..255 or float in [0, 1].
@@ -71,19 +70,23 @@ class Backbone:
         resized = [F.interpolate(tap, size, mode="bilinear", align_corners=True) for tap in taps]
         return torch.cat(resized, dim=1).contiguous()
 
-    @torch.inference_mode()
     def taps(self, images: Tensor) -> list[Tensor]:
-        """The taps as they are, shallow to deep: float32, each N×C×h×w at its own stride.
+        """The taps as they are, shallow to deep: float32, each N×C×h×w at its own stride; differentiable in
+        pictures that are floats.
 
         Args:
             images: as :meth:`features` takes them; floats beyond [0, 1] are allowed.
         """
-        x = images.to(self.device)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        x = in_unit(images.to(self.device))
         x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         # float32: bfloat16 is 2.5 times faster here but changes the features by 3 to 8 % (measured)
         return self.network(x)
+
+
+def in_unit(images: Tensor) -> Tensor:
+    """float32 in [0, 1], of uint8 in 0..255 or of floats that are there already."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def load_backbone(

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from generation.critic import Critic
 from manifests.recipes import GeneratorSettings
 from manifests.schema import Recipe
 from manifests.wording import Prompts
@@ -200,6 +201,7 @@ DrawFunction = Callable[[Recipe, Source, np.random.Generator], Any]
 ApplyFunction = Callable[[Sequence[Source], Sequence[Any], Any], list[Edit] | list[FeatureEdit]]
 LoadFunction = Callable[[Mapping[str, Any], str], Any]
 FitFunction = Callable[[Mapping[str, Any], int, str], tuple[dict[str, Any], int]]
+GuideFunction = Callable[[Any, Critic, float], Any]
 PromptsFunction = Callable[[Any, GeneratorSettings], Prompts]
 Donors = Literal["none", "texture", "normal", "foreign"]
 
@@ -227,6 +229,8 @@ class Generator:
         fit: ``fit(params, available, device) -> (params, need)``; the params with a batch that fits into
             ``available`` bytes of one process, and the bytes it will need, found without running anything.
             None: batches are taken as they are.
+        guide: ``guide(model, critic, strength) -> model``; the model, to draw what a detector does not find
+            (see :mod:`generation.critic`). None: its recipes' draws are searched for it instead.
     """
 
     name: str
@@ -243,3 +247,4 @@ class Generator:
     gpu: bool = False
     prompts: PromptsFunction | None = None
     fit: FitFunction | None = None
+    guide: GuideFunction | None = None

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from generation.compose import Composite, compose, compose_features
+from generation.critic import Search, mean_margins
 from generation.gates import Gates, judge
 from generation.protocol import Edit, FeatureEdit, Generator, Source, Undrawable, out_of_memory
 from manifests.errors import FlawsmithError, PictureError
@@ -69,6 +70,7 @@ def synthesise(
     gates: Gates,
     attempts: int,
     signatures: Signatures,
+    search: Search | None = None,
 ) -> list[Outcome]:
     """Make the samples of some recipes, all of ``generator``.
 
@@ -81,6 +83,7 @@ def synthesise(
         attempts: the most draws a recipe gets, at least 1.
         signatures: of the samples accepted before in the same shard; those accepted here are appended. The
             near-duplicate gate compares samples of the same source picture, in the order of acceptance.
+        search: draws to choose among by a detector; those beyond them are taken as they come.
 
     Returns:
         One outcome a recipe, in plan order. A deterministic error of source or generator (``ValueError``, a
@@ -97,7 +100,7 @@ def synthesise(
     return [
         outcome
         for group in groups
-        for outcome in _settle(group, sources, generator, model, gates, attempts, signatures)
+        for outcome in _settle(group, sources, generator, model, gates, attempts, signatures, search)
     ]
 
 
@@ -115,20 +118,24 @@ def attempt(
     return [replace(m.outcome, attempts=number + 1) for m in made]
 
 
-def batch_of(recipes: Sequence[Recipe], attempts: Sequence[int], index: int) -> list[int]:
+def batch_of(
+    recipes: Sequence[Recipe], attempts: Sequence[int], index: int, candidates: int = 1
+) -> list[int]:
     """Which recipes were in the batch of the last attempt at ``recipes[index]``.
 
     Args:
         recipes: those of one generator in one shard, in plan order.
         attempts: how often each was drawn in the end.
         index: of the recipe in question.
+        candidates: draws that were made of every recipe, to choose among.
 
     Returns:
         Indices into ``recipes``, in the order of the batch.
     """
     number = attempts[index] - 1
     pending = [i for i, count in enumerate(attempts) if count > number]
-    return next(batch for batch in _batches(recipes, pending, number) if index in batch)
+    batches = _batches(recipes, pending, 0 if number < candidates else number)
+    return next(batch for batch in batches if index in batch)
 
 
 @dataclass(frozen=True)
@@ -156,13 +163,31 @@ def _settle(
     gates: Gates,
     attempts: int,
     signatures: Signatures,
+    search: Search | None,
 ) -> list[Outcome]:
     """Attempt after attempt over the recipes that are still pending."""
     outcomes: dict[int, Outcome] = {}
     spent = [0.0] * len(recipes)
     loaded: dict[str, Source | Exception] = {}
     pending = list(range(len(recipes)))
-    for number in range(attempts):
+    first = 0
+    if search is not None and not _judges(search, generator, model):
+        search = None
+    if search is not None:
+        first = search.candidates
+        for batch in _batches(recipes, pending, 0):
+            start = perf_counter()
+            group = [recipes[i] for i in batch]
+            loaded |= {r.sample_id: _read(sources, r) for r in group}
+            drawn = [_attempt(group, loaded, generator, model, number) for number in range(first)]
+            found = _hardest(drawn, search, gates, signatures)
+            share = (perf_counter() - start) / len(batch)
+            for i, outcome in zip(batch, found, strict=True):
+                outcomes[i], spent[i] = replace(outcome, seconds=share), share
+                if outcome.status != "rejected":
+                    del loaded[recipes[i].sample_id]
+        pending = [i for i in pending if outcomes[i].status == "rejected"]
+    for number in range(first, attempts if pending else first):
         for batch in _batches(recipes, pending, number):
             start = perf_counter()
             group = [recipes[i] for i in batch]
@@ -173,6 +198,8 @@ def _settle(
                 start = perf_counter()
                 outcome = _judged(one, gates, signatures)
                 spent[i] += share + perf_counter() - start
+                if search is not None:
+                    outcome = _searched(outcome, search, math.nan)
                 outcomes[i] = replace(outcome, attempts=number + 1, seconds=spent[i])
                 if outcome.status != "rejected":
                     del loaded[recipes[i].sample_id]
@@ -180,6 +207,57 @@ def _settle(
         if not pending:
             break
     return [outcomes[i] for i in range(len(recipes))]
+
+
+def _judges(search: Search, generator: Generator, model: Any) -> bool:
+    """Whether a critic can judge what a generator makes: features only of the backbone that it looks at."""
+    if generator.family != "feature":
+        return True
+    backbone = getattr(getattr(model, "backbone", None), "fingerprint", None)
+    return search.critic.of_features is not None and search.critic.backbone == backbone
+
+
+def _hardest(
+    drawn: Sequence[Sequence[_Made]], search: Search, gates: Gates, signatures: Signatures
+) -> list[Outcome]:
+    """Of each recipe's draws the accepted one that the critic finds least; else what became of the last.
+
+    Args:
+        drawn: the attempts at one batch, each in plan order.
+    """
+    passed = []
+    for number, attempted in enumerate(drawn):
+        for at, made in enumerate(attempted):
+            composite, recipe = made.composite, made.outcome.recipe
+            if composite is not None and not judge(
+                composite, recipe.area, gates, measures=made.outcome.measures
+            ):
+                passed.append((at, number, composite, recipe.category))
+    margins: dict[tuple[int, int], float] = {}
+    if passed:
+        places, numbers, composites, categories = zip(*passed, strict=True)
+        contents, masks = [c.content for c in composites], [c.mask for c in composites]
+        found = mean_margins(search.critic, contents, masks, categories)
+        margins = dict(zip(zip(places, numbers, strict=True), found, strict=True))
+    outcomes = []
+    for at in range(len(drawn[0])):
+        order = sorted((margin, number) for (place, number), margin in margins.items() if place == at)
+        for _, number in order:
+            outcome = _judged(drawn[number][at], gates, signatures)
+            if outcome.status == "accepted":
+                break
+        else:  # nothing is left of it but its last draw
+            number = len(drawn) - 1
+            outcome = _judged(drawn[number][at], gates, signatures)
+        margin = margins[at, number] if outcome.status == "accepted" else math.nan
+        outcomes.append(replace(_searched(outcome, search, margin), attempts=number + 1))
+    return outcomes
+
+
+def _searched(outcome: Outcome, search: Search, margin: float) -> Outcome:
+    """With the measures that replay needs, since it asks no critic."""
+    margins = {"margin": margin} if math.isfinite(margin) else {}
+    return replace(outcome, measures={**outcome.measures, "candidates": search.candidates, **margins})
 
 
 def _judged(made: _Made, gates: Gates, signatures: Signatures) -> Outcome:

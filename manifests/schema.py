@@ -152,6 +152,15 @@ TRIALS = pa.schema(
     ]
 )
 
+# How much a sample counts in the training of its round's detector; the mean over the samples is 1.
+WEIGHTS = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("sample_id", pa.string()),
+        ("weight", pa.float64()),
+    ]
+)
+
 DECISIONS = pa.schema(
     [
         ("round", pa.int32()),  # the round whose figures led to the decision
@@ -166,7 +175,7 @@ DECISIONS = pa.schema(
 HISTORY = pa.schema(
     [
         ("round", pa.int32()),
-        ("kind", pa.string()),  # setting | metric | yield | seconds
+        ("kind", pa.string()),  # setting | metric | yield | weight | seconds
         ("name", pa.string()),
         ("value", pa.string()),
     ]

@@ -1,6 +1,7 @@
 """The whole loop on small drawn pictures: learning, resuming, vetoes, and what the test split may touch."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
-from workflows import rounds
+from workflows import detecting, rounds, weighing
 from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
@@ -256,3 +257,26 @@ def test_the_command_line_serves_a_finished_workspace(finished, tmp_path):
     checkpoint = Path(finished.url) / "rounds/001/detectors/onenip"
     out = call("predict", checkpoint, picture, "--out", tmp_path / "found")
     assert str(picture.name) in out
+
+
+def test_learned_weights_are_stored_and_reach_the_training(finished, tmp_path, monkeypatch):
+    space = Workspace(str(shutil.copytree(finished.url, tmp_path / "w")))
+    round_ = rounds.open_round(space, 1)
+    training = round_.config.training.model_copy(update={"weigh": True, "earlier": 0.5})
+    asking = replace(round_, config=round_.config.model_copy(update={"training": training}))
+    assert detecting._learned(space, round_, write=True) == {}
+    monkeypatch.setattr(weighing, "learn", lambda evidence, _: np.linspace(0.5, 1.5, len(evidence.counts)))
+    learned = detecting._learned(space, asking, write=True)
+    for number in (0, 1):
+        rows = space.read_table(f"rounds/00{number}/weights.parquet").to_pylist()
+        accepted = [row["sample_id"] for row in rounds.accepted_samples(space, number)]
+        assert [row["sample_id"] for row in rows] == accepted
+        assert all(learned[row["sample_id"]] == row["weight"] for row in rows)
+        assert np.mean([row["weight"] for row in rows]) == pytest.approx(1)
+    monkeypatch.setattr(weighing, "learn", None)  # what is stored is read
+    assert detecting._learned(space, asking, write=True) == learned
+    sample = next(s for s in detecting.samples_of(space, 0) if not detecting.held_out(s.sample_id))
+    assert detecting._weight(sample, asking, learned) == pytest.approx(0.5 * learned[sample.sample_id])
+    assert detecting._weight(sample, asking, {}) == 0.5
+    names = [row for row in space.read_table("history.parquet").to_pylist() if row["kind"] == "weight"]
+    assert {row["round"] for row in names} == {0, 1}

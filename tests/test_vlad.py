@@ -269,7 +269,8 @@ def test_branches_are_scaled_by_normals_and_the_map_is_smoothed_as_scipy_does(vi
         {"features": features[4:], "category": names[4:]},
     ]
     detector.calibrate(batches)
-    found = [detector.parts(batch) for batch in batches]
+    with torch.inference_mode():
+        found = [detector.parts(batch) for batch in batches]
     p_cls = np.concatenate([p.numpy() for p, _ in found])
     fused = 0.0
     for name in ("text", "memory"):

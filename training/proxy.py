@@ -62,7 +62,7 @@ class Evidence:
     scale: np.ndarray
 
 
-def _described(tokens: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def described(tokens: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Residuals to the head's input: scaled, tempered against outliers, with a constant 1 at the end."""
     x = np.sqrt(tokens / scale)
     return np.concatenate([x, np.ones((*x.shape[:-1], 1), np.float32)], axis=-1)
@@ -77,7 +77,7 @@ def gather(samples: Sequence[np.ndarray], masks: Sequence[np.ndarray], normals: 
         normals: residuals of normal pictures, N×h×w×C.
     """
     scale = normals.reshape(-1, normals.shape[-1]).mean(axis=0) + 1e-6
-    rest = _described(normals.reshape(-1, normals.shape[-1]), scale)
+    rest = described(normals.reshape(-1, normals.shape[-1]), scale)
     size = rest.shape[1]
     squares = np.empty((len(samples), size, size), np.float32)
     sums = np.empty((len(samples), size), np.float32)
@@ -85,7 +85,7 @@ def gather(samples: Sequence[np.ndarray], masks: Sequence[np.ndarray], normals: 
     for index, (sample, mask) in enumerate(zip(samples, masks, strict=True)):
         height, width = sample.shape[:2]
         cover = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-        x = _described(sample[cover >= min(0.25, float(cover.max()))], scale)
+        x = described(sample[cover >= min(0.25, float(cover.max()))], scale)
         squares[index], sums[index], counts[index] = x.T @ x, x.sum(axis=0), len(x)
     return Evidence(squares, sums, counts, rest.T @ rest, rest.sum(axis=0), float(len(rest)), scale)
 
@@ -96,6 +96,11 @@ def solve(evidence: Evidence, weights: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: no weight is positive.
     """
+    return np.linalg.solve(*system(evidence, weights)).astype(np.float32)
+
+
+def system(evidence: Evidence, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(A, b), float64 D×D and D: the head θ of :func:`solve` is that of A·θ = b."""
     total = float(weights @ evidence.counts)
     if total <= 0:
         raise ValueError("no sample has a positive weight")
@@ -103,12 +108,12 @@ def solve(evidence: Evidence, weights: np.ndarray) -> np.ndarray:
     square = square + evidence.normal_square / evidence.normal_count
     moment = weights @ evidence.sums / total - evidence.normal_sum / evidence.normal_count
     square += RIDGE * np.trace(square) / len(square) * np.eye(len(square), dtype=np.float32)
-    return np.linalg.solve(square.astype(np.float64), moment.astype(np.float64)).astype(np.float32)
+    return square.astype(np.float64), moment.astype(np.float64)
 
 
 def score_maps(residual: np.ndarray, scale: np.ndarray, head: np.ndarray) -> np.ndarray:
     """Maps at ``FINER`` times the token grid: N×h×w×C to N×(4h)×(4w) float32; higher = more anomalous."""
-    coarse = _described(residual, scale) @ head
+    coarse = described(residual, scale) @ head
     height, width = coarse.shape[1] * FINER, coarse.shape[2] * FINER
     return np.stack([cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in coarse])
 

@@ -50,6 +50,24 @@ DEFAULT_MIX = {
 }
 
 
+class Practice(Settings):
+    """Samples that the detector of the round before does not find; from a configuration's second round on."""
+
+    candidates: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="draws of a recipe of which the one found least is kept; 1: the first; not cut",
+    )
+    guidance: float = Field(
+        0.0, ge=0, description="cut: strength of the steps towards what is not found; 0 leaves them out"
+    )
+
+    @property
+    def wanted(self) -> bool:
+        return self.candidates > 1 or self.guidance > 0
+
+
 class Generation(Settings):
     """What is made in a round. The feedback of a round changes ``generators.*.share``, ``area`` and
     ``severity`` of the next."""
@@ -69,6 +87,7 @@ class Generation(Settings):
     textures: str | None = Field(None, description="folder of texture pictures for params.texture: folder")
     attempts: int = Field(6, ge=1, le=100, description="draws of one recipe before it is rejected")
     gates: Gates = Gates()
+    practice: Practice = Practice()
 
     @model_validator(mode="before")
     @classmethod
@@ -230,6 +249,9 @@ class Training(Settings):
     )
     generators: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="weights of generators' samples; 1 if not named; 0 leaves them out"
+    )
+    weigh: bool = Field(
+        False, description="learn a weight of each sample from the labelled anomalies of the feedback split"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ def train(space: Workspace, number: int) -> bool:
         normals = _normals(images, max_side, shrunk, advance)
         calibration = calibration_normals(round_, normals, shrunk, advance)
     samples = _mix(space, round_, held=settings.patience is not None)
+    learned = _learned(space, round_, write=first_process)
     with progress(f"round {number}: training {name}", settings.steps, "steps") as advance:
         done = 0
 
@@ -108,7 +109,7 @@ def train(space: Workspace, number: int) -> bool:
             calibration if tiles is None else list(tile_normals(calibration, settings.size, tiles)),
             seed=round_.config.seed,
             device=device(),
-            weight=partial(_weight, round_=round_),
+            weight=partial(_weight, round_=round_, learned=learned),
             slot=Slot(
                 read=lambda: space.read_bytes(state) if space.exists(state) else None,
                 write=lambda data: space.write_bytes(state, data),
@@ -170,13 +171,24 @@ def _pictures(samples: Iterator[Sample | FeatureSample]) -> Iterator[Sample]:
     return (sample for sample in samples if isinstance(sample, Sample))
 
 
-def _weight(sample: Sample | FeatureSample, round_: Round) -> float:
+def _learned(space: Workspace, round_: Round, *, write: bool) -> dict[str, float]:
+    """By sample id, the learned weights of the rounds that are mixed; none where they are not asked for."""
+    if not round_.config.training.weigh:
+        return {}
+    from workflows.weighing import sample_weights  # it asks the proxy, whose stage imports this one
+
+    mixed = [open_round(space, number) for number in _mixed_rounds(space, round_)]
+    return {k: v for one in mixed for k, v in sample_weights(space, one, write=write).items()}
+
+
+def _weight(sample: Sample | FeatureSample, round_: Round, learned: Mapping[str, float]) -> float:
     """Of a sample in the round's mix; 0 for the held-out ones."""
     if held_out(sample.recipe["sample_id"]):  # a tile's own name says more
         return 0.0
     training = round_.config.training
     age = round_.number - sample.recipe["round"]
-    return training.earlier**age * training.generators.get(sample.recipe["generator"], 1.0)
+    weight = training.earlier**age * training.generators.get(sample.recipe["generator"], 1.0)
+    return weight * learned.get(sample.recipe["sample_id"], 1.0)
 
 
 def _is_current(space: Workspace, number: int, vetoed: list[str]) -> bool:

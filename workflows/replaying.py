@@ -14,6 +14,7 @@ from generation.synthesis import attempt, batch_of
 from manifests import pictures, shards
 from manifests.schema import Recipe, recipes_from
 from manifests.workspace import Workspace, WorkspaceError, part
+from workflows.practice import coached
 from workflows.stages import (
     PictureCache,
     Round,
@@ -24,6 +25,8 @@ from workflows.stages import (
     settings_hash,
     with_batch,
 )
+
+RECORDED = ("batch", "candidates", "margin")  # measures of how a sample was made; replay cannot find them out
 
 
 def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
@@ -64,23 +67,28 @@ def _remake(
     own = [recipe for recipe in recipes.values() if recipe.generator == generator]
     attempts = [rows[recipe.sample_id]["attempts"] for recipe in own]
     index = [recipe.sample_id for recipe in own].index(sample_id)
-    batch = batch_of(own, attempts, index)
+    measures = json.loads(rows[sample_id]["measures"] or "{}")
+    batch = batch_of(own, attempts, index, int(measures.get("candidates", 1)))
     cache = PictureCache(round_)
     prepare_process()
-    smaller = json.loads(rows[sample_id]["measures"] or "{}").get("batch")
+    smaller = measures.get("batch")
+    found = registry.get(generator)
+    model = load_model(generator, own[index].params)
+    if found.guide is not None:  # a search over draws left its choice in the row, and needs no critic
+        model, _ = coached(found, model, round_.critic, round_.generation.practice)
     outcomes = attempt(
         [own[i] if smaller is None else with_batch(own[i], int(smaller)) for i in batch],
         cache.source,
-        registry.get(generator),
-        load_model(generator, own[index].params),
+        found,
+        model,
         attempts[index] - 1,
     )
     outcome = outcomes[batch.index(index)]
     if outcome.status == "failed":
         raise WorkspaceError(f"sample {sample_id} cannot be made again: {outcome.reason}")
-    if smaller is not None:  # the record of it is part of the sample
-        measures = {**outcome.measures, "batch": smaller}
-        outcome = replace(outcome, recipe=recipes[sample_id], measures=measures)
+    kept = {name: measures[name] for name in RECORDED if name in measures}
+    if kept:
+        outcome = replace(outcome, recipe=recipes[sample_id], measures={**outcome.measures, **kept})
     return members_of(outcome, round_, cache)
 
 

@@ -26,6 +26,7 @@ from workflows.cluster import make_round, measure, unfinished
 from workflows.config import Cluster, Config, Generation, differences
 from workflows.console import progress, say
 from workflows.machines import lifetime, open_client
+from workflows.practice import pin
 from workflows.room import fitted
 from workflows.stages import (
     KINDS,
@@ -133,12 +134,21 @@ def read_sources(config: Config, previous: list[Image]) -> Scan:
 def write_settings(
     space: Workspace, number: int, config: Config, generation: Generation, *, first: int
 ) -> None:
-    """``first`` is the round at which this configuration began."""
+    """``first`` is the round at which this configuration began. The settings of a later one that practises
+    name the detector of the round before as it is now.
+
+    Raises:
+        FlawsmithError: there is none.
+    """
+    critic = None
+    if generation.practice.wanted and number > first:
+        critic = pin(space, number - 1, config.detector.name)
     space.write_yaml(
         round_file(number, "settings.yaml"),
         {
             "round": number,
             "first": first,
+            "critic": critic,
             "config": config.model_dump(mode="json"),
             "generation": generation.model_dump(mode="json"),
         },

@@ -41,6 +41,7 @@ from manifests.schema import (
 from manifests.wording import Prompts, from_plain, to_plain
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
 from workflows.config import Config, Generation
+from workflows.practice import Pinned, coached
 
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
 PICTURE_TABLES = ("images.parquet", "textures.parquet")  # in the folder of a configuration's first round
@@ -75,6 +76,7 @@ class Round:
     textures: dict[str, Image]
     traits: dict[str, Trait]
     sizes: dict[str, int]  # the most samples a shard, by kind of worker; those that are missing: shard_size
+    critic: Pinned | None = None
 
     @cached_property
     def pictures(self) -> PictureCache:
@@ -125,6 +127,7 @@ class Round:
         prompts = prompts_bytes(self.traits)
         return canonical_json(
             {
+                **({"critic": self.critic.sha256} if self.critic else {}),
                 **({"prompts": hashlib.sha256(prompts).hexdigest()} if prompts else {}),
                 "seed": self.config.seed,
                 "samples": self.config.samples,
@@ -237,7 +240,9 @@ def load_round(workspace: str, number: int, settings: str) -> Round:
     config, generation, first = read_settings(space, number)
     images, textures = (images_from(space.read_table(round_file(first, name))) for name in PICTURE_TABLES)
     prompts, sizes = stored_prompts(space, first), shard_sizes(space, number)
-    return round_from(number, config, generation, images, textures, prompts, sizes)
+    critic = space.read_yaml(round_file(number, "settings.yaml")).get("critic")
+    round_ = round_from(number, config, generation, images, textures, prompts, sizes)
+    return replace(round_, critic=Pinned(workspace, **critic) if critic else None)
 
 
 def read_settings(space: Workspace, number: int) -> tuple[Config, Generation, int]:
@@ -349,14 +354,17 @@ def make_samples(
         mine = [recipe for recipe in recipes if recipe.generator == name]
         batch = mine[0].settings().get("batch") if halvings else None
         smaller = batch and max(1, batch >> halvings)
+        model = load_model(name, mine[0].params)
+        model, search = coached(generator, model, round_.critic, round_.generation.practice)
         outcomes = synthesise(
             [with_batch(recipe, smaller) for recipe in mine] if smaller else mine,
             cache.source,
             generator,
-            load_model(name, mine[0].params),
+            model,
             round_.generation.gates,
             round_.generation.attempts,
             signatures,
+            search,
         )
         for outcome, recipe in zip(outcomes, mine, strict=True):
             started = time.perf_counter()
@@ -466,6 +474,7 @@ def members_of(outcome: Outcome, round_: Round, cache: PictureCache) -> dict[str
         "lossy": output.format == "jpg",
         "attempt": outcome.attempts - 1,
         "generator": registry.get(recipe.generator).identify(recipe.settings()),
+        **({"critic": round_.critic.sha256} if round_.critic else {}),
     }
     if outcome.feature is not None:
         sink = io.BytesIO()

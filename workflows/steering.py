@@ -35,6 +35,7 @@ class Table:
 
     Attributes:
         evidence: sums of the samples and of normals.
+        ids: of the samples, one each.
         generators, areas, severities: of the samples, one each; areas and severities as wanted.
         judged: real feedback pictures by category.
         samples, masks: the samples' residuals and masks, for the case without labelled anomalies.
@@ -45,6 +46,7 @@ class Table:
     """
 
     evidence: proxy.Evidence
+    ids: list[str]
     generators: np.ndarray
     areas: np.ndarray
     severities: np.ndarray
@@ -185,6 +187,7 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
 
     return Table(
         evidence,
+        [sample.sample_id for sample in kept],
         np.array([sample.recipe["generator"] for sample in kept]),
         np.array([sample.recipe["area"] for sample in kept]),
         np.array([sample.recipe["severity"] for sample in kept]),

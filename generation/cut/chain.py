@@ -18,7 +18,7 @@ from torch import Tensor
 
 from generation.cut.attention import MapReader, anomaly_map, spoken_tokens, words_of
 from generation.cut.clip import Clip
-from generation.cut.guidance import align, attention_step, refine, to_maps
+from generation.cut.guidance import Guide, Scene, align, attention_step, practise, refine, to_maps
 from generation.cut.models import StableDiffusion
 from generation.cut.settings import CutParams
 
@@ -33,6 +33,7 @@ class Request:
         normal, prompt, detail: the three prompts (core.md 1.10).
         word: the anomaly word, as it stands in ``prompt``.
         seed: of the noise.
+        scene: the whole picture around it, where a guide looks at it.
     """
 
     image: np.ndarray
@@ -42,13 +43,15 @@ class Request:
     detail: str
     word: str
     seed: int
+    scene: Scene | None = None
 
 
 @dataclass(frozen=True)
 class Twins:
     """Attributes: ``anomaly``, ``normal`` float32 in [0, 1], side×side×3, decoded; ``attention`` float32 in
     [0, 1], side×side, the word's map averaged over the last part of the chain; ``trace`` figures of the
-    chain: ``attention`` objective at its end, ``cosine`` to the detailed description (NaN without CLIP)."""
+    chain: ``attention`` objective at its end, ``cosine`` to the detailed description (NaN without CLIP),
+    ``margin`` of the guide's critic before its last step (NaN without a guide)."""
 
     anomaly: np.ndarray
     normal: np.ndarray
@@ -63,6 +66,7 @@ def sample(
     reader: MapReader,
     clip: Clip | None,
     settings: CutParams,
+    guide: Guide | None = None,
 ) -> list[Twins]:
     """Runs the chains of one batch.
 
@@ -73,6 +77,7 @@ def sample(
         requests: pictures of one size.
         reader: attached to ``sd``.
         clip: of the refinement; None leaves it out.
+        guide: of the requests, which then have scenes; it acts where the refinement does. None: none.
 
     Returns:
         One pair a request. A sample's result depends on the others in the batch by rounding only.
@@ -93,11 +98,9 @@ def sample(
     alpha = sd.alphas.float()
     first = alpha[times[0]] if len(times) else torch.tensor(1.0)
     anomaly = normal = first.sqrt() * source + (1 - first).sqrt() * noise
-    start, held, cosine = (
-        None,
-        torch.full((len(requests),), float("nan")),
-        torch.full((len(requests),), float("nan")),
-    )
+    start = None
+    held, cosine, margin = (torch.full((len(requests),), float("nan")) for _ in range(3))
+    scenes = [request.scene for request in requests if request.scene is not None]
     maps: list[Tensor] = []
     late = len(times) - max(1, round(settings.window * len(times)))
     for index, time in enumerate(times):
@@ -115,11 +118,13 @@ def sample(
         here = alpha[time]
         following = alpha[times[index + 1]] if index + 1 < len(times) else alpha[0]
         clean, direction = _split(sd, anomaly, out_anomaly, here)
+        clean_twin, direction_twin = _split(sd, normal, out_normal, here)
+        if guide is not None and guide.strength and wanted:
+            clean, margin = practise(sd, clip, guide, clean, clean_twin, details, location, scenes)
         if clip is not None and details is not None and settings.refinement and wanted:
             clean, cosine = refine(sd, clip, clean, details, location, settings.refinement)
         anomaly = following.sqrt() * clean + (1 - following).sqrt() * direction
-        clean, direction = _split(sd, normal, out_normal, here)
-        normal = following.sqrt() * clean + (1 - following).sqrt() * direction
+        normal = following.sqrt() * clean_twin + (1 - following).sqrt() * direction_twin
         # Outside the location both chains are the source at the noise level just reached (core.md 1.8).
         known = following.sqrt() * source + (1 - following).sqrt() * noise
         anomaly, normal = (torch.where(place, z, known) for z in (anomaly, normal))
@@ -137,7 +142,7 @@ def sample(
             _array(decoded[i].permute(1, 2, 0)),
             _array(twin[i].permute(1, 2, 0)),
             _array(attention[i].clamp(0, 1)),
-            {"attention": float(held[i]), "cosine": float(cosine[i])},
+            {"attention": float(held[i]), "cosine": float(cosine[i]), "margin": float(margin[i])},
         )
         for i in range(len(requests))
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,15 @@ from generation.cut.prompts import Texts, prompts_of, texts_of
 from generation.cut.settings import CutParams
 from generation.masks import blobs, lens
 from generation.protocol import Box, Edit, Generator, Source, out_of_memory
+from manifests.pictures import eight_bit
 from manifests.schema import Recipe
 
 if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not wait for it
+    from generation.critic import Critic
     from generation.cut.attention import MapReader
     from generation.cut.chain import Twins
     from generation.cut.clip import Clip
+    from generation.cut.guidance import Guide, Scene
     from generation.cut.models import StableDiffusion
     from generation.cut.residual import Anomaly
 
@@ -38,12 +41,14 @@ FAINT = 1.6  # contrast at severity 0, in local variations; the gate stands at 1
 
 @dataclass(frozen=True)
 class Model:
-    """Attributes: ``judge`` measures the CLIP gain; it may be ``clip`` itself, or None."""
+    """Attributes: ``judge`` measures the CLIP gain; it may be ``clip`` itself, or None; ``guide`` of a round
+    that practises."""
 
     sd: StableDiffusion
     reader: MapReader
     clip: Clip | None
     judge: Clip | None
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class CutDraw:
     word: str
     severity: float
     settings: CutParams
+    category: str = ""
 
 
 def load(params: Mapping[str, Any], device: str) -> Model:
@@ -122,7 +128,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutDraw:
     wanted = recipe.area * source.allowed.size / recipe.count
     narrow = recipe.defect in settings.lines
     spots = [_spot(rng, source.allowed, wanted, settings, narrow) for _ in range(recipe.count)]
-    return CutDraw(tuple(spots), texts, word, recipe.severity, settings)
+    return CutDraw(tuple(spots), texts, word, recipe.severity, settings, recipe.category)
 
 
 def _spot(
@@ -203,6 +209,7 @@ def chains(
             draws[i].texts.detail,
             draws[i].word,
             spot.seed,
+            None if model.guide is None else _scene(sources[i], spot, draws[i].category, model.guide.critic),
         )
         for i, spot in tasks
     ]
@@ -213,10 +220,36 @@ def chains(
         for at in range(0, len(alike), batch):
             chosen = alike[at : at + batch]
             found = sample(
-                [requests[k] for k in chosen], model.sd, model.reader, model.clip, draws[0].settings
+                [requests[k] for k in chosen],
+                model.sd,
+                model.reader,
+                model.clip,
+                draws[0].settings,
+                model.guide,
             )
             twins |= dict(zip(chosen, found, strict=True))
     return [[twins[k] for k, (owner, _) in enumerate(tasks) if owner == i] for i in range(len(draws))]
+
+
+def guide(model: Model, critic: Critic, strength: float) -> Model:
+    """The model, to draw what a critic does not find yet."""
+    from generation.cut.guidance import Guide
+
+    return replace(model, guide=Guide(critic, strength))
+
+
+def _scene(source: Source, spot: Spot, category: str, critic: Critic) -> Scene:
+    """The source as a critic sees it, and where in it the spot's crop lies: a pixel at least."""
+    from generation.backbones import in_unit, to_batch
+    from generation.cut.guidance import Scene
+
+    picture = in_unit(to_batch([eight_bit(source.pixels)], critic.size)[0])
+    height, width = source.pixels.shape[:2]
+    y0, y1, x0, x1 = spot.crop
+    top, left = (min(low * critic.size // side, critic.size - 1) for low, side in ((y0, height), (x0, width)))
+    bottom = max(top + 1, round(y1 * critic.size / height))
+    right = max(left + 1, round(x1 * critic.size / width))
+    return Scene(picture, (top, bottom, left, right), category)
 
 
 def edits(
@@ -289,6 +322,8 @@ def _merged(
         name: float(np.min([found.measures[name] for found in anomalies])) for name in anomalies[0].measures
     }
     measures["attention"] = float(np.mean([trace["attention"] for trace in traces]))
+    if model.guide is not None:
+        measures["margin"] = float(np.mean([trace["margin"] for trace in traces]))
     if model.judge is not None:
         measures["clip_gain"] = _gain(source, one, patch, (y0, x0), model.judge)
     if batch < one.settings.batch:
@@ -333,4 +368,5 @@ GENERATOR = Generator(
     gpu=True,
     prompts=prompts_of,
     fit=fit,
+    guide=guide,
 )

@@ -1,4 +1,5 @@
-"""The two gradients that make the anomaly: attention to its word, likeness to its description (core.md 1.5).
+"""The gradients that make the anomaly: attention to its word, likeness to its description (core.md 1.5), and,
+where a detector is at hand, away from what it finds already.
 
 Steps have a fixed length: each sample's gradient is divided by its root mean square over the allowed latents
 (inference: the released step sizes fit the gradients of one checkpoint; a length in latents fits any).
@@ -6,12 +7,18 @@ Steps have a fixed length: each sample's gradient is divided by its root mean sq
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from generation.critic import Critic
 from generation.cut.attention import MapReader, Words, anomaly_map
 from generation.cut.clip import Clip
 from generation.cut.models import StableDiffusion
+from generation.protocol import Box
 
 ATTENTION_STEP = 0.003  # root mean square of a step at α = 1, in units of the latents' deviation
 IMAGE_STEP = 0.15  # of a refinement step at strength 1
@@ -93,6 +100,102 @@ def refine(
     gradient = torch.cat(gradients)
     step = IMAGE_STEP * strength * _unit(gradient * location[:, None], location)
     return clean + step, torch.cat(cosines)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Attributes: ``critic`` to be escaped; ``strength`` of the steps, in those of the refinement."""
+
+    critic: Critic
+    strength: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The whole picture around a crop, as a critic sees it.
+
+    Attributes:
+        picture: float32 3×size×size in [0, 1], the untouched source.
+        box: of the crop in it.
+        category: its name.
+    """
+
+    picture: Tensor
+    box: Box
+    category: str
+
+
+def practise(
+    sd: StableDiffusion,
+    clip: Clip | None,
+    guide: Guide,
+    clean: Tensor,
+    twin: Tensor,
+    detail: Tensor | None,
+    location: Tensor,
+    scenes: Sequence[Scene],
+) -> tuple[Tensor, Tensor]:
+    """One step of the predicted clean latents down the critic's margin inside the anomaly.
+
+    The idea is deliberate practice (Askari-Hemmat et al. 2025): guidance by what the learner does not know
+    yet, on x̂₀ as in :func:`refine`. The rest is inference. The critic sees the source plus the difference
+    of the decoded twins, as the sample will be; its margin is averaged over the picture, weighted by that
+    difference. The difference keeps its length, so that fading away is no way out; what goes against the
+    detailed description is projected out (gradient surgery, Yu et al. 2020); and a sample that the critic
+    does not find any more (margin ≤ 0) rests.
+
+    Args:
+        clean, twin: x̂₀ of both chains, N×c×h×w.
+        detail: N×d, CLIP's embeddings of the descriptions; None without ``clip``.
+        location: float32, N×h×w in {0, 1}.
+
+    Returns:
+        The moved latents, and the mean margin before the step, N.
+    """
+    steps, margins = [], []
+    for at in range(0, len(clean), DECODED):
+        few = slice(at, at + DECODED)
+        place = location[few, None]
+        with torch.no_grad():
+            before = sd.decode(twin[few]).clamp(0, 1)
+        with torch.enable_grad():
+            z = clean[few].detach().requires_grad_(True)
+            picture = sd.decode(z).clamp(0, 1)
+            change = (picture - before) * F.interpolate(place, picture.shape[-2:])
+            margin = _mean_margin(guide.critic, change, scenes[few])
+            (gradient,) = torch.autograd.grad(SCALE * margin.sum(), z, retain_graph=clip is not None)
+            down = -gradient.float() * place * (margin.detach() > 0)[:, None, None, None]
+            if clip is not None and detail is not None:
+                (up,) = torch.autograd.grad(SCALE * clip.similarity(picture, detail[few]).sum(), z)
+                down = _without_conflict(down, up.float() * place)
+        steps.append(down)
+        margins.append(margin.detach())
+    step = IMAGE_STEP * guide.strength * _unit(torch.cat(steps), location)
+    return clean + step, torch.cat(margins)
+
+
+def _mean_margin(critic: Critic, change: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    """Margins, N, of the scenes with a change N×3×h×w added to their crops; weighted by the change."""
+    length = change.flatten(1).norm(dim=1).clamp(min=1e-6)
+    change = change * (length.detach() / length)[:, None, None, None]
+    seen, weights = [], []
+    for one, scene in zip(change, scenes, strict=True):
+        y0, y1, x0, x1 = scene.box
+        part = F.interpolate(one[None], (y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0]
+        height, width = scene.picture.shape[-2:]
+        part = F.pad(part, (x0, width - x1, y0, height - y1))
+        seen.append((scene.picture.to(part) + part).clamp(0, 1))
+        weights.append(part.detach().abs().amax(dim=0))
+    maps = critic.margins(torch.stack(seen), [scene.category for scene in scenes])
+    weight = torch.stack(weights).to(maps)
+    return ((maps * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1e-6)).to(change.device)
+
+
+def _without_conflict(step: Tensor, wanted: Tensor) -> Tensor:
+    """``step`` without the part of it that goes against ``wanted``, of each sample."""
+    along = (step * wanted).sum(dim=(1, 2, 3), keepdim=True)
+    square = wanted.square().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
+    return step - along.clamp(max=0) / square * wanted
 
 
 def align(

@@ -1,0 +1,101 @@
+"""The detector of the round before as the critic of a round's samples: named by its hash, loaded once.
+
+A round that practises says in its settings which detector it began with. A file that is no longer the same
+is refused: samples would not be what their recipes say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from generation.critic import Critic, Search
+from generation.protocol import Generator
+from manifests.errors import FlawsmithError
+from manifests.workspace import Workspace, WorkspaceError
+
+if TYPE_CHECKING:
+    from workflows.config import Practice
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A detector by its place and its content: ``sha256`` (hex) of its weights and of its configuration."""
+
+    workspace: str
+    folder: str
+    sha256: str
+
+
+def pin(space: Workspace, round_: int, detector: str) -> dict[str, str]:
+    """How the settings of the next round name the detector of a round.
+
+    Raises:
+        FlawsmithError: it is not there.
+    """
+    folder = f"rounds/{round_:03d}/detectors/{detector}"
+    return {"folder": folder, "sha256": _sha256(_files(space, folder))}
+
+
+@lru_cache(maxsize=1)
+def load_critic(pinned: Pinned) -> Critic:
+    """The critic, ready; read once a process.
+
+    Raises:
+        WorkspaceError: its files are no longer those that the round began with.
+        FlawsmithError: they cannot be used, or the detector cannot be practised against.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from detectors.critic import as_critic
+    from training import checkpoints
+    from workflows.stages import device
+
+    files = _files(Workspace(pinned.workspace), pinned.folder)
+    if (found := _sha256(files)) != pinned.sha256:
+        raise WorkspaceError(
+            f"{pinned.folder} is no longer the detector that the round began to practise against (sha256 "
+            f"{found[:12]}, its settings say {pinned.sha256[:12]}): restore it, or delete the round that "
+            "practises and run again"
+        )
+    with tempfile.TemporaryDirectory() as aside:
+        for name, data in files.items():
+            (Path(aside) / name).write_bytes(data)
+        notes = checkpoints.read_config(aside).get("notes", {})
+        if notes.get("tiles") is not None:
+            raise FlawsmithError(
+                "generation.practice: a detector of tiles never sees a whole picture and cannot be practised "
+                "against; set detector.tiles to null, or leave practice out"
+            )
+        return as_critic(checkpoints.load(aside, device()), notes["map_thresholds"])
+
+
+def coached(
+    generator: Generator, model: Any, pinned: Pinned | None, practice: Practice
+) -> tuple[Any, Search | None]:
+    """How a generator practises: its model with a guide, or a search over draws; neither without a critic."""
+    if pinned is None:
+        return model, None
+    if generator.guide is not None and practice.guidance:
+        return generator.guide(model, load_critic(pinned), practice.guidance), None
+    if generator.guide is None and practice.candidates > 1:
+        return model, Search(load_critic(pinned), practice.candidates)
+    return model, None
+
+
+def _files(space: Workspace, folder: str) -> dict[str, bytes]:
+    from training.checkpoints import CONFIG, WEIGHTS
+
+    missing = [name for name in (WEIGHTS, CONFIG) if not space.exists(f"{folder}/{name}")]
+    if missing:
+        raise WorkspaceError(
+            f"generation.practice: {folder} lacks {', '.join(missing)}; `flawsmith train` makes them"
+        )
+    return {name: space.read_bytes(f"{folder}/{name}") for name in (WEIGHTS, CONFIG)}
+
+
+def _sha256(files: dict[str, bytes]) -> str:
+    return hashlib.sha256(b"".join(files.values())).hexdigest()

@@ -1,0 +1,57 @@
+"""How much each of a round's samples counts in its training, learned from the labelled feedback pictures."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from manifests.schema import WEIGHTS, to_table
+from manifests.workspace import Workspace, round_file
+from training.weighting import Labelled, labelled, learn
+from workflows.console import progress, say
+from workflows.rounds import remember
+from workflows.stages import Round
+from workflows.steering import prepare
+
+TABLE = "weights.parquet"
+
+
+def sample_weights(space: Workspace, round_: Round, *, write: bool) -> dict[str, float]:
+    """By sample id, the weights of a round: those that are stored, or learned now; ``write`` stores them.
+
+    Samples that the proxy does not look at, such as those of features, are not among them and count 1.
+    """
+    name = round_file(round_.number, TABLE)
+    if space.exists(name):
+        return {row["sample_id"]: row["weight"] for row in space.read_table(name).to_pylist()}
+    with progress(f"round {round_.number}: features to weigh samples by", None, "pictures") as advance:
+        table = prepare(space, round_, advance)
+    pictures: list[Labelled] = []
+    for category, judged in table.judged.items():
+        groups = [f"{category}/{image.group}" for image in table.images[category]]
+        pictures += labelled(judged, groups, table.evidence.scale)
+    weights = learn(table.evidence, pictures)
+    found = dict(zip(table.ids, weights.tolist(), strict=True))
+    if write:
+        rows = [{"round": round_.number, "sample_id": key, "weight": value} for key, value in found.items()]
+        space.write_table(name, to_table(rows, WEIGHTS))
+        means = mean_weights(table.generators, weights)
+        remember(space, round_.number, "weight", {key: f"{value:.3f}" for key, value in means.items()})
+        say(f"round {round_.number}: {_in_words(means, weights)}")
+    return found
+
+
+def mean_weights(generators: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    """By generator, sorted by name."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for name, weight in zip(generators.tolist(), weights.tolist(), strict=True):
+        found[name].append(weight)
+    return {name: float(np.mean(found[name])) for name in sorted(found)}
+
+
+def _in_words(means: dict[str, float], weights: Any) -> str:
+    if (weights == 1).all():
+        return "no weights do better than equal ones on parts left out: every sample counts the same"
+    return "mean weight by generator: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
