@@ -1,23 +1,36 @@
-"""Memory bank: how far patches lie from those of normal pictures (PatchCore; Roth et al., CVPR 2022).
+"""Memory bank: how far patches lie from those of normal pictures. Nothing is trained.
 
-Nothing is trained. Patch features of the normals are thinned to a coreset, the bank of their category; a
-picture's patches are compared with it. The peer every trained detector has to beat.
+By default the bank holds **places**: for each one the Gaussian of what the normals show there, as in PaDiM
+(Defard et al., ICPR workshops 2021). A picture's patch is compared with the Gaussians of the places around
+it, and the nearest counts. What differs from the paper, and why:
 
-What differs from the released code, and why:
+* covariances are shrunk towards one multiple of the identity for all places, by the intensity of Ledoit and
+  Wolf (2004), in place of adding 0.01 to every variance: the normals are fewer than the channels, and how
+  far to trust them is in the data. One multiple for all, or places where nothing ever varies would drown
+  the others [inferred];
+* of each covariance the ``directions`` of largest variance are kept (a probabilistic PCA; Tipping and Bishop,
+  1999): all channels at a fraction of the memory, where the paper draws channels at random;
+* the nearest of the places within ``window``, because parts do not lie in the same place to the pixel
+  [inferred; the paper: the same place alone];
+* levels meet at stride 8: finer ones are averaged onto it.
+
+With ``entries: patches`` the bank is PatchCore's (Roth et al., CVPR 2022): patch features, thinned to a
+coreset, and the nearest neighbour. What differs from the released code, and why:
 
 * a patch feature is the mean of its 3×3 neighbours, channel by channel, without pooling across channels
   [inferred: an EfficientNet's levels are narrow];
 * the bank has a fixed number of patches a category in place of a share of all patches, so that its cost is
   known before; the paper's 10 % of a category of MVTec AD are about 20 000;
-* the whole picture is used, without the paper's centre crop;
-* one detector serves several categories: each has its own bank, and a picture without category is compared
-  with all of them [inferred].
+* the whole picture is used, without the paper's centre crop.
+
+Either way one detector serves several categories: each has its own bank, and a picture without category is
+compared with all of them [inferred].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,41 +39,141 @@ from torch import Tensor, nn
 
 from detectors.coreset import k_centre
 from detectors.patches import CHUNK, STRIDES, pack, tap_shapes, to_maps, unpack
-from detectors.protocol import Batch, Method, Settings
+from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from manifests.errors import UsageError
 
+GRID_STRIDE = 8  # pixels a place
+TAPPED = {"places": (4, *STRIDES), "patches": STRIDES}  # PaDiM taps layer1 to layer3, PatchCore the last two
+FLOOR = (
+    0.01  # of the variance over all places: the least noise, where one or two normals or equal ones show none
+)
+PLACES = 64  # whose decompositions are in memory at once
 PROJECTED = 128  # dimensions in which the coreset is chosen (as released)
 QUANTILE = 0.99  # of the scores of normals: the threshold
+TINY = 1e-12  # where a root of 0 would have no gradient
 
 
 class MemoryBankSettings(Settings):
-    """``paper`` is the published backbone and bank."""
+    """``paper`` is PatchCore's published backbone and bank."""
 
+    size: int = Field(256, ge=32, description="pictures are resized to this many pixels a side")
     steps: int = Field(0, ge=0, le=0, description="none: the bank is filled, not trained")
     backbone: str = Field(DEFAULT, description="a timm model or a folder")
-    layers: tuple[str, ...] | None = Field(None, description="modules to tap; default: strides 8 and 16")
+    layers: tuple[str, ...] | None = Field(
+        None, description="modules to tap; default: strides 4, 8 and 16, for patches 8 and 16"
+    )
+    entries: Literal["places", "patches"] = Field(
+        "places", description="what the bank holds: a Gaussian for each place, or a coreset of patches"
+    )
+    directions: int = Field(8, ge=0, description="of a place's Gaussian, in which it is not round")
+    window: int = Field(2, ge=0, description="places, to each side, in which the nearest is looked for")
     coreset: int = Field(1000, ge=1, description="patches kept for each category")
-    neighbours: int = Field(9, ge=0, description="in the bank, that re-weight a score; below 2: none do")
+    neighbours: int = Field(9, ge=0, description="patches that re-weight a score; below 2: none do")
 
 
-PAPER = {"backbone": "wide_resnet50_2", "coreset": 20_000}
+PAPER = {"entries": "patches", "backbone": "wide_resnet50_2", "size": 224, "coreset": 20_000}
 
 
-def neighbourhood_means(taps: Sequence[Tensor]) -> Tensor:
-    """Locally aware patch features: the mean of 3×3 neighbours, all levels on the grid of the finest.
+def neighbourhood_means(taps: Sequence[Tensor]) -> list[Tensor]:
+    """Locally aware patch features: the mean of 3×3 neighbours, each N×C×h×w (PatchCore, section 3.1)."""
+    return [F.avg_pool2d(tap, 3, stride=1, padding=1, count_include_pad=False) for tap in taps]
+
+
+def on_one_grid(taps: Sequence[Tensor]) -> Tensor:
+    """Taps N×C×h×w, the finest first, on its grid: N×(h·w)×ΣC."""
+    grid = taps[0].shape[2:]
+    return (
+        torch.cat([F.interpolate(tap, grid, mode="bilinear") for tap in taps], 1).flatten(2).transpose(1, 2)
+    )
+
+
+# -- places ---------------------------------------------------------------------------------------------
+
+
+class Gaussians(NamedTuple):
+    """One Gaussian a place, of T places: its covariance is ``noise``·(1 − WᵀW)⁻¹ with the rows W of
+    ``directions``.
+
+    Attributes:
+        means: T×C.
+        directions: T×R×C.
+        noise: the variance in all other directions, the same for all places.
+    """
+
+    means: Tensor
+    directions: Tensor
+    noise: Tensor
+
+
+def fit_gaussians(tokens: Tensor, directions: int) -> Gaussians:
+    """Mean and shrunk covariance of each place, of which the largest ``directions`` are kept.
+
+    (1 − δ)·S + δ·μ·1, with S the covariance at the place over the normals, μ the mean variance over all
+    places, and δ = Σ ‖error of S‖² / Σ ‖S − μ·1‖², sums over places: equations 14 of Ledoit and Wolf (2004),
+    for places together. Every direction that is not kept has the variance δ·μ.
 
     Args:
-        taps: N×C×h×w, the finest first.
-
-    Returns:
-        N×(h·w)×ΣC.
-
-    Source: PatchCore, section 3.1.
+        tokens: N×T×C, N > 0.
     """
-    means = [F.avg_pool2d(tap, 3, stride=1, padding=1, count_include_pad=False) for tap in taps]
-    grid = taps[0].shape[2:]
-    return torch.cat([F.interpolate(m, grid, mode="bilinear") for m in means], 1).flatten(2).transpose(1, 2)
+    count, places, channels = tokens.shape
+    means = tokens.float().mean(dim=0)
+    spread, axes, fourth = [], [], torch.zeros((), dtype=torch.float64)
+    for part, mean in zip(tokens.split(PLACES, dim=1), means.split(PLACES), strict=True):
+        away = (part.float() - mean).transpose(0, 1)
+        values, vectors = principal_axes(away)
+        spread.append(values.double() / count)
+        axes.append(vectors[:, :directions])
+        fourth = fourth + away.double().square().sum(dim=2).square().sum().cpu()
+    variances = torch.cat(spread).cpu()  # T×min(N, C), the largest first
+    traces, squares = variances.sum(), variances.square().sum()
+    mean_variance = traces / (places * channels)
+    error = (fourth / count - squares) / count
+    away_from_round = squares - mean_variance * traces
+    shrinkage = (error / away_from_round).clamp(0, 1).item() if away_from_round > 0 else 1.0
+    overall = tokens.float().var(dim=(0, 1), correction=0).mean().item()
+    noise = max(shrinkage * mean_variance.item(), FLOOR * overall, torch.finfo(torch.float16).tiny)
+    kept = ((1 - shrinkage) * variances[:, :directions]).to(means)
+    weights = (kept / (kept + noise)).sqrt()
+    return Gaussians(means, torch.cat(axes) * weights[:, :, None], torch.tensor(noise))
+
+
+def principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues P×k and unit eigenvectors P×k×C of XᵀX, the largest first, for X of P×N×C and the smaller k
+    of N and C. By way of XXᵀ where that is smaller: many times as fast as a singular value decomposition."""
+    turned = rows.transpose(1, 2)
+    if rows.shape[1] > rows.shape[2]:
+        values, vectors = torch.linalg.eigh(turned @ rows)
+        return values.flip(1).clamp(min=0), vectors.transpose(1, 2).flip(1)
+    values, vectors = torch.linalg.eigh(rows @ turned)
+    return values.flip(1).clamp(min=0), F.normalize(vectors.transpose(1, 2) @ rows, dim=2).flip(1)
+
+
+def nearest_gaussian(tokens: Tensor, places: Gaussians, window: int) -> Tensor:
+    """Mahalanobis distances of tokens to the nearest Gaussian of the places around: float32 h×w.
+
+    Args:
+        tokens: h×w×C, as many as there are places.
+        window: places to each side that are compared.
+    """
+    h, w, channels = tokens.shape
+    side = 2 * window + 1
+    padded = F.pad(tokens, [0, 0, window, window, window, window])
+    around = padded.unfold(0, side, 1).unfold(1, side, 1).permute(0, 1, 3, 4, 2)
+    away = around.reshape(h * w, side**2, channels) - places.means[:, None]
+    known = away @ places.directions.transpose(1, 2)
+    squared = (away.square().sum(dim=2) - known.square().sum(dim=2)).view(h, w, side**2)
+    # Entry (y, x, k) is of the place (y, x) and a token near it; turned: of a token and a place near it.
+    beyond = F.pad(squared.permute(2, 0, 1), [window] * 4, value=float("inf"))
+    turned = [
+        beyond[dy * side + dx, 2 * window - dy :, 2 * window - dx :][:h, :w]
+        for dy in range(side)
+        for dx in range(side)
+    ]
+    return (torch.stack(turned).amin(dim=0).clamp(min=TINY) / places.noise).sqrt()
+
+
+# -- the detector ---------------------------------------------------------------------------------------
 
 
 class MemoryBank(nn.Module):
@@ -73,6 +186,8 @@ class MemoryBank(nn.Module):
     """
 
     bank: Tensor
+    directions: Tensor
+    noise: Tensor
     filled: Tensor
 
     def __init__(self, settings: MemoryBankSettings, categories: Sequence[str], backbone: Backbone):
@@ -82,25 +197,39 @@ class MemoryBank(nn.Module):
         self.fingerprint = backbone.fingerprint
         self.calibration: dict[str, float] = {}
         self._backbone = backbone
-        self.shapes = tap_shapes(backbone, settings.size)
-        self.grid = self.shapes[0][1:]
+        shapes = tap_shapes(backbone, settings.size)
+        least = -(-settings.size // GRID_STRIDE)
+        self.grid = min(shapes[0][1:], (least, least))
+        self.shapes = tuple((c, *min((h, w), self.grid)) for c, h, w in shapes)
         channels, rows = backbone.channels, len(self.categories)
-        self.register_buffer("bank", torch.zeros(rows, settings.coreset, channels, dtype=torch.float16))
-        self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # patches in each row of bank
+        patches = settings.entries == "patches"
+        entries = settings.coreset if patches else self.grid[0] * self.grid[1]
+        kept = 0 if patches else settings.directions
+        self.register_buffer("bank", torch.zeros(rows, entries, channels, dtype=torch.float16))
+        self.register_buffer("directions", torch.zeros(rows, entries, kept, channels, dtype=torch.float16))
+        self.register_buffer("noise", torch.ones(rows))
+        self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # entries in each row of bank
 
     def extract(self, images: Tensor) -> Tensor:
-        """N×3×size×size, uint8 or float in [0, 1], to the packed taps, float32 N×P."""
-        return pack(self._backbone.taps(images))
+        """N×3×size×size, uint8 or float in [0, 1], to the packed taps, none finer than the grid, float32 N×P."""
+        taps = self._backbone.taps(images)
+        return pack(
+            [
+                tap if tap.shape[1:] == shape else F.adaptive_avg_pool2d(tap, shape[1:])
+                for tap, shape in zip(taps, self.shapes, strict=True)
+            ]
+        )
 
     @torch.no_grad()
     def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
-        """For each category the coreset of its patches: greedy k-centre on a random projection, which comes
-        from torch's global generator.
+        """For each category the Gaussians of its places, or the coreset of its patches: greedy k-centre on a
+        random projection, which comes from torch's global generator.
 
         Raises:
             UsageError: a category has no normal.
         """
-        self.bank.zero_()
+        for buffer in (self.bank, self.directions):
+            buffer.zero_()
         projection = torch.randn(self.bank.shape[2], PROJECTED).to(self.bank.device) / PROJECTED**0.5
         for row, category in enumerate(self.categories):
             own = normals[[i for i, name in enumerate(categories) if name == category]]
@@ -108,11 +237,17 @@ class MemoryBank(nn.Module):
                 raise UsageError(
                     f"category {category}: no normal picture in the train split to fill its bank"
                 )
-            patches = torch.cat([self._patches(part).flatten(0, 1).half() for part in own.split(CHUNK)])
-            projected = torch.cat([part.float() @ projection for part in patches.split(CHUNK * 1024)])
-            kept = k_centre(projected, self.settings.coreset)
-            self.bank[row, : len(kept)] = patches[kept]
-            self.filled[row] = len(kept)
+            tokens = torch.cat([self._tokens(part).half() for part in own.split(CHUNK)])
+            if self.settings.entries == "patches":
+                patches = tokens.flatten(0, 1)
+                projected = torch.cat([part.float() @ projection for part in patches.split(CHUNK * 1024)])
+                entries = patches[k_centre(projected, self.settings.coreset)]
+            else:
+                entries, directions, noise = fit_gaussians(tokens, self.settings.directions)
+                self.directions[row, :, : directions.shape[1]] = directions
+                self.noise[row] = noise
+            self.bank[row, : len(entries)] = entries
+            self.filled[row] = len(entries)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         raise UsageError("memory_bank has nothing to train; leave its steps at 0")
@@ -124,27 +259,30 @@ class MemoryBank(nn.Module):
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Distances to the nearest patches of the bank, and the largest of them, re-weighted.
+        """Distances to the nearest entries of the bank. A picture's score is the largest value of its map
+        (places, as in PaDiM) or the largest distance, re-weighted (patches, as in PatchCore).
 
         Pictures are compared one by one, so that none depends on what it is scored with.
         """
-        names = batch.get("category") or [None] * len(batch["features"])
-        ignored = batch["ignore"].to(self.bank.device) if "ignore" in batch else [None] * len(names)
-        skipped = [None if one is None else patches_in(one, self.grid) for one in ignored]
-        found = [
-            self._score(row[None], name, skip)
-            for row, name, skip in zip(batch["features"], names, skipped, strict=True)
-        ]
-        scores, distances = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return scores, to_maps(distances, self.settings.size)
+        rows = [self._rows(name) for name in batch.get("category") or [None] * len(batch["features"])]
+        tokens = (self._tokens(row[None])[0] for row in batch["features"])
+        if self.settings.entries == "places":
+            found = map(self._to_places, tokens, rows)
+            maps = torch.cat([to_maps(distances[None], self.settings.size) for distances in found])
+            return counted(maps, batch).amax(dim=(1, 2)), maps
+        ignored = batch["ignore"].to(self.bank.device) if "ignore" in batch else [None] * len(rows)
+        skipped = (None if one is None else patches_in(one, self.grid) for one in ignored)
+        scores, distances = zip(*map(self._to_patches, tokens, rows, skipped), strict=True)
+        return torch.stack(scores), to_maps(torch.stack(distances), self.settings.size)
 
     def maps(self, batch: Batch) -> Tensor:
         """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
-        names = batch.get("category") or [None] * len(batch["features"])
-        found = [
-            torch.cdist(self._patches(row[None])[0], self._bank(name)).amin(dim=1).view(self.grid)
-            for row, name in zip(batch["features"], names, strict=True)
-        ]
+        rows = [self._rows(name) for name in batch.get("category") or [None] * len(batch["features"])]
+        found = []
+        for features, own in zip(batch["features"], rows, strict=True):
+            tokens = self._tokens(features[None])[0]
+            places = self.settings.entries == "places"
+            found.append(self._to_places(tokens, own) if places else self._to_patches(tokens, own, None)[1])
         return to_maps(torch.stack(found), self.settings.size)
 
     @torch.inference_mode()
@@ -155,12 +293,22 @@ class MemoryBank(nn.Module):
         scores = torch.cat([self.score(batch)[0] for batch in normals])
         self.calibration = {"threshold": torch.quantile(scores, QUANTILE).item()}
 
-    def _score(
-        self, features: Tensor, category: str | None, skip: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _to_places(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
+        """Distances h×w of one picture, to the nearest of the categories ``rows``."""
+        each = [
+            nearest_gaussian(
+                tokens.view(*self.grid, -1),
+                Gaussians(self.bank[row].float(), self.directions[row].float(), self.noise[row]),
+                self.settings.window,
+            )
+            for row in rows
+        ]
+        return torch.stack(each).amin(dim=0)
+
+    def _to_patches(self, tokens: Tensor, rows: Sequence[int], skip: Tensor | None) -> tuple[Tensor, Tensor]:
         """Score and distances h×w of one picture; no score comes from the patches ``skip``, bool h×w."""
-        patches, bank = self._patches(features)[0], self._bank(category)
-        distances, nearest = torch.cdist(patches, bank).min(dim=1)
+        bank = torch.cat([self.bank[row, : self.filled[row]] for row in rows]).float()
+        distances, nearest = torch.cdist(tokens, bank).min(dim=1)
         place = distances.argmax()
         if skip is not None:  # where nothing counts, as low as can be
             skipped = skip.flatten()
@@ -168,24 +316,24 @@ class MemoryBank(nn.Module):
         score = distances[place]
         count = min(self.settings.neighbours, len(bank))
         if count > 1:
-            score = score * novelty(patches[place], bank[nearest[place]], bank, count)
+            score = score * novelty(tokens[place], bank[nearest[place]], bank, count)
         return score, distances.view(self.grid)
 
-    def _patches(self, features: Tensor) -> Tensor:
-        """N×P packed taps to float32 patch features N×T×C."""
-        return neighbourhood_means(unpack(features.to(self.bank.device).float(), self.shapes))
+    def _tokens(self, features: Tensor) -> Tensor:
+        """N×P packed taps to float32 features N×T×C of the places."""
+        taps = unpack(features.to(self.bank.device).float(), self.shapes)
+        return on_one_grid(neighbourhood_means(taps) if self.settings.entries == "patches" else taps)
 
-    def _bank(self, category: str | None) -> Tensor:
-        """float32, M×C: the category's patches, or those of all."""
+    def _rows(self, category: str | None) -> Sequence[int]:
+        """Of the bank: the category's, or all."""
         if category is None:
-            return torch.cat([self.bank[row, :count] for row, count in enumerate(self.filled)]).float()
+            return range(len(self.categories))
         if category not in self.categories:
             raise UsageError(
                 f"category {category!r}: the bank holds {', '.join(self.categories)}; name one of these, or "
                 "none to compare with all of them"
             )
-        row = self.categories.index(category)
-        return self.bank[row, : self.filled[row]].float()
+        return [self.categories.index(category)]
 
 
 def patches_in(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -210,7 +358,7 @@ def build(
     settings: MemoryBankSettings, categories: Sequence[str], device: str | torch.device = "cpu"
 ) -> MemoryBank:
     """An empty bank on ``device``."""
-    backbone = load_backbone(settings.backbone, settings.layers, device, STRIDES)
+    backbone = load_backbone(settings.backbone, settings.layers, device, TAPPED[settings.entries])
     return MemoryBank(settings, categories, backbone).to(device)
 
 

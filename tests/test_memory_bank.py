@@ -1,23 +1,31 @@
 """The memory bank: coreset, neighbours and weights against brute force, and what its banks depend on."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
 from detectors.coreset import k_centre
 from detectors.memory_bank import (
     MEMORY_BANK,
     PAPER,
+    TAPPED,
+    Gaussians,
     MemoryBank,
     MemoryBankSettings,
+    fit_gaussians,
+    nearest_gaussian,
     neighbourhood_means,
     novelty,
+    principal_axes,
 )
-from detectors.patches import STRIDES, pack, unpack
+from detectors.patches import pack, unpack
 from generation.backbones import load_backbone
 from manifests.errors import UsageError
 from training import checkpoints
@@ -26,8 +34,19 @@ from training.fitting import Normal, batches, extract
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(strides=STRIDES)
+def backbones():
+    return {entries: load_backbone(strides=strides) for entries, strides in TAPPED.items()}
+
+
+@pytest.fixture(params=["places", "patches"])
+def of(request, backbones):
+    """Makes a filled bank; ``normals``: pictures by category."""
+    return partial(make, backbones[request.param], entries=request.param)
+
+
+@pytest.fixture
+def of_patches(backbones):
+    return partial(make, backbones["patches"], entries="patches")
 
 
 def weave(seed: int, kind: str = "a", size: int = 64) -> np.ndarray:
@@ -39,7 +58,6 @@ def weave(seed: int, kind: str = "a", size: int = 64) -> np.ndarray:
 
 
 def make(backbone, normals: dict[str, int], **changed) -> MemoryBank:
-    """A filled bank; ``normals``: pictures by category."""
     torch.manual_seed(0)
     detector = MemoryBank(MemoryBankSettings(size=64, **changed), list(normals), backbone).eval()
     categories = [name for name, count in normals.items() for _ in range(count)]
@@ -76,24 +94,115 @@ def test_packed_taps_come_out_as_they_went_in():
 
 def test_a_patch_is_the_mean_of_its_neighbours():
     tap = torch.randn(1, 2, 4, 4)
-    found = neighbourhood_means([tap]).view(4, 4, 2)
+    found = neighbourhood_means([tap])[0][0].permute(1, 2, 0)
     torch.testing.assert_close(found[1, 2], tap[0, :, 0:3, 1:4].mean(dim=(1, 2)))
     torch.testing.assert_close(found[0, 0], tap[0, :, 0:2, 0:2].mean(dim=(1, 2)))  # no zeros from beyond
 
 
-def test_maps_hold_the_distance_to_the_nearest_neighbour(backbone):
+def test_maps_hold_the_distance_to_the_nearest_neighbour(of_patches):
     """scikit-learn's exact search over the same bank."""
-    detector = make(backbone, {"a": 4}, coreset=40, neighbours=0)
+    detector = of_patches({"a": 4}, coreset=40, neighbours=0)
     features = extract(detector, [weave(9), weave(3, "b")])
-    patches = detector._patches(features)
+    patches = detector._tokens(features)
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(detector.bank[0].float().numpy())
     wanted = search.kneighbors(patches.flatten(0, 1).numpy())[0].reshape(2, 8, 8)
-    found = torch.stack([detector._score(row[None], "a")[1] for row in features])
+    found = torch.stack([detector._to_patches(tokens, [0], None)[1] for tokens in patches])
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-3)
     scores, maps = detector.score({"features": features, "category": ["a", "a"]})
     np.testing.assert_allclose(scores.numpy(), wanted.max(axis=(1, 2)), rtol=1e-3)
     assert maps.shape == (2, 64, 64) and maps.dtype == torch.float32
     assert maps[1].mean() > maps[0].mean()
+
+
+def covariances(found: Gaussians) -> torch.Tensor:
+    """T×C×C, as :class:`Gaussians` says."""
+    w = found.directions.double()
+    unit = torch.eye(w.shape[2], dtype=torch.float64)
+    return found.noise.double() * torch.linalg.inv(unit - w.transpose(1, 2) @ w)
+
+
+@pytest.mark.parametrize("count", [3, 9, 40])
+def test_one_places_covariance_is_scikit_learns(count):
+    """Ledoit and Wolf's, where all directions are kept; fewer and more normals than channels."""
+    rng = np.random.default_rng(count)
+    normals = rng.normal(3, 1, (count, 12)) @ rng.normal(0, 1, (12, 12))
+    found = fit_gaussians(torch.tensor(normals[:, None], dtype=torch.float32), 12)
+    np.testing.assert_allclose(found.means[0], normals.mean(axis=0), rtol=1e-5, atol=1e-5)
+    wanted, _ = ledoit_wolf(normals)
+    np.testing.assert_allclose(covariances(found)[0], wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_the_directions_kept_are_those_of_largest_variance():
+    spread = torch.tensor([9.0, 0.1, 4.0, 0.1, 0.1, 0.1])
+    tokens = torch.randn(400, 3, 6, generator=torch.Generator().manual_seed(0)) * spread
+    found = fit_gaussians(tokens, 2)
+    assert found.directions.shape == (3, 2, 6)
+    assert found.directions.abs().argmax(dim=2).tolist() == [[0, 2]] * 3
+    whole, part = (covariances(fit_gaussians(tokens, kept)) for kept in (6, 2))
+    torch.testing.assert_close(part[:, 0, 0], whole[:, 0, 0], rtol=1e-3, atol=0)
+
+
+def test_places_that_never_vary_share_the_noise_of_the_others():
+    """Or the least change there would drown all else."""
+    tokens = torch.randn(10, 2, 5, generator=torch.Generator().manual_seed(0))
+    tokens[:, 1] = 7.0
+    found = fit_gaussians(tokens, 5)
+    step = torch.zeros(1, 2, 5)
+    step[..., 0] = 1.0
+    near = nearest_gaussian(found.means[None] + step, found, 0)[0]
+    assert 1 < near[1] / near[0] < 10
+
+
+@pytest.mark.parametrize("tokens", [torch.ones(1, 4, 3), torch.ones(5, 4, 3), torch.rand(1, 4, 3)])
+def test_one_normal_and_equal_normals_have_finite_distances(tokens):
+    found = fit_gaussians(tokens, 2)
+    assert nearest_gaussian(tokens[0].view(2, 2, 3), found, 1).abs().max() == 0
+    assert nearest_gaussian(tokens[0].view(2, 2, 3) + 1, found, 1).isfinite().all()
+
+
+@given(rows=st.integers(1, 9), channels=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_principal_axes_rebuild_the_scatter(rows, channels, seed):
+    x = torch.randn(2, rows, channels, generator=torch.Generator().manual_seed(seed))
+    values, axes = principal_axes(x)
+    assert values.shape == axes.shape[:2] == (2, min(rows, channels))
+    assert (values.diff(dim=1) <= 1e-4).all()
+    rebuilt = axes.transpose(1, 2) @ (values[:, :, None] * axes)
+    torch.testing.assert_close(rebuilt, x.transpose(1, 2) @ x, rtol=1e-3, atol=1e-3)
+
+
+@given(h=st.integers(1, 5), w=st.integers(1, 5), window=st.integers(0, 6), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_nearest_gaussian_of_the_places_around(h, w, window, seed):
+    """By brute force, a pair of token and place at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    found = fit_gaussians(torch.randn(6, h * w, 4, generator=generator), 2)
+    tokens = torch.randn(h, w, 4, generator=generator)
+    inverse = torch.linalg.inv(covariances(found))
+    wanted = torch.full((h, w), float("inf"), dtype=torch.float64)
+    for y, x, to_y, to_x in np.ndindex(h, w, h, w):
+        if max(abs(y - to_y), abs(x - to_x)) <= window:
+            away = (tokens[y, x] - found.means[to_y * w + to_x]).double()
+            wanted[y, x] = min(wanted[y, x], (away @ inverse[to_y * w + to_x] @ away).sqrt())
+    torch.testing.assert_close(nearest_gaussian(tokens, found, window).double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_normal_at_one_place_is_not_at_another(backbones):
+    """Patches know no place; a window reaches only so far."""
+
+    def halves(seed: int, turned: bool = False) -> np.ndarray:
+        parts = [weave(seed, "a")[:, :32], weave(seed, "b")[:, 32:]]
+        return np.concatenate(parts[::-1] if turned else parts, axis=1)
+
+    ratios = {}
+    for entries, backbone in backbones.items():
+        torch.manual_seed(0)
+        detector = MemoryBank(MemoryBankSettings(size=64, entries=entries, window=1), ["a"], backbone).eval()
+        detector.prepare(extract(detector, [halves(i) for i in range(8)]), ["a"] * 8)
+        pair = extract(detector, [halves(20), halves(20, turned=True)])
+        good, turned = detector.score({"features": pair})[1].mean(dim=(1, 2))
+        ratios[entries] = (turned / good).item()
+    assert ratios["places"] > 1.3 * ratios["patches"]
 
 
 def test_the_weight_is_the_papers():
@@ -106,8 +215,8 @@ def test_the_weight_is_the_papers():
     assert torch.isfinite(far) and 0 <= far <= 1
 
 
-def test_a_picture_of_the_bank_scores_nothing_and_small_banks_hold_every_patch(backbone):
-    detector = make(backbone, {"a": 1}, coreset=500)
+def test_a_picture_of_the_bank_scores_nothing_and_small_banks_hold_every_patch(of):
+    detector = of({"a": 1}, coreset=500)
     assert detector.filled.tolist() == [64]
     features = extract(detector, [weave(0)])
     scores, maps = detector.score({"features": features})
@@ -116,8 +225,8 @@ def test_a_picture_of_the_bank_scores_nothing_and_small_banks_hold_every_patch(b
     assert maps.max() < 0.02 * odd.item()
 
 
-def test_a_picture_is_compared_with_its_category_or_with_all(backbone):
-    detector = make(backbone, {"b": 3, "a": 3}, coreset=100, neighbours=0)
+def test_a_picture_is_compared_with_its_category_or_with_all(of):
+    detector = of({"b": 3, "a": 3}, coreset=100, neighbours=0)
     assert detector.categories == ("a", "b")
     features = extract(detector, [weave(8, "b")])
     own, other, every = (
@@ -130,14 +239,15 @@ def test_a_picture_is_compared_with_its_category_or_with_all(backbone):
         detector.score({"features": features, "category": ["c"]})
 
 
-def test_one_category_moves_nothing_in_anothers_bank(backbone):
+def test_one_category_moves_nothing_in_anothers_bank(of):
     """The statistics and the choice of patches are each category's own."""
-    alone, together = make(backbone, {"a": 3}, coreset=20), make(backbone, {"a": 3, "b": 2}, coreset=20)
+    alone, together = of({"a": 3}, coreset=20), of({"a": 3, "b": 2}, coreset=20)
     assert torch.equal(alone.bank[0], together.bank[0])
+    assert torch.equal(alone.directions[0], together.directions[0])
 
 
-def test_pictures_are_scored_one_by_one(backbone):
-    detector = make(backbone, {"a": 3}, coreset=50)
+def test_pictures_are_scored_one_by_one(of):
+    detector = of({"a": 3}, coreset=50)
     features = extract(detector, [weave(7), weave(8, "b"), weave(9)])
     together, maps = detector.score({"features": features})
     for place, row in enumerate(features):
@@ -146,8 +256,8 @@ def test_pictures_are_scored_one_by_one(backbone):
         torch.testing.assert_close(alone_map[0], maps[place])
 
 
-def test_the_threshold_comes_from_normals_and_a_checkpoint_scores_alike(backbone, tmp_path):
-    detector = make(backbone, {"a": 4, "b": 2}, coreset=30)
+def test_the_threshold_comes_from_normals_and_a_checkpoint_scores_alike(of, tmp_path):
+    detector = of({"a": 4, "b": 2}, coreset=30)
     normals = [Normal(f"n{i}", "a", weave(20 + i)) for i in range(5)]
     detector.calibrate(list(batches(detector, normals)))
     scores = [score for score, _ in predict(detector, [n.pixels for n in normals], ["a"] * 5)]
@@ -162,8 +272,8 @@ def test_the_threshold_comes_from_normals_and_a_checkpoint_scores_alike(backbone
     np.testing.assert_array_equal(pair[0][1], pair[1][1])
 
 
-def test_a_category_without_normals_and_steps_are_refused(backbone):
-    detector = MemoryBank(MemoryBankSettings(size=64), ["a", "b"], backbone)
+def test_a_category_without_normals_and_steps_are_refused(backbones):
+    detector = MemoryBank(MemoryBankSettings(size=64), ["a", "b"], backbones["places"])
     with pytest.raises(UsageError, match="category b"):
         detector.prepare(extract(detector, [weave(0)]), ["a"])
     with pytest.raises(UsageError, match="calibrate"):
@@ -178,11 +288,11 @@ def test_the_papers_layers_and_bank():
 
     assert protocol.get("memory_bank") is MEMORY_BANK
     paper = MemoryBankSettings(**PAPER)
-    assert (paper.backbone, paper.steps, paper.size) == ("wide_resnet50_2", 0, 224)
+    assert (paper.backbone, paper.entries, paper.size) == ("wide_resnet50_2", "patches", 224)
 
 
-def test_no_score_comes_from_an_ignored_place(backbone):
-    detector = make(backbone, {"a": 6})
+def test_no_score_comes_from_an_ignored_place(of):
+    detector = of({"a": 6})
     picture = weave(40)
     picture[8:24, 8:24] = 255
     features = extract(detector, [picture, weave(41)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -74,8 +75,30 @@ def run_timed(command: Sequence[str | Path], threads: int | None = 1) -> dict[st
         cwd=REPOSITORY,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{command[1]} failed ({done.returncode}):\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{command[1]} failed ({ended(done.returncode)}):\n{last_lines(done.stderr)}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ended(code: int) -> str:
+    """What a process's exit status means, for a person.
+
+    >>> ended(1), ended(-9)
+    ('exit status 1', 'killed by SIGKILL; if nobody did, for lack of memory')
+    """
+    if code >= 0:
+        return f"exit status {code}"
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + ("; if nobody did, for lack of memory" if name == "SIGKILL" else "")
+
+
+def last_lines(written: str, count: int = 20) -> str:
+    """The end of what a process wrote, as a terminal shows it: of a progress bar its last state alone.
+
+    >>> last_lines("a\\n 1 %\\r 2 %\\r 3 %\\nValueError: b\\n", 2)
+    ' 3 %\\nValueError: b'
+    """
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in written.rstrip().split("\n")]
+    return "\n".join(lines[-count:])
 
 
 def run_peer(
