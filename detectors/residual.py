@@ -101,7 +101,7 @@ class Residual(nn.Module):
         self.register_buffer("median", torch.ones(rows))
 
     def extract(self, images: Tensor) -> Tensor:
-        """uint8 N×3×size×size to the packed taps, float32 N×P."""
+        """N×3×size×size, uint8 or float in [0, 1], to the packed taps, float32 N×P."""
         return pack(self._backbone.taps(images))
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ def test_arms_run_in_small(plan, monkeypatch):
     """The ceiling and the loop share a workspace here; chance begins with a copy of its first round."""
     monkeypatch.setattr(loop_cells, "THREADS", 1)
     small = {"ceiling": replace(ARMS["ceiling"], without="cut")}
-    small |= {name: replace(ARMS[name], without="cut", rounds=2) for name in ("loop", "chance")}
+    small |= {name: replace(ARMS[name], without="cut", rounds=2) for name in ("chance", "loop")}
     small["loop"] = replace(small["loop"], base="ours")
     found = {name: measure(plan, arm, 0, 0) for name, arm in small.items()}
     for cell in found.values():

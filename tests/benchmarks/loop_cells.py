@@ -228,9 +228,11 @@ def run_by_chance(plan: Plan, arm: Arm, seed: int, part: int) -> Workspace:
     space = workspace(plan, arm.base, seed, part)
     if not space.exists(round_file(0, "found.parquet")):
         first = run_rounds(plan, replace(arm, base="few" if arm.few else "ours"), seed, part, 1)
-        left = shutil.ignore_patterns("trials.parquet", "decisions.parquet")
-        shutil.copytree(first.path("rounds/000"), space.path("rounds/000"), ignore=left, dirs_exist_ok=True)
+        aside = space.path("000.part")  # whole or not at all
+        shutil.copytree(first.path("rounds/000"), aside, dirs_exist_ok=True)
         shutil.copy(first.path("images.parquet"), space.path("images.parquet"))
+        Path(space.path("rounds")).mkdir(exist_ok=True)
+        Path(aside).rename(space.path("rounds/000"))
     for number in range(1, arm.rounds):
         if not space.exists(round_file(number, "settings.yaml")):
             config, generation, began = read_settings(space, 0)
