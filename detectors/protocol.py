@@ -25,6 +25,7 @@ BUILT_IN = {
     "dfd": "detectors.dfd:METHOD",
     "memory_bank": "detectors.memory_bank:MEMORY_BANK",
     "onenip": "detectors.onenip:ONENIP",
+    "residual": "detectors.residual:RESIDUAL",
     "vlad": "detectors.vlad:VLAD",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ from generation.masks import around, place, rectangle, union
 from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable, places_of, stored
 from generation.severity import solved
 from manifests.schema import Recipe
+from manifests.searching import Search
 
 PUBLISHED_AREA, PUBLISHED_ASPECT = (0.02, 0.15), (0.3, 1 / 0.3)  # share of the picture; height over width
 HUE = 0.1  # of the published colour jitter, in turns
@@ -32,8 +33,8 @@ class CutPasteParams(Params):
             paste is transparent, a stronger one recoloured more.
     """
 
-    aspect: float = 3.3
-    jitter: float = 0.4
+    aspect: Annotated[float, Search(1, 10, log=True)] = 3.3
+    jitter: Annotated[float, Search(0, 1)] = 0.4
     published: bool = False
 
 

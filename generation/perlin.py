@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,6 +15,7 @@ from generation.severity import solved
 from generation.textures import KINDS, augment, coloured, cut
 from manifests.errors import UsageError
 from manifests.schema import Recipe
+from manifests.searching import Search
 
 EDGE = 1  # pixels over which the texture fades in
 
@@ -34,7 +35,9 @@ class PerlinParams(Params):
             so that the change is what the severity asks for.
     """
 
-    texture: Literal["folder", "normals", "procedural"] = "procedural"
+    texture: Annotated[
+        Literal["folder", "normals", "procedural"], Search(choices=("normals", "procedural"))
+    ] = "procedural"
     augment: bool = True
     mask: Literal["area", "threshold"] = "area"
     lattice: tuple[int, int] = (0, 5)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from generation.protocol import Box, Edit, Generator, Params, Source, Undrawable
 from generation.severity import solved
 from manifests.errors import UsageError
 from manifests.schema import Recipe
+from manifests.searching import Search
 
 LARGEST = 8.0  # most that a blended change is scaled up
 
@@ -44,11 +45,11 @@ class PoissonParams(Params):
             the visible part is an ellipse, and the change is scaled to what the severity asks for.
     """
 
-    mixed: bool = False
+    mixed: Annotated[bool, Search(choices=(False, True))] = False
     resize_low: float = 0.7
     resize_high: float = 1.3
-    shade: float = 0.2
-    shift: float = 0.25
+    shade: Annotated[float, Search(0, 0.5)] = 0.2
+    shift: Annotated[float, Search(0, 0.5)] = 0.25
     published: bool = False
 
 

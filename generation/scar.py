@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from generation.masks import around, bow, joined, place
 from generation.protocol import Box, Edit, Generator, Params, Places, Source, Undrawable, places_at
 from generation.severity import solved
 from manifests.schema import Recipe
+from manifests.searching import Search
 
 PUBLISHED_WIDTH, PUBLISHED_LENGTH = (2.0, 16.0), (10.0, 25.0)  # pixels at a side of 256
 PUBLISHED_TURN = 45.0  # degrees, at most
@@ -41,10 +42,10 @@ class ScarParams(Params):
             ``cutpaste``.
     """
 
-    ratio_low: float = 6.0
-    ratio_high: float = 30.0
-    bend: float = 0.12
-    jitter: float = 0.6
+    ratio_low: Annotated[float, Search(2, 10, log=True)] = 6.0
+    ratio_high: Annotated[float, Search(10, 60, log=True)] = 30.0
+    bend: Annotated[float, Search(0, 0.4)] = 0.12
+    jitter: Annotated[float, Search(0, 1)] = 0.6
     published: bool = False
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from manifests.errors import UsageError
 from manifests.schema import GOOD, Image, Recipe
+from manifests.searching import Search
 from manifests.wording import DRAWS, Prompts
 
 Donors = Literal["none", "texture", "normal", "foreign"]
@@ -45,13 +47,24 @@ class GeneratorSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    share: Share = Field(1.0, description="weight in the mix; 0 leaves the generator out")
+    share: Annotated[Share, Search(0.1, 10, log=True)] = Field(
+        1.0, description="weight in the mix; 0 leaves the generator out"
+    )
     defect: str | None = Field(None, description="word for the defect; default: the generator's own")
     prompt: str = Field(
         "", description="short text of the anomaly (text-to-image generators); may hold {object}"
     )
     detail: str = Field("", description="detailed description of the anomaly (text-to-image generators)")
-    area: AreaRange | None = Field(None, description="its own range; null: generation.area")
+    area: Annotated[AreaRange | None, Search(0.0003, 0.3, log=True)] = Field(
+        None, description="its own range; null: generation.area"
+    )
+    severity: Annotated[UnitRange | None, Search(0, 1)] = Field(
+        None, description="its own range; null: generation.severity"
+    )
+    defects: Annotated[dict[str, Share], Search(0.2, 5, log=True)] = Field(
+        default_factory=dict,
+        description="how often defects of its prompt bank are drawn, by name; 1 if not named",
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
 
 
@@ -162,18 +175,26 @@ def plan_shard(
     round_: int,
     shard: int,
     first: int = 0,
+    category_shares: Mapping[str, float] = MappingProxyType({}),
+    normal_weights: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Recipe]:
     """The recipes of one shard, in plan order. ``first`` is the shard with which the ``samples`` begin.
 
     Generators appear in proportion to their shares (systematic sampling, so that even a small shard keeps
-    the mix), categories equally often in expectation, area log-uniformly, severity and count uniformly in
-    their ranges. All numbers come from ``SeedSequence(seed, spawn_key=(round, shard))``; each recipe carries
-    a seed of its own, from which every attempt spawns its stream. Prompts are drawn from a stream of their
-    own (spawn key ``(round, shard, 0)``), so that no other number depends on whether there are any.
+    the mix), categories and their pictures in proportion to theirs (1 if not named) in expectation, area
+    log-uniformly, severity and count uniformly in their ranges. All numbers come from
+    ``SeedSequence(seed, spawn_key=(round, shard))``; each recipe carries a seed of its own, from which every
+    attempt spawns its stream. Prompts are drawn from a stream of their own (spawn key ``(round, shard, 0)``),
+    and so are categories if any has a share (``(round, shard, 1)``), so that no other number depends on
+    whether there are any.
+
+    Args:
+        category_shares: by category.
+        normal_weights: how often a picture is drawn, by ``image_id``.
 
     Raises:
-        UsageError: no generator has a share, a generator needs donors that the pool lacks, or its prompts
-            leave out a category.
+        UsageError: no generator has a share, no category has one, a generator needs donors that the pool
+            lacks, or its prompts leave out a category.
     """
     size = min(shard_size, samples - (shard - first) * shard_size)
     if size <= 0 or shard < first:
@@ -189,11 +210,23 @@ def plan_shard(
     rng.shuffle(chosen)
     categories = list(pool.normals)
     category_draw = rng.integers(len(categories), size=size)
+    if set(category_shares) & set(categories):
+        weights = np.array([category_shares.get(name, 1.0) for name in categories])
+        if not weights.any():
+            raise UsageError("generation.categories: no category has a share above 0")
+        own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard, 1)))
+        category_draw = _weighted(weights, own.random(size))
+    hard = {
+        name: np.array([normal_weights.get(image.image_id, 1.0) for image in pictures])
+        for name, pictures in pool.normals.items()
+        if any(image.image_id in normal_weights for image in pictures)
+    }
     picture_draw = rng.random(size)
     donor_draw = rng.random(size)
     ranges = np.log([generators[names[at]].area or area for at in chosen])
     areas = np.exp(rng.uniform(ranges[:, 0], ranges[:, 1]))
-    severities = rng.uniform(severity[0], severity[1], size)
+    strengths = np.array([generators[names[at]].severity or severity for at in chosen])
+    severities = rng.uniform(strengths[:, 0], strengths[:, 1])
     counts = rng.integers(count[0], count[1] + 1, size)
     seeds = rng.integers(2**63 - 1, size=size)
     word_draws: list[list[float]] = []
@@ -210,11 +243,14 @@ def plan_shard(
         settings = generators[name]
         category = categories[category_draw[index]]
         pictures = pool.normals[category]
-        image = pictures[int(picture_draw[index] * len(pictures))]
+        place = picture_draw[index]
+        image = pictures[
+            int(_weighted(hard[category], place)) if category in hard else int(place * len(pictures))
+        ]
         defect, prompt, detail = settings.defect or trait.defect, settings.prompt, settings.detail
         if trait.prompts is not None:
             defect, prompt, detail = trait.prompts.words(
-                category, areas[index], severities[index], word_draws[index]
+                category, areas[index], severities[index], word_draws[index], settings.defects
             )
         recipes.append(
             Recipe(
@@ -239,6 +275,11 @@ def plan_shard(
         )
         used[name] += 1
     return recipes
+
+
+def _weighted(weights: np.ndarray, draws: Any) -> Any:
+    """Indices drawn in proportion to ``weights`` (≥ 0, one > 0), one for each number in [0, 1)."""
+    return np.searchsorted(np.cumsum(weights / weights.sum())[:-1], draws, side="right")
 
 
 def check_donors(

@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from manifests.errors import UsageError
@@ -96,16 +98,27 @@ class Prompts:
         return self._found[category]
 
     def words(
-        self, category: str, area: float, severity: float, draws: Sequence[float]
+        self,
+        category: str,
+        area: float,
+        severity: float,
+        draws: Sequence[float],
+        shares: Mapping[str, float] = MappingProxyType({}),
     ) -> tuple[str, str, str]:
         """(defect, prompt, detail) of one recipe.
 
         Args:
             area, severity: of the recipe; see :func:`write` for the words they give.
             draws: ``DRAWS`` numbers in [0, 1).
+            shares: how often a defect's entries are drawn, ≥ 0; 1 if not named. All 0: equally often.
         """
         noun, entries = self.of(category)
-        entry = pick(entries, draws[0])
+        total = sum(shares.get(entry.defect, 1.0) for entry in entries)
+        if shares and total > 0:
+            ends = accumulate(shares.get(entry.defect, 1.0) / total for entry in entries)
+            entry = next((e for e, end in zip(entries, ends, strict=True) if draws[0] < end), entries[-1])
+        else:
+            entry = pick(entries, draws[0])
         return (entry.defect, *write(entry, noun, area, severity, draws[1:]))
 
 

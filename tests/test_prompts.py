@@ -340,6 +340,18 @@ def test_a_plan_is_worded_from_the_bank_and_nothing_else_of_it_changes():
     assert all(r.prompt == r.detail == "" and r.defect == "blob" for r in recipes if r.generator == "perlin")
 
 
+def test_defects_of_the_bank_are_drawn_in_their_shares():
+    def words(**settings):
+        return [recipe for recipe in planned(**cut(**settings)) if recipe.generator == "cut"]
+
+    even = words()
+    name = even[0].defect
+    only = words(defects={name: 1e9})
+    assert {recipe.defect for recipe in only} == {name} != {recipe.defect for recipe in even}
+    assert [recipe.seed for recipe in only] == [recipe.seed for recipe in even]
+    assert name not in {recipe.defect for recipe in words(defects={name: 0})}
+
+
 def test_prompts_survive_their_file():
     prompts = prompts_of(PromptParams(nouns={"nut": "hex nut"}), GeneratorSettings())
     again = from_plain(json.loads(canonical_json(to_plain(prompts))))

@@ -159,6 +159,24 @@ def test_a_generator_may_have_an_area_of_its_own():
             assert found == shared  # nobody else's numbers move
 
 
+def test_categories_pictures_and_strengths_follow_their_settings_and_nothing_else_moves():
+    hard = POOL.normals["nut"][2].image_id
+    generators = {**PLAN["generators"], "poisson": GeneratorSettings(severity=(0.9, 1.0))}
+    changes = {
+        "generators": generators,
+        "category_shares": {"bolt": 0.25},
+        "normal_weights": {hard: 16.0},
+    }
+    before, after = ([r for s in range(15) for r in plan(s, **c)] for c in ({}, changes))
+    assert [(r.seed, r.area, r.count) for r in before] == [(r.seed, r.area, r.count) for r in after]
+    assert Counter(r.category for r in after)["bolt"] / len(after) == pytest.approx(0.2, abs=0.04)
+    nuts = [r.image_id for r in after if r.category == "nut"]
+    assert nuts.count(hard) / len(nuts) == pytest.approx(0.8, abs=0.05)
+    assert all((r.severity >= 0.9) == (r.generator == "poisson") for r in after)
+    with pytest.raises(UsageError, match=r"generation\.categories"):
+        plan(0, category_shares={"bolt": 0, "nut": 0})
+
+
 def test_presets_make_a_papers_data_and_yield_to_what_is_set_beside_them():
     for name in ("draem", "dfd", "onenip", "cutpaste", "nsa"):
         generation = Generation.model_validate({"preset": name})

@@ -29,7 +29,8 @@ from pydantic import (
 
 from generation.gates import Gates
 from manifests.errors import UsageError
-from manifests.recipes import AreaRange, CountRange, GeneratorSettings, UnitRange, ordered
+from manifests.recipes import AreaRange, CountRange, GeneratorSettings, Share, UnitRange, ordered
+from manifests.searching import Search
 from manifests.sources import SourceSettings
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Practice(Settings):
 
 
 class Generation(Settings):
-    """What is made in a round. The feedback of a round changes ``generators.*.share``, ``area`` and
-    ``severity`` of the next."""
+    """What is made in a round. The feedback of a round changes for the next what is marked ``Search``, here
+    and in the generators' own settings, and ``normals``."""
 
     generators: dict[str, GeneratorSettings] = Field(
         default_factory=lambda: dict(DEFAULT_MIX), description="the mix; see `flawsmith doctor` for names"
@@ -78,11 +79,25 @@ class Generation(Settings):
     preset: str | None = Field(
         None, description="start from a paper's training data: draem, dfd, onenip, cutpaste or nsa"
     )
-    area: AreaRange = Field((0.002, 0.08), description="wanted share of the picture, drawn log-uniformly")
-    severity: UnitRange = Field((0.2, 1.0), description="how strong, 0 barely visible, 1 strongest")
-    count: CountRange = Field((1, 3), description="how many spots a sample has")
-    location: Literal["anywhere", "foreground", "roi"] = Field(
-        "foreground", description="where: anywhere, on the part, or in the source's region of interest"
+    area: Annotated[AreaRange, Search(0.0003, 0.3, log=True)] = Field(
+        (0.002, 0.08), description="wanted share of the picture, drawn log-uniformly"
+    )
+    severity: Annotated[UnitRange, Search(0, 1)] = Field(
+        (0.2, 1.0), description="how strong, 0 barely visible, 1 strongest"
+    )
+    count: Annotated[CountRange, Search(1, 6, whole=True)] = Field(
+        (1, 3), description="how many spots a sample has"
+    )
+    location: Annotated[
+        Literal["anywhere", "foreground", "roi"], Search(choices=("anywhere", "foreground"))
+    ] = Field("foreground", description="where: anywhere, on the part, or in the source's region of interest")
+    categories: Annotated[dict[str, Share], Search(0.2, 5, log=True)] = Field(
+        default_factory=dict, description="how often a category is drawn; 1 if not named"
+    )
+    normals: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="how often a normal picture is drawn, by image_id; 1 if not named. Feedback names "
+        "the hard ones: where the detector raises false alarms",
     )
     textures: str | None = Field(None, description="folder of texture pictures for params.texture: folder")
     attempts: int = Field(6, ge=1, le=100, description="draws of one recipe before it is rejected")

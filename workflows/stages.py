@@ -113,6 +113,8 @@ class Round:
             pool=self.pool,
             round_=self.number,
             shard=shard,
+            category_shares=self.generation.categories,
+            normal_weights=self.generation.normals,
         )
 
     def fingerprint(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from generation.cut.prompts import PromptParams
+from manifests.searching import Search
 
 PAPER: dict[str, Any] = {
     "steps": 100,
@@ -63,14 +64,14 @@ class CutParams(PromptParams):
     size: int | None = Field(None, ge=64)
     batch: int = Field(4, ge=1, le=256)
     steps: int = Field(30, ge=1, le=1000)
-    gamma: float = Field(0.7, ge=0, le=1)
-    guidance: float = Field(3.5, ge=0)
-    attention: float = Field(5.0, ge=0)
+    gamma: Annotated[float, Search(0.4, 0.95)] = Field(0.7, ge=0, le=1)
+    guidance: Annotated[float, Search(1.5, 9, log=True)] = Field(3.5, ge=0)
+    attention: Annotated[float, Search(0, 15)] = Field(5.0, ge=0)
     every: int = Field(3, ge=1)
     inner: int = Field(1, ge=1, le=50)
     reach: float = Field(0.9, ge=0, le=1)
     align: bool = False
-    refinement: float = Field(0.3, ge=0)
+    refinement: Annotated[float, Search(0, 1)] = Field(0.3, ge=0)
     window: float = Field(0.3, gt=0, le=1)
     twin: Literal["normal", "shared", "empty"] = "normal"
     composition: Literal["residual", "gradient", "paste"] = "residual"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ from generation.protocol import Donors, FeatureEdit, Generator, Params, Source
 from manifests.errors import UsageError
 from manifests.pictures import eight_bit
 from manifests.schema import Recipe
+from manifests.searching import Search
 
 if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not wait for it
     from generation.backbones import Backbone
@@ -42,8 +43,8 @@ class FeatureParams(Params):
 
     backbone: str = "tf_efficientnet_lite0"
     size: int = Field(256, ge=32)
-    shape: Shape = "blob"
-    strength: float | None = Field(None, ge=0)
+    shape: Annotated[Shape, Search(choices=("blob", "stroke", "ellipse", "rectangle"))] = "blob"
+    strength: Annotated[float | None, Search(0.1, 4, log=True)] = Field(None, ge=0)
 
 
 class MovedParams(FeatureParams):
@@ -53,7 +54,7 @@ class MovedParams(FeatureParams):
         attended: of a place twice as large, change the half that stands out most.
     """
 
-    attended: bool = True
+    attended: Annotated[bool, Search(choices=(True, False))] = True
 
 
 class AscentParams(FeatureParams):
@@ -64,7 +65,9 @@ class AscentParams(FeatureParams):
             tokens (``hypersphere``).
     """
 
-    projection: Literal["manifold", "hypersphere"] = "manifold"
+    projection: Annotated[Literal["manifold", "hypersphere"], Search(choices=("manifold", "hypersphere"))] = (
+        "manifold"
+    )
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,13 @@ from generation.severity import solved
 from generation.textures import cut
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe
+from manifests.searching import Search
 
 CONTEXT = 16  # pixels around the mask that the transform sees, if the operator reaches no further
 SMALLEST = 4  # pixels of a picture's side; below it there are no frequencies to speak of
 EDGE = 3  # pixels of the mask's soft edge; less in small masks
 RINGS = ((0.0, 0.1), (0.1, 0.3), (0.3, 1.0))  # radius over Nyquist [inferred]
+SHAPES = Search(choices=("blob", "stroke", "ellipse", "rectangle"))
 
 
 def _rings(rings: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
@@ -65,8 +67,8 @@ class FrequencyParams(Params):
             the severity asks for.
     """
 
-    shape: Shape = "blob"
-    strength: float | None = Field(None, gt=0)
+    shape: Annotated[Shape, SHAPES] = "blob"
+    strength: Annotated[float | None, Search(0.1, 4, log=True)] = Field(None, gt=0)
 
 
 class BandParams(FrequencyParams):
@@ -79,10 +81,15 @@ class BandParams(FrequencyParams):
         sector: width in degrees of the directions that are perturbed, around a random one; 180 takes all.
     """
 
-    amplitude: float = Field(0.5, ge=0)
-    phase: float = Field(0.3, ge=0)
-    rings: Annotated[tuple[tuple[float, float], ...], Field(min_length=1), AfterValidator(_rings)] = RINGS
-    sector: float = Field(180.0, gt=0, le=180)
+    amplitude: Annotated[float, Search(0.1, 2, log=True)] = Field(0.5, ge=0)
+    phase: Annotated[float, Search(0, 1.5)] = Field(0.3, ge=0)
+    rings: Annotated[
+        tuple[tuple[float, float], ...],
+        Field(min_length=1),
+        AfterValidator(_rings),
+        Search(choices=(RINGS, RINGS[:1], RINGS[1:2], RINGS[2:], RINGS[:2], RINGS[1:])),
+    ] = RINGS
+    sector: Annotated[float, Search(20, 180)] = Field(180.0, gt=0, le=180)
 
 
 class OtherParams(FrequencyParams):
@@ -103,7 +110,7 @@ class SwapParams(OtherParams):
         reach: L, half the side of the swapped square over the shorter side (0.1 as released).
     """
 
-    reach: float = Field(0.1, gt=0, le=0.5)
+    reach: Annotated[float, Search(0.02, 0.3, log=True)] = Field(0.1, gt=0, le=0.5)
 
 
 class LaplacianParams(FrequencyParams):
@@ -113,7 +120,9 @@ class LaplacianParams(FrequencyParams):
         levels: of the pyramid to choose from; 0 is the finest.
     """
 
-    levels: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    levels: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Search(choices=((0, 1, 2), (0,), (1,), (2,), (0, 1), (1, 2)))
+    ] = Field((0, 1, 2), min_length=1)
 
 
 class WaveletParams(FrequencyParams):
@@ -127,7 +136,9 @@ class WaveletParams(FrequencyParams):
     families: tuple[Annotated[str, AfterValidator(_wavelet_name)], ...] = Field(
         ("haar", "db2", "sym4", "bior2.2"), min_length=1
     )
-    levels: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 3), min_length=1)
+    levels: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Search(choices=((1, 2, 3), (1,), (2,), (3,), (1, 2), (2, 3)))
+    ] = Field((1, 2, 3), min_length=1)
 
 
 class NotchParams(FrequencyParams):
@@ -138,8 +149,8 @@ class NotchParams(FrequencyParams):
         width: deviation of each notch in bins of the spectrum.
     """
 
-    components: int = Field(4, ge=1)
-    width: float = Field(1.0, gt=0)
+    components: Annotated[int, Search(1, 12, whole=True)] = Field(4, ge=1)
+    width: Annotated[float, Search(0.5, 3, log=True)] = Field(1.0, gt=0)
 
 
 class PeakParams(FrequencyParams):
@@ -150,9 +161,9 @@ class PeakParams(FrequencyParams):
         tint: largest difference of its weight between channels.
     """
 
-    period_low: float = Field(3.0, ge=2)
-    period_high: float = Field(24.0, ge=2)
-    tint: float = Field(0.3, ge=0, le=1)
+    period_low: Annotated[float, Search(2, 10, log=True)] = Field(3.0, ge=2)
+    period_high: Annotated[float, Search(10, 64, log=True)] = Field(24.0, ge=2)
+    tint: Annotated[float, Search(0, 1)] = Field(0.3, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> PeakParams:
@@ -168,7 +179,7 @@ class SharpenParams(FrequencyParams):
         sigma: deviation in pixels of what is taken as the unsharp picture.
     """
 
-    sigma: float = Field(1.5, gt=0)
+    sigma: Annotated[float, Search(0.5, 4, log=True)] = Field(1.5, gt=0)
 
 
 @dataclass(frozen=True)

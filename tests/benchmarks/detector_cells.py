@@ -243,11 +243,7 @@ def measure(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
 def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[str, Any]]:
     round_ = round_of(case, arm, seed)
     max_side = round_.config.output.max_side
-    normals = [
-        Normal(image.image_id, image.category, load(image, max_side=max_side))
-        for image in round_.images.values()
-        if image.split == "train"
-    ]
+    normals = normals_of(round_)
     calibration = calibration_normals(round_, normals, None, lambda _count: None)
     made = samples(case, arm, seed)
     settings = protocol.get(arm.detector).settings()
@@ -283,7 +279,17 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
         "samples": len(made),
     }
     found = judge(detector, images, max_side)
-    return [_at_side(one.image, one.score, one.map) for one in found], cost
+    return [at_side(one.image, one.score, one.map) for one in found], cost
+
+
+def normals_of(round_: Round) -> list[Normal]:
+    """The train split's, as the samples' pictures were read."""
+    max_side = round_.config.output.max_side
+    return [
+        Normal(image.image_id, image.category, load(image, max_side=max_side))
+        for image in round_.images.values()
+        if image.split == "train"
+    ]
 
 
 def steps_within(
@@ -347,7 +353,7 @@ def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[s
         for category in categories:
             with np.load(Path(name) / f"{category}.found.npz", allow_pickle=False) as stored:
                 maps, scores = stored["maps"], stored["scores"].tolist()
-            judged += map(_at_side, case.of(category, case.split), scores, maps)
+            judged += map(at_side, case.of(category, case.split), scores, maps)
     rows = found["categories"].values()
     steps = sum(row["steps"] for row in rows)
     cost = {
@@ -378,7 +384,7 @@ def peak_bytes() -> int:
 # -- figures --------------------------------------------------------------------------------------------
 
 
-def _at_side(image: Image, score: float, scores: np.ndarray) -> Judged:
+def at_side(image: Image, score: float, scores: np.ndarray) -> Judged:
     return Judged(image, score, at_size(scores, SIDE, SIDE), truth(image, SIDE), ignored(image, SIDE))
 
 

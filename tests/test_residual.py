@@ -1,0 +1,147 @@
+"""The residual detector: what it subtracts, what it learns from the samples, and what its bank depends on."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detectors import protocol
+from detectors.patches import STRIDES
+from detectors.residual import ITSELF, RESIDUAL, Residual, ResidualSettings
+from generation.backbones import load_backbone
+from manifests.errors import UsageError
+from tests.test_memory_bank import weave
+from training import checkpoints
+from training.evaluation import predict
+from training.fitting import Normal, batches, extract, train
+from training.loading import Sample
+
+SETTINGS = ResidualSettings(size=64, steps=20, batch=4, coreset=60, width=8)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(strides=STRIDES)
+
+
+def make(backbone, kinds: str, **changed) -> Residual:
+    torch.manual_seed(0)
+    detector = Residual(SETTINGS.model_copy(update=changed), sorted(set(kinds)), backbone).eval()
+    detector.prepare(extract(detector, [weave(i, kind) for i, kind in enumerate(kinds)]), list(kinds))
+    return detector
+
+
+def spoilt(seed: int, kind: str = "a", level: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(picture, mask, normal): a square of one grey level."""
+    normal = weave(seed, kind)
+    picture, mask = normal.copy(), np.zeros(normal.shape[:2], bool)
+    y, x = np.random.default_rng(seed).integers(4, 40, 2)
+    mask[y : y + 18, x : x + 18] = True
+    picture[mask] = level
+    return picture, mask, normal
+
+
+def samples(count: int, level: int) -> list[Sample]:
+    found = []
+    for k in range(count):
+        picture, mask, normal = spoilt(k, "ab"[k % 2], level)
+        recipe = {"category": "ab"[k % 2], "image_id": f"n{k}"}
+        found.append(Sample(f"s{k}", picture, mask, normal, recipe, {}))
+    return found
+
+
+def trained(level: int):
+    normals = [Normal(f"n{k}", "ab"[k % 2], weave(k, "ab"[k % 2])) for k in range(8)]
+    held = [Normal(f"c{k}", "ab"[k % 2], weave(100 + k, "ab"[k % 2])) for k in range(4)]
+    return train("residual", SETTINGS, samples(8, level), normals, held, seed=1)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return trained(30)
+
+
+def test_a_residual_by_hand(backbone):
+    detector = make(backbone, "aaaa")
+    features = extract(detector, [weave(50)])
+    patches = detector._patches(features)[0]
+    bank = detector.bank[0].float()
+    away = (patches[:, None] - bank[None]).norm(dim=2)
+    near = away.argmin(dim=1)
+    found = detector._residuals(features, ["a"])[0].flatten(1).T
+    torch.testing.assert_close(
+        found[:, -1], away.min(dim=1).values / detector.median[0], rtol=1e-3, atol=1e-3
+    )
+    wanted = ((patches - bank[near]).abs() / detector.scale[0]).sqrt()
+    torch.testing.assert_close(found[:, :-1], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_in_training_a_patch_of_the_bank_is_not_its_own_normal(backbone):
+    detector = make(backbone, "aaa", coreset=200)
+    features = extract(detector, [weave(0), weave(1), weave(2)])
+    alone, apart = (detector._residuals(features, ["a"] * 3, itself)[:, -1] for itself in (0.0, ITSELF))
+    assert (alone < 0.05).float().mean() > 0.5
+    assert apart.min() >= ITSELF
+    torch.testing.assert_close(apart[alone >= ITSELF], alone[alone >= ITSELF])
+
+
+def test_it_finds_what_the_samples_show_and_learns_it_from_them(detector):
+    """The same pictures, the same steps; samples of dark squares teach dark squares better than samples
+    whose anomaly can hardly be seen do."""
+    picture, mask, _ = spoilt(200, "b")
+    other = trained(level=125)  # about the mean of the texture
+    contrasts = []
+    for one in (detector, other):
+        (_, scores), (_, normal) = predict(one, [picture, weave(201, "b")], ["b", "b"])
+        contrasts.append((scores[mask].mean() - scores[~mask].mean()) / normal.std())
+        assert scores.shape == (64, 64) and scores.dtype == np.float32
+    assert contrasts[0] > contrasts[1]
+    assert contrasts[0] > 1
+
+
+def test_training_is_the_same_again_and_a_checkpoint_scores_alike(detector, tmp_path):
+    again = trained(30)
+    for name, tensor in detector.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    checkpoints.save(tmp_path, "residual", detector, seed=1)
+    loaded = checkpoints.load(tmp_path)
+    pair = [next(iter(predict(one, [spoilt(7)[0]], ["a"]))) for one in (detector, loaded)]
+    assert pair[0][0] == pair[1][0] > detector.calibration["threshold"]
+    np.testing.assert_array_equal(pair[0][1], pair[1][1])
+
+
+def test_a_picture_is_compared_with_its_category_or_with_all(backbone):
+    detector = make(backbone, "aabb", coreset=200)
+    features = extract(detector, [weave(2, "b")])
+    own, other, every = (detector._residuals(features, name) for name in (["b"], ["a"], None))
+    assert torch.equal(own, every)  # the nearest patch of all is one of its own
+    assert own[:, -1].mean() < other[:, -1].mean()
+    with pytest.raises(UsageError, match="a, b"):
+        detector.score({"features": features, "category": ["c"]})
+    with pytest.raises(UsageError, match="category b"):
+        Residual(SETTINGS, ["a", "b"], backbone).prepare(features, ["a"])
+    with pytest.raises(UsageError, match="calibrate"):
+        detector.calibrate([])
+
+
+def test_maps_follow_the_features(detector):
+    """Gradients: what a changed feature does to the map."""
+    features = extract(detector, [spoilt(5)[0]]).float().requires_grad_()
+    maps = detector.maps({"features": features, "category": ["a"]})
+    (gradient,) = torch.autograd.grad(maps.sum(), features)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    batch = next(iter(batches(detector, [Normal("n", "a", spoilt(5)[0])])))
+    torch.testing.assert_close(detector.score(batch)[1], detector.maps(batch).detach())
+
+
+def test_no_score_comes_from_an_ignored_place(detector):
+    picture, mask, _ = spoilt(9)
+    features = extract(detector, [picture])
+    batch = {"features": features, "category": ["a"]}
+    wide = cv2.dilate(mask.astype(np.uint8), np.ones((25, 25))) > 0
+    less = detector.score(batch | {"ignore": torch.from_numpy(wide)[None]})[0]
+    assert less < detector.score(batch)[0]
+
+
+def test_it_is_registered():
+    assert protocol.get("residual") is RESIDUAL
