@@ -71,7 +71,7 @@ def _remake(
         [own[i] if smaller is None else with_batch(own[i], int(smaller)) for i in batch],
         cache.source,
         registry.get(generator),
-        load_model(generator, own[index].params),
+        load_model(generator, round_.traits[generator].params),
         attempts[index] - 1,
     )
     outcome = outcomes[batch.index(index)]

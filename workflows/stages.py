@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -41,6 +41,7 @@ from manifests.schema import (
 from manifests.wording import Prompts, from_plain, to_plain
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
 from workflows.config import Config, Generation
+from workflows.space import vary
 
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
 PICTURE_TABLES = ("images.parquet", "textures.parquet")  # in the folder of a configuration's first round
@@ -87,7 +88,7 @@ class Round:
             samples=self.config.samples,
             shard_size=self.config.output.shard_size,
             generators=self.generation.generators,
-            traits=self.traits,
+            traits=self._traits(shard),
             area=self.generation.area,
             severity=self.generation.severity,
             count=self.generation.count,
@@ -98,6 +99,22 @@ class Round:
             category_shares=self.generation.categories,
             normal_weights=self.generation.normals,
         )
+
+    def _traits(self, shard: int) -> dict[str, Trait]:
+        """The traits, with the searched numbers of generators that ``vary`` drawn anew for each shard, evenly
+        around the present ones (spawn key ``(round, shard, 2)``)."""
+        varied = {name: s for name, s in self.generation.generators.items() if s.share > 0 and s.vary > 0}
+        if not varied:
+            return self.traits
+        seeds = np.random.SeedSequence(self.config.seed, spawn_key=(self.number, shard, 2))
+        drawn = vary(self.generation, sorted(varied), np.random.default_rng(seeds))
+        return self.traits | {
+            name: replace(
+                self.traits[name],
+                params=canonical_json({**json.loads(self.traits[name].params), **drawn[name]}),
+            )
+            for name in varied
+        }
 
     def fingerprint(self) -> str:
         """What the bytes of a shard depend on besides the pictures, as canonical JSON."""
@@ -318,7 +335,7 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
             mine,
             cache.source,
             generator,
-            load_model(name, mine[0].params),
+            load_model(name, round_.traits[name].params),
             round_.generation.gates,
             round_.generation.attempts,
             signatures,
