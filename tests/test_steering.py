@@ -111,10 +111,11 @@ def test_defects_of_one_generators_kind_ask_for_more_of_it(tmp_path, monkeypatch
     monkeypatch.setattr(sys.modules[__name__], "SIDE", 96)  # fine lines take more detail, and more samples
     monkeypatch.setattr(probing, "SIZE", 128)
     monkeypatch.setattr(probing, "SHARD", 24)
-    space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.01, 0.04), 20), MIX)
+    two = {"generators": {"peak": {}, "blur": {}}}
+    space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.01, 0.04), 20), two)
     after = steered(space)
     shares = {name: s.share for name, s in after.generators.items()}
-    assert shares["peak"] > 1.2 * max(shares["blur"], shares["cutpaste"]), steering.explain(space, 0)
+    assert shares["peak"] > 1.5 * shares["blur"], steering.explain(space, 0)
 
 
 def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):

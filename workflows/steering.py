@@ -34,7 +34,16 @@ from workflows.probing import (
     prepare,
 )
 from workflows.rounds import open_round, write_settings
-from workflows.rules import Alarm, Decision, Found, Likeness, from_errors, from_likeness, hard_normals
+from workflows.rules import (
+    MISSED,
+    Alarm,
+    Decision,
+    Found,
+    Likeness,
+    from_errors,
+    from_likeness,
+    hard_normals,
+)
 from workflows.searching import Point, Trial, Verdict, search, verdict
 from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
 from workflows.stages import Round, read_settings, traits_of
@@ -256,7 +265,7 @@ def _with_learned(round_: Round, ground: Ground, rows: Sequence[dict[str, Any]])
     max_side = round_.config.output.max_side
     missed: dict[str, list[int]] = {}
     for at, row in enumerate(rows):
-        if row["hit"] < 0.5:
+        if row["hit"] < MISSED:
             missed.setdefault(row["image_id"], []).append(at)
     learned: dict[int, set[str]] = {}
     for name in sorted(set(ground.generators.tolist())):
