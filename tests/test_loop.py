@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
-from workflows import rounds
+from workflows import probing, rounds
 from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
@@ -27,6 +27,14 @@ SMALL = {
     "feedback": {"trials": 16},
     "cluster": {"workers": 1},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_probes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "SIZE", 96)
+        patch.setattr(probing, "SHARD", 12)
+        yield
 
 
 @pytest.fixture(scope="module")
