@@ -211,7 +211,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # entries in each row of bank
 
     def extract(self, images: Tensor) -> Tensor:
-        """N×3×size×size, uint8 or float in [0, 1], to the packed taps, none finer than the grid, float32 N×P."""
+        """N×3×size×size, uint8 or float in [0, 1], to packed taps, none finer than the grid, float32 N×P."""
         taps = self._backbone.taps(images)
         return pack(
             [

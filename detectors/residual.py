@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from detectors.coreset import k_centre
-from detectors.memory_bank import PROJECTED, neighbourhood_means
+from detectors.memory_bank import PROJECTED, neighbourhood_means, on_one_grid
 from detectors.onenip import dice_loss
 from detectors.patches import CHUNK, STRIDES, pack, statistics_of, tap_shapes, to_maps, unpack
 from detectors.protocol import Batch, Method, Settings, counted
@@ -191,7 +191,7 @@ class Residual(nn.Module):
 
     def _raw(self, features: Tensor) -> Tensor:
         """N×P packed taps to float32 patch features N×T×C."""
-        return neighbourhood_means(unpack(features.to(self.bank.device).float(), self.shapes))
+        return on_one_grid(neighbourhood_means(unpack(features.to(self.bank.device).float(), self.shapes)))
 
     def _patches(self, features: Tensor) -> Tensor:
         """The same, standardised."""

@@ -223,6 +223,8 @@ class Generator:
         batch_size: samples given to ``apply`` at once, planned with the recipes; a function of its params if
             they decide.
         gpu: whether it wants an accelerator (a resource annotation of its tasks).
+        seconds: what a sample of 256 px takes one core, roughly: the search weighs it, and tries out nothing
+            that takes long.
         prompts: ``prompts(params, settings) -> Prompts``; the texts its recipes are worded with, once the
             configuration's ``defect``, ``prompt`` and ``detail`` (``settings``) are taken into account; may
             read a file that ``params`` names. None: the configuration's texts are taken as they are.
@@ -245,6 +247,7 @@ class Generator:
     identify: Callable[[Mapping[str, Any]], dict[str, str]] = field(default=lambda _params: {})
     batch_size: int | Callable[[Any], int] = 1
     gpu: bool = False
+    seconds: float = 0.01
     prompts: PromptsFunction | None = None
     fit: FitFunction | None = None
     guide: GuideFunction | None = None

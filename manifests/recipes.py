@@ -61,6 +61,13 @@ class GeneratorSettings(BaseModel):
     severity: Annotated[UnitRange | None, Search(0, 1)] = Field(
         None, description="its own range; null: generation.severity"
     )
+    vary: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="how far its searched numbers differ between shards, as a share of their limits; a slow "
+        "generator, of which no trial makes samples, can only so be steered in its own settings",
+    )
     defects: Annotated[dict[str, Share], Search(0.2, 5, log=True)] = Field(
         default_factory=dict,
         description="how often defects of its prompt bank are drawn, by name; 1 if not named",

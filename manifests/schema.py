@@ -145,10 +145,15 @@ TRIALS = pa.schema(
     [
         ("round", pa.int32()),
         ("trial", pa.int32()),
-        ("origin", pa.string()),  # current | rule | sampler
-        ("params", pa.string()),  # json: name -> value, as given to the study
-        ("value", pa.float64()),
-        ("seconds", pa.float64()),
+        ("origin", pa.string()),  # current | rule | move | combined | sampler
+        ("fold", pa.int8()),  # whose pictures it was chosen by; -1: none
+        ("shards", pa.int32()),  # of the probe
+        ("params", pa.string()),  # json: path -> value, where it differs from the present settings
+        ("pixel_ap", pa.list_(pa.float64())),  # on the pictures of either fold
+        ("aupro", pa.list_(pa.float64())),
+        ("false_positives", pa.list_(pa.float64())),
+        ("cost", pa.float64()),  # seconds a sample, by what the generators say of themselves
+        ("seconds", pa.float64()),  # that the trial took
     ]
 )
 
@@ -175,7 +180,7 @@ DECISIONS = pa.schema(
 HISTORY = pa.schema(
     [
         ("round", pa.int32()),
-        ("kind", pa.string()),  # setting | metric | yield | weight | seconds
+        ("kind", pa.string()),  # setting | metric | yield | weight | gain | stop | seconds.STAGE
         ("name", pa.string()),
         ("value", pa.string()),
     ]

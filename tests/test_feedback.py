@@ -1,20 +1,32 @@
+"""Rules, search and verdict of the feedback, each with a planted truth; and the stop rule."""
+
 import json
 
 import numpy as np
 import pytest
 
 from manifests.recipes import GeneratorSettings
-from workflows.config import Generation
-from workflows.feedback import Found, Move, apply_move, decide, propose, sample_weights, search
+from manifests.schema import HISTORY, to_table
+from manifests.searching import Search
+from manifests.workspace import Workspace
+from training.intervals import Estimate
+from training.proxy import Figures
+from workflows.config import Config, Generation
+from workflows.loop import why_stop
+from workflows.rules import Alarm, Found, Likeness, from_errors, from_likeness, hard_normals, synthetic_label
+from workflows.searching import search, verdict, winner
+from workflows.space import present_values, search_space
 
 GENERATION = Generation(
-    generators={name: GeneratorSettings() for name in ("perlin", "scar", "frequency")},
+    generators={name: GeneratorSettings() for name in ("perlin", "scar", "band")},
     area=(0.001, 0.05),
     severity=(0.3, 0.9),
+    categories={"nut": 1.0, "bolt": 1.0},
 )
+SPACE, PRESENT = search_space(GENERATION), present_values(GENERATION)
 
 
-def defects(missed_is_small: bool, seed: int = 0, shuffled: bool = False) -> list[Found]:
+def defects(missed_is_small: bool, learned=frozenset(), seed: int = 0, shuffled: bool = False) -> list[Found]:
     rng = np.random.default_rng(seed)
     areas = np.exp(rng.uniform(np.log(0.0005), np.log(0.1), 60))
     contrasts = np.exp(rng.uniform(np.log(0.5), np.log(8), 60))
@@ -22,115 +34,214 @@ def defects(missed_is_small: bool, seed: int = 0, shuffled: bool = False) -> lis
     if shuffled:
         rng.shuffle(hits)
     rows = zip(areas, contrasts, hits, strict=True)
-    return [Found("nut", f"part {i}", a, c, float(h)) for i, (a, c, h) in enumerate(rows)]
+    return [
+        Found("nut", "dent", f"part {i}", a, c, float(h), frozenset(learned))
+        for i, (a, c, h) in enumerate(rows)
+    ]
 
 
-def test_opposite_feedback_moves_settings_in_opposite_directions():
-    learnable = {"perlin": 0.9, "scar": 0.1, "frequency": 0.5}
-    small, _ = propose(defects(True), learnable)
-    large, _ = propose(defects(False), {"perlin": 0.1, "scar": 0.9, "frequency": 0.5})
-    after_small, after_large = apply_move(GENERATION, small), apply_move(GENERATION, large)
-    assert after_small.area[0] < GENERATION.area[0] < after_large.area[0]
-    assert after_small.area[1] < GENERATION.area[1] < after_large.area[1]
+# -- rules ----------------------------------------------------------------------------------------------
 
-    def share(generation, name):
-        return generation.generators[name].share / sum(s.share for s in generation.generators.values())
 
-    assert share(after_small, "perlin") > 1 / 3 > share(after_large, "perlin")
-    assert share(after_small, "scar") < 1 / 3 < share(after_large, "scar")
+def test_opposite_errors_ask_for_opposite_settings():
+    small, _ = from_errors(defects(True, {"perlin"}), SPACE, PRESENT)
+    large, _ = from_errors(defects(False, {"scar"}), SPACE, PRESENT)
+    for path in ("area.low", "area.high"):
+        assert small[path] < PRESENT[path] < large[path]
+    assert small["generators.perlin.share"] > 1 > large["generators.perlin.share"]
+    assert small["generators.scar.share"] < 1 < large["generators.scar.share"]
 
 
 def test_weak_contrast_that_is_missed_asks_for_weaker_anomalies():
-    def move(weak_missed):
-        rows = [Found("n", f"{c}", 0.01, c, float((c > 2) == weak_missed)) for c in np.linspace(0.5, 4, 40)]
-        return apply_move(GENERATION, propose(rows, {})[0])
+    def asked(weak_missed):
+        rows = [
+            Found("nut", "dent", f"{c}", 0.01, c, float((c > 2) == weak_missed))
+            for c in np.linspace(0.5, 4, 40)
+        ]
+        return from_errors(rows, SPACE, PRESENT)[0]["severity.low"]
 
-    assert move(True).severity[0] < GENERATION.severity[0] < move(False).severity[0]
-
-
-def test_shuffled_feedback_moves_nowhere_systematic():
-    tilts = [propose(defects(True, seed, shuffled=True), {})[0].area for seed in range(200)]
-    moved = [tilt for tilt in tilts if tilt]
-    assert len(moved) < 0.2 * len(tilts)  # 10 % by chance at |z| > 1.64
-    assert abs(np.mean(tilts)) < 3 * np.std(tilts) / np.sqrt(len(tilts))
+    assert asked(True) < PRESENT["severity.low"] < asked(False)
 
 
-def test_nothing_missed_changes_nothing():
-    rows = [Found("n", f"{i}", 0.01, 2.0, 1.0) for i in range(20)]
-    move, reasons = propose(rows, {"perlin": 0.9, "scar": 0.1})
-    assert move == Move(0.0, 0.0, {"perlin": 0.0, "scar": 0.0})
-    assert reasons["share.perlin"] == "nothing was missed"
+def test_categories_whose_misses_can_be_learned_get_more_and_hopeless_ones_do_not():
+    def missed(category, learned):
+        return [Found(category, "dent", f"{i}", 0.01, 1.0, 0.0, learned) for i in range(12)]
+
+    learnable = missed("nut", frozenset({"scar"}))
+    solved = [Found("bolt", "dent", f"{i}", 0.01, 1.0, 1.0) for i in range(12)]
+    for other in (solved, missed("bolt", frozenset())):
+        values, reasons = from_errors(learnable + other, SPACE, PRESENT)
+        assert values["categories.nut"] > 1 > values["categories.bolt"]
+    assert "never learned: dent (12)" in reasons["generators.scar.share"]
+
+
+def test_shuffled_errors_ask_for_nothing_systematic():
+    asked = [from_errors(defects(True, seed=s, shuffled=True), SPACE, PRESENT)[0] for s in range(200)]
+    moved = [np.log(values["area.low"] / 0.001) for values in asked if "area.low" in values]
+    assert len(moved) < 0.2 * len(asked)  # 10 % by chance at |z| > 1.64
+    assert abs(np.sum(moved)) < 3 * np.sqrt(np.sum(np.square(moved)))
+
+
+def test_nothing_missed_asks_for_nothing():
+    rows = [Found("nut", "dent", f"{i}", 0.01, 2.0, 1.0, frozenset({"perlin"})) for i in range(20)]
+    values, reasons = from_errors(rows, SPACE, PRESENT)
+    assert all(value == PRESENT[path] for path, value in values.items())
+    assert reasons["generators.perlin.share"] == "nothing was missed"
 
 
 def test_many_specks_on_one_part_or_one_hard_category_are_no_evidence():
-    one_part = [Found("n", "p", a, 1.0, float(a > 0.01)) for a in np.geomspace(0.001, 0.1, 40)]
-    assert propose(one_part, {})[0].area == 0
-    easy = [Found("easy", f"{i}", 0.05, 1.0, 1.0) for i in range(20)]
-    hard = [Found("hard", f"{i}", 0.001, 1.0, 0.0) for i in range(20)]
-    assert propose(easy + hard, {})[0].area == 0
+    one_part = [Found("n", "d", "p", a, 1.0, float(a > 0.01)) for a in np.geomspace(0.001, 0.1, 40)]
+    assert "area.low" not in from_errors(one_part, SPACE, PRESENT)[0]
+    easy = [Found("easy", "d", f"{i}", 0.05, 1.0, 1.0) for i in range(20)]
+    hard = [Found("hard", "d", f"{i}", 0.001, 1.0, 0.0) for i in range(20)]
+    assert "area.low" not in from_errors(easy + hard, SPACE, PRESENT)[0]
 
 
-def test_no_move_changes_nothing_even_beyond_the_limits():
-    odd = Generation(
-        generators={"perlin": GeneratorSettings(share=9), "scar": GeneratorSettings(share=1)},
-        area=(0.0001, 0.5),
-    )
-    assert apply_move(odd, Move()) == odd
-    assert apply_move(odd, Move(area=-0.5)).area[0] == odd.area[0]
+def test_without_anomalies_what_teaches_nothing_fades():
+    found = {
+        "perlin": Likeness(0.5, inside=3.0, outside=1.0, told_apart=0.9),
+        "scar": Likeness(0.4, inside=9.0, outside=1.0, told_apart=1.0),
+        "band": Likeness(0.1, inside=1.1, outside=1.0, told_apart=0.52),
+    }
+    values, reasons = from_likeness(found, PRESENT)
+    assert values["generators.perlin.share"] == 1
+    assert values["generators.scar.share"] < 1 and "too alien" in reasons["generators.scar.share"]
+    assert values["generators.band.share"] < 1 and "indistinguishable" in reasons["generators.band.share"]
+    assert synthetic_label(Likeness(0.97, 3.0, 1.0, 0.99), 3.0) == "too easy"
+    assert synthetic_label(Likeness(0.5, 3.0, 2.0, 0.9), 3.0) == "too alien"
 
 
-def test_noise_of_the_proxy_moves_nothing():
-    for seed in range(8):
-        rng = np.random.default_rng(seed)
-
-        def noise(_, rng=rng):
-            return 0.7 + 1e-4 * rng.random()
-
-        trials = search(noise, Move(), ["scar"], trials=20, seed=seed, round_=0)
-        assert decide(GENERATION, trials, Move(), {})[0] == GENERATION
-
-
-def test_a_rule_that_the_proxy_finds_worse_is_not_followed():
-    trials = search(lambda move: -abs(move.area), Move(-0.5), [], trials=16, seed=0, round_=0)
-    assert decide(GENERATION, trials, Move(-0.5), {})[0] == GENERATION
+def test_false_alarms_become_hard_normals_and_fade_when_they_end():
+    alarms = [
+        Alarm("a", 12.0, "here"),
+        Alarm("b", 4.0, "there"),
+        Alarm("a", 5.0, "again"),
+        Alarm("c", 1.2, ""),
+    ]
+    weights, decisions = hard_normals(alarms, {"old": 3.0})
+    assert weights == {"a": 4.0, "b": 2.0, "old": 2.0}
+    assert {d.setting: d.after for d in decisions}["normals.a"] == "4"
+    assert "here" in decisions[0].reason
+    assert hard_normals([], weights | {"old": 1.2})[0] == {"a": 2.5, "b": 1.5}
 
 
-def test_moves_respect_limits():
-    generation = GENERATION
-    for _ in range(40):
-        generation = apply_move(generation, Move(1.0, 1.0, {"perlin": 1.0, "scar": -1.0}))
-    assert 0 < generation.area[0] <= generation.area[1] <= 0.3
-    assert 0 <= generation.severity[0] <= generation.severity[1] <= 1
-    assert all(settings.share >= 0.04 for settings in generation.generators.values())
+# -- search ---------------------------------------------------------------------------------------------
+
+NUMBERS = {f"x{k}": Search(0, 1) for k in range(6)} | {
+    "kind": Search(choices=("a", "b")),
+    "area.low": Search(0.001, 0.1, log=True),
+    "area.high": Search(0.001, 0.1, log=True),
+}
+HERE = {f"x{k}": 0.5 for k in range(6)} | {"kind": "a", "area.low": 0.005, "area.high": 0.05}
 
 
-def test_weights_follow_the_move():
-    areas = np.geomspace(*GENERATION.area, 50)
-    names = np.array(["perlin"] * 25 + ["scar"] * 25)
-    severities = np.full(50, 0.6)
-    assert np.allclose(sample_weights(GENERATION, Move(), names, areas, severities), 1)
-    larger = sample_weights(GENERATION, Move(area=0.5), names, areas, severities)
-    assert np.all(np.diff(larger) > 0)
-    more = sample_weights(GENERATION, Move(shares={"perlin": 1.0}), names, areas, severities)
-    assert more[0] / more[-1] == pytest.approx(2.5)
+def planted(noise: float, signal: float = 1.0):
+    """The score falls with the distance of four settings from the truth; each fold and probe adds noise."""
+
+    def measure(values, shards):
+        at = {**HERE, **values}
+        miss = (at["x0"] - 0.8) ** 2 + (at["x1"] - 0.2) ** 2 + 0.05 * (at["kind"] != "b")
+        miss += 0.05 * abs(np.log(at["area.low"] / 0.001))
+        key = [shards, *json.dumps(dict(values), sort_keys=True).encode()]
+        errors = np.random.default_rng(key).normal(0, noise, 2)
+        scores = 0.6 - signal * miss + errors
+        return tuple(Figures(s, s, 0.05) for s in scores), 0.01
+
+    return measure
 
 
-def test_the_search_finds_a_better_move_and_goes_on_from_its_table():
-    def value(move):
-        return 1 - (move.area - 0.5) ** 2 - 0.1 * move.severity**2
-
-    kept = []
-    whole = search(value, Move(0.2), ["perlin"], trials=24, seed=3, round_=0, keep=kept.append)
-    assert [trial.origin for trial in whole[:3]] == ["current", "rule", "sampler"]
-    assert max(t.value for t in whole) > max(t.value for t in whole[:2]) and kept == whole
-    resumed = search(value, Move(0.2), ["perlin"], trials=24, seed=3, round_=0, earlier=whole[:11])
-    assert [t.params for t in resumed] == [t.params for t in whole]
+def found(measure, seed=0, rules=({}, {}), **changes):
+    return search(measure, NUMBERS, HERE, rules, trials=32, seed=seed, round_=0, **changes)
 
 
-def test_decisions_say_what_and_why():
-    trials = search(lambda move: -move.area, Move(-0.5), [], trials=16, seed=0, round_=0)
-    assert json.loads(max(trials, key=lambda t: t.value).params)["area"] < -0.5
-    after, decisions = decide(GENERATION, trials, Move(-0.5), {"area": "missed are small"})
-    assert after.area[1] < GENERATION.area[1]
-    row = next(decision for decision in decisions if decision.setting == "area")
-    assert "missed are small" in row.reason and row.before != row.after
+def confirmed(measure, noise, draw=99):
+    """The gain that fresh noise shows, and resamples as wide as that noise is."""
+
+    def confirm(values, fold):
+        after, before = (measure(v, draw)[0][fold].score for v in (values, {}))
+        return Estimate(
+            after - before, after - before + np.random.default_rng(5).normal(0, noise * 2**0.5, 400)
+        )
+
+    return confirm
+
+
+def test_the_search_finds_what_is_planted():
+    measure = planted(0.01)
+    rows = found(measure)
+    result = verdict(rows, confirmed(measure, 0.01))
+    assert result.values, result.reason
+    at = {**HERE, **result.values}
+    assert at["area.low"] < 0.005 and abs(at["x0"] - 0.8) + abs(at["x1"] - 0.2) < 0.6
+    assert measure(result.values, 99)[0][0].score > measure({}, 99)[0][0].score + 0.05
+
+
+def test_random_labels_change_nothing():
+    measure = planted(0.02, signal=0)
+    rows = found(measure)
+    applied = [bool(verdict(rows, confirmed(measure, 0.02, draw)).values) for draw in range(100, 300)]
+    assert np.mean(applied) < 0.1  # 2.5 % for each of two folds
+
+
+def test_a_search_goes_on_from_its_rows():
+    measure, kept = planted(0.01), []
+    whole = found(measure, keep=kept.append)
+    assert sorted(kept, key=lambda t: (t.trial, t.shards)) == whole
+    calls = []
+
+    def counted(values, shards):
+        calls.append(shards)
+        return measure(values, shards)
+
+    resumed = found(counted, earlier=kept[:21])
+    assert [(t.trial, t.shards, t.params) for t in resumed] == [(t.trial, t.shards, t.params) for t in whole]
+    assert len(calls) == len(whole) - 21
+    assert [winner(resumed, k).params for k in (0, 1)] == [winner(whole, k).params for k in (0, 1)]
+
+
+def test_only_the_better_half_gets_the_larger_probe_and_trials_stay_near():
+    rows = found(planted(0.01), rules=({"x0": 0.99}, {"x1": 0.01}))
+    large = {row.trial for row in rows if row.shards > 1}
+    small = {row.trial: row for row in rows if row.shards == 1}
+    assert 0.3 < len(large) / len(small) < 0.8
+    assert [row.origin for row in list(small.values())[:3]] == ["current", "rule", "rule"]
+    for row in rows:
+        assert all(abs(row.values.get(f"x{k}", 0.5) - 0.5) <= 0.36 for k in range(6))
+
+
+def test_a_winner_must_not_cost_more_or_alarm_more():
+    def measure(values, shards):
+        better = values.get("x0", 0.5) > 0.6
+        figures = Figures(0.5 + 0.3 * better, 0.5, 0.05 + 0.2 * better)
+        return (figures, figures), 0.01
+
+    rows = found(measure)
+    assert any(row.values.get("x0", 0.5) > 0.6 for row in rows)
+    assert winner(rows, 0).values.get("x0", 0.5) <= 0.6
+
+
+def test_nothing_to_judge_by_leaves_the_settings():
+    nan = Figures(*[float("nan")] * 3)
+    rows = found(lambda values, shards: ((nan, nan), 0.01))
+    assert not rows and verdict(rows, lambda v, f: pytest.fail("nothing to confirm")).values == {}
+
+
+# -- the end of a run -----------------------------------------------------------------------------------
+
+
+def test_a_run_stops_for_want_of_gain_of_time_or_of_rounds(tmp_path):
+    space = Workspace(str(tmp_path / "ws"))
+    rows = [{"round": n, "kind": "seconds.train", "name": "train", "value": "100.0"} for n in range(3)]
+    space.write_table("history.parquet", to_table(rows, HISTORY))
+
+    def reason(number, best, idle, **feedback):
+        config = Config.model_validate({"source": "x", "rounds": 6, "feedback": feedback})
+        return why_stop(config, space, 1, number, best, idle)
+
+    assert reason(3, 2, 1, patience=2) is None
+    assert "no significant gain over round 1 in 2 rounds" in reason(3, 1, 2, patience=2)
+    assert reason(3, 1, 5, patience=None) is None
+    assert "minutes" in reason(3, 2, 0, minutes=3) and reason(3, 2, 0, minutes=4) is None
+    assert "all 6 rounds" in reason(6, 6, 0)
+    same = [Config.model_validate({"source": "x", "feedback": {"minutes": m}}).identity() for m in (1, 2)]
+    assert same[0] == same[1], "when a run ends decides nothing of what is made"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
-from workflows import detecting, rounds, weighing
+from workflows import detecting, probing, rounds, weighing
 from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
@@ -28,6 +28,14 @@ SMALL = {
     "feedback": {"trials": 16},
     "cluster": {"workers": 1},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_probes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "SIZE", 96)
+        patch.setattr(probing, "SHARD", 12)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +68,14 @@ def test_the_loop_closes(finished):
     decisions = finished.read_table("rounds/000/decisions.parquet").to_pylist()
     assert all(row["reason"] for row in decisions)
     changed = {row["setting"] for row in decisions if row["before"] != row["after"]}
-    assert changed and first != second
-    trials = finished.read_table("rounds/000/trials.parquet").to_pylist()
-    assert len(trials) == 16 and [row["origin"] for row in trials[:2]] == ["current", "rule"]
+    assert bool(changed) == (first != second) and decisions[0]["setting"] == "search"
+    trials = [
+        row for row in finished.read_table("rounds/000/trials.parquet").to_pylist() if row["shards"] == 1
+    ]
+    assert [row["trial"] for row in trials] == list(range(16))
+    assert [row["origin"] for row in trials[:3]] == ["current", "rule", "rule"]
+    alarms = finished.read_table("rounds/000/alarms.parquet").to_pylist()
+    assert {row["split"] for row in alarms} <= {"train", "calibration"}
     for number in (0, 1):
         metrics = finished.read_table(f"rounds/00{number}/metrics.parquet").to_pylist()
         assert {"feedback", "heldout_synthetic"} == {row["split"] for row in metrics}
@@ -73,7 +86,7 @@ def test_the_loop_closes(finished):
         assert {splits[row["image_id"]] for row in shown} == {row["split"] for row in shown} == {"feedback"}
         assert finished.names(f"rounds/00{number}/heatmaps") == sorted(row["file"][9:] for row in shown)
     kinds = {row["kind"] for row in finished.read_table("history.parquet").to_pylist()}
-    assert kinds >= {"setting", "metric", "yield", "seconds.generate", "seconds.train"}
+    assert kinds >= {"setting", "metric", "yield", "seconds.generate", "seconds.train", "gain", "stop"}
     assert b"<html" in finished.read_bytes("report/index.html")
 
 

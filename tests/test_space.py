@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from generation import registry
 from manifests.recipes import GeneratorSettings
 from workflows.config import Generation, parse_config
+from workflows.probing import weights_at_hand
 from workflows.space import (
     apply_values,
     at_place,
@@ -18,6 +19,7 @@ from workflows.space import (
     present_values,
     random_values,
     search_space,
+    vary,
 )
 
 EVERYTHING = Generation(generators={name: GeneratorSettings() for name in registry.BUILT_IN})
@@ -84,6 +86,26 @@ def test_present_values_change_nothing_and_limits_hold_them():
     assert apply_values(odd, present_values(odd)) == odd
     assert search_space(odd)["generators.peak.share"].high == 30
     assert search_space(odd)["area.low"].low == 1e-5
+
+
+def test_settings_that_vary_are_drawn_around_the_present_ones():
+    own = GeneratorSettings(vary=0.1, params={"gamma": 0.5})
+    mix = Generation(generators={"cut": own, "perlin": GeneratorSettings()})
+    space = search_space(mix)
+    drawn = [vary(mix, ["cut"], np.random.default_rng(seed))["cut"] for seed in range(40)]
+    assert set(drawn[0]) >= {"gamma", "guidance", "attention", "refinement"}
+    gammas = [values["gamma"] for values in drawn]
+    assert 0.44 <= min(gammas) < 0.47 and 0.53 < max(gammas) <= 0.56
+    recipes = [
+        {"generator": "cut", "area": 0.01, "severity": 0.5, "defect": "", "category": "",
+         "params": json.dumps(registry.get("cut").params(**values).model_dump(mode="json"))}
+        for values in drawn
+    ]  # fmt: skip
+    for wanted in (0.45, 0.55):
+        weights = weights_at_hand(apply_values(mix, {"generators.cut.params.gamma": wanted}), recipes)
+        assert weights.sum() == pytest.approx(1)
+        assert abs(weights @ gammas - wanted) < abs(np.mean(gammas) - wanted)
+    assert "generators.cut.params.gamma" in space
 
 
 def test_unknown_paths_and_wrong_values_are_named():

@@ -276,7 +276,13 @@ class Evaluation(Settings):
 
 
 class Feedback(Settings):
-    trials: int = Field(24, ge=16, le=1000, description="trials of the cheap proxy inside a round")
+    trials: int = Field(32, ge=16, le=1000, description="trials of the cheap proxy inside a round")
+    patience: int | None = Field(
+        3, ge=1, description="rounds without a significant gain after which a run stops; null: never"
+    )
+    minutes: float | None = Field(
+        None, gt=0, description="that a run's stages may take together; then no further round begins"
+    )
     enabled: bool = Field(True, description="false: every round keeps the settings of the first")
 
 
@@ -305,8 +311,9 @@ class Config(Settings):
         return [{"path": item} if isinstance(item, str) else item for item in items]
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is made: all but how many rounds and on which machines."""
-        return self.model_dump(mode="json", exclude={"rounds", "cluster"})
+        """The settings that decide what is made: all but when the rounds end and on which machines."""
+        ends = {"patience": True, "minutes": True}
+        return self.model_dump(mode="json", exclude={"rounds": True, "cluster": True, "feedback": ends})
 
 
 def load_config(path: str | Path) -> Config:

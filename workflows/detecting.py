@@ -20,6 +20,7 @@ from manifests.pictures import load
 from manifests.schema import GOOD, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import checkpoints
+from training.comparison import compare
 from training.components import component_contrast, component_recall, label_components
 from training.evaluation import Judged, figures, ignored, judge, predict, score_rows
 from training.examples import Normal
@@ -57,6 +58,18 @@ FOUND = pa.schema(
         ("hit", pa.float64()),  # share above the alarm threshold
     ]
 )
+
+ALARMS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("category", pa.string()),
+        ("split", pa.string()),  # train | calibration
+        ("excess", pa.float64()),  # share above the alarm threshold, over what its quantile lets expect
+        ("y", pa.float64()),  # of the highest place, as shares of the sides
+        ("x", pa.float64()),
+    ]
+)
+MOST_NORMALS = 100  # a category and split that are searched for false alarms
 
 
 def checkpoint_folder(number: int, name: str) -> str:
@@ -120,7 +133,7 @@ def train(space: Workspace, number: int) -> bool:
         )
     if not first_process:
         return True
-    for stale in ("found.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
+    for stale in ("found.parquet", "alarms.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
         space.remove(round_file(number, stale))
     remove_heatmaps(space, number)
     licences = [image.licence for image in round_.images.values() if image.licence]
@@ -216,6 +229,11 @@ def samples_of(
     return read_samples(_shards(space, number), vetoes(space), wanted=wanted)
 
 
+def all_samples_of(space: Workspace, number: int) -> Iterator[Sample | FeatureSample]:
+    """As :func:`samples_of`, with the samples of features."""
+    return read_all_samples(_shards(space, number), vetoes(space))
+
+
 def _shards(space: Workspace, number: int) -> list[ShardFile]:
     if not space.exists(round_file(number, "shards.parquet")):
         raise FlawsmithError(f"round {number} has no samples yet: `flawsmith run` or `generate` makes them")
@@ -306,8 +324,33 @@ def evaluate(space: Workspace, number: int) -> bool:
     write_heatmaps(
         space, number, "feedback", judged, found, thresholds, earlier, round_.config.output.max_side
     )
+    alarms = false_alarms(round_, detector, thresholds)
+    space.write_table(round_file(number, "alarms.parquet"), to_table(alarms, ALARMS))
     space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
     return True
+
+
+def compare_rounds(space: Workspace, first: int, second: int) -> dict[str, Any]:
+    """How much better one round's detector is than another's on the feedback pictures of the later:
+    ``metric`` (pixel AP, image AP without masks), ``difference``, ``low`` and ``high`` of its interval, each
+    for the mean over categories. Empty where there is nothing to compare on.
+    """
+    round_ = open_round(space, second)
+    one, other = (
+        _judge(round_, load_detector(space, number)[0], "feedback", f"round {number}: scoring again")
+        for number in (first, second)
+    )
+    if not any(entry.anomalous for entry in one):
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # undefined figures give no row
+        rows = compare(one, other, resamples=round_.config.evaluation.resamples)
+    for metric in ("pixel_ap", "image_ap"):
+        own = {row["category"]: row for row in rows if row["metric"] == metric}
+        row = own.get("mean") or next(iter(own.values()), None)
+        if row is not None:
+            return {"metric": metric, **{name: float(row[name]) for name in ("difference", "low", "high")}}
+    return {}
 
 
 def evaluate_final(space: Workspace) -> None:
@@ -416,6 +459,42 @@ def alarm_thresholds(
         on_maps = np.quantile(np.concatenate(values), quantile)
         thresholds[category] = (float(np.quantile(scores, quantile)), float(on_maps))
     return thresholds
+
+
+def false_alarms(
+    round_: Round, detector: Detector, thresholds: Mapping[str, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """One row for each normal of the train and calibration splits (at most ``MOST_NORMALS`` a category) that
+    has more places above its category's map threshold than the quantile says."""
+    rows = []
+    for split in ("train", "calibration"):
+        for category in round_.pool.normals:
+            own = [
+                image
+                for image in round_.images.values()
+                if (image.split, image.category, image.defect) == (split, category, GOOD)
+            ]
+            own = own[:: max(1, -(-len(own) // MOST_NORMALS))]
+            tiles, max_side = round_.config.detector.tiles, round_.config.output.max_side
+            for entry in judge(detector, own, max_side, tiles=tiles):
+                above = entry.map > thresholds[category][1]
+                if entry.ignore is not None:
+                    above &= ~entry.ignore
+                excess = float(above.mean()) / (1 - round_.config.evaluation.quantile)
+                if excess <= 1:
+                    continue
+                y, x = np.unravel_index(np.where(above, entry.map, -np.inf).argmax(), above.shape)
+                rows.append(
+                    {
+                        "image_id": entry.image.image_id,
+                        "category": category,
+                        "split": split,
+                        "excess": excess,
+                        "y": (y + 0.5) / above.shape[0],
+                        "x": (x + 0.5) / above.shape[1],
+                    }
+                )
+    return rows
 
 
 def what_was_found(

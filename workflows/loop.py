@@ -1,18 +1,21 @@
 """The rounds: pictures to samples to detector to figures to the next round's settings.
 
 Every stage writes its result whole and is skipped when it is there, so the same command goes on where it
-stopped. Nothing but the workspace is needed to continue.
+stopped. Nothing but the workspace is needed to continue. The run ends with its rounds, when they bring
+nothing any more, or when its time is spent.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from manifests.workspace import Workspace, round_file
 from workflows.config import Config
 from workflows.console import say
 from workflows.rounds import begin, damaged_shards, generate, open_round, remember, write_settings
+from workflows.space import present_values
 from workflows.stages import read_settings
 from workflows.tables import rounds_table
 
@@ -31,12 +34,22 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
         for earlier in space.rounds():
             if earlier < first and damaged_shards(space, earlier):
                 generate(space, earlier, config.cluster)
+        best, idle = first, 0
         for number in range(first, first + config.rounds):
-            _run_round(config, space, number, last=number + 1 == first + config.rounds)
+            _run_round(config, space, number)
+            if number > first:
+                better = gained(space, best, number)
+                best, idle = (number, 0) if better else (best, idle + 1)
+            stop = why_stop(config, space, first, number, best, idle)
+            if stop:
+                remember(space, number, "stop", {"reason": stop})
+                say(f"stopped after round {number}: {stop}")
+                break
+            _timed(space, number, "feedback", partial(next_round, config, space, number))
         say(f"report: {space.path(write_report(space))}")
 
 
-def _run_round(config: Config, space: Workspace, number: int, *, last: bool) -> None:
+def _run_round(config: Config, space: Workspace, number: int) -> None:
     from workflows import detecting
 
     _timed(space, number, "generate", lambda: generate(space, number, config.cluster))
@@ -44,8 +57,52 @@ def _run_round(config: Config, space: Workspace, number: int, *, last: bool) -> 
     _timed(space, number, "train", lambda: detecting.train(space, number))
     _timed(space, number, "evaluate", lambda: detecting.evaluate(space, number))
     say(rounds_table(space))
-    if not last:
-        _timed(space, number, "feedback", lambda: next_round(config, space, number))
+
+
+def gained(space: Workspace, best: int, number: int) -> bool:
+    """Whether a round's detector beats that of the best round before it beyond chance on the feedback split:
+    the interval of the difference of their pixel AP (image AP without masks), by paired bootstrap over
+    groups, lies above 0. Kept in the history, and not computed again."""
+    from workflows import detecting
+
+    stored = {
+        row["name"]: row["value"]
+        for row in space.read_table("history.parquet").to_pylist()
+        if row["round"] == number and row["kind"] == "gain"
+    }
+    if stored.get("against") != str(best):
+        found = detecting.compare_rounds(space, best, number)
+        stored = {"against": str(best), **{name: str(value) for name, value in found.items()}}
+        remember(space, number, "gain", stored)
+    low = float(stored.get("low", "nan"))
+    if "metric" in stored:
+        difference, high = float(stored["difference"]), float(stored["high"])
+        say(
+            f"round {number} against round {best}: {stored['metric']} {difference:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}]{'' if low > 0 else ', no more than chance'}"
+        )
+    return low > 0
+
+
+def why_stop(config: Config, space: Workspace, first: int, number: int, best: int, idle: int) -> str | None:
+    """Why no further round follows, in words; None if one does.
+
+    Args:
+        best: the last round that gained; idle: rounds since then.
+    """
+    patience, minutes = config.feedback.patience, config.feedback.minutes
+    if number + 1 == first + config.rounds:
+        return f"all {config.rounds} rounds are done"
+    if patience is not None and idle >= patience:
+        return f"no significant gain over round {best} in {idle} rounds (feedback.patience)"
+    spent = sum(
+        float(row["value"])
+        for row in space.read_table("history.parquet").to_pylist()
+        if row["round"] >= first and row["kind"].startswith("seconds.")
+    )
+    if minutes is not None and spent >= 60 * minutes:
+        return f"{spent / 60:.1f} minutes are spent (feedback.minutes: {minutes:g})"
+    return None
 
 
 def next_round(config: Config, space: Workspace, number: int) -> bool:
@@ -78,4 +135,10 @@ def _remember_yield(space: Workspace, number: int) -> None:
     generation = open_round(space, number).generation
     shares = {f"generators.{name}.share": s.share for name, s in generation.generators.items()}
     ranges = {name: list(getattr(generation, name)) for name in ("area", "severity", "count")}
-    remember(space, number, "setting", {**shares, **ranges, "location": generation.location})
+    others = {
+        path: value
+        for path, value in present_values(generation).items()
+        if ".params." in path or path.startswith("categories.")
+    }
+    facts = {**shares, **ranges, "location": generation.location, **others}
+    remember(space, number, "setting", facts)

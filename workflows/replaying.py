@@ -73,7 +73,7 @@ def _remake(
     prepare_process()
     smaller = measures.get("batch")
     found = registry.get(generator)
-    model = load_model(generator, own[index].params)
+    model = load_model(generator, round_.traits[generator].params)
     if found.guide is not None:  # a search over draws left its choice in the row, and needs no critic
         model, _ = coached(found, model, round_.critic, round_.generation.practice)
     outcomes = attempt(

@@ -6,7 +6,7 @@ A point is a mapping of dotted paths below ``generation`` to plain values, e.g. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,27 @@ def apply_values(generation: Generation, values: Mapping[str, Any]) -> Generatio
 def random_values(space: Mapping[str, Search], rng: np.random.Generator) -> dict[str, Any]:
     """A point drawn evenly from the space: numbers on their scale, choices equally often."""
     return {path: at_place(search, float(rng.random())) for path, search in space.items()}
+
+
+def vary(
+    generation: Generation, generators: Sequence[str], rng: np.random.Generator
+) -> dict[str, dict[str, Any]]:
+    """By generator: its searched numbers, each drawn evenly within ``vary`` of its place now."""
+    present = present_values(generation)
+    result: dict[str, dict[str, Any]] = {name: {} for name in generators}
+    for name in generators:
+        reach = generation.generators[name].vary
+        for path, search in numbers_of(generation, name).items():
+            place = place_of(search, present[path]) + rng.uniform(-reach, reach)
+            result[name][path.rpartition(".")[2]] = at_place(search, min(max(place, 0.0), 1.0))
+    return result
+
+
+def numbers_of(generation: Generation, generator: str) -> dict[str, Search]:
+    """The searched numbers among a generator's own settings, by their paths."""
+    start = f"generators.{generator}.params."
+    space = search_space(generation)
+    return {path: search for path, search in space.items() if path.startswith(start) and not search.choices}
 
 
 def place_of(search: Search, value: Any) -> float:

@@ -42,6 +42,7 @@ from manifests.wording import Prompts, from_plain, to_plain
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
 from workflows.config import Config, Generation
 from workflows.practice import Pinned, coached
+from workflows.space import vary
 
 CACHE_BYTES = 512 * 2**20  # decoded pictures kept a worker
 PICTURE_TABLES = ("images.parquet", "textures.parquet")  # in the folder of a configuration's first round
@@ -99,13 +100,16 @@ class Round:
 
     def plan(self, shard: int) -> list[Recipe]:
         section = next((s for s in self.sections if shard in s.shards), self.sections[-1])
+        return self.plan_section(section, shard)
+
+    def plan_section(self, section: Section, shard: int) -> list[Recipe]:
         return plan_shard(
             seed=self.config.seed,
             samples=section.samples,
             shard_size=section.shard_size,
             first=section.first,
             generators=section.generators,
-            traits=self.traits,
+            traits=self._traits(shard),
             area=self.generation.area,
             severity=self.generation.severity,
             count=self.generation.count,
@@ -116,6 +120,22 @@ class Round:
             category_shares=self.generation.categories,
             normal_weights=self.generation.normals,
         )
+
+    def _traits(self, shard: int) -> dict[str, Trait]:
+        """The traits, with the searched numbers of generators that ``vary`` drawn anew for each shard, evenly
+        around the present ones (spawn key ``(round, shard, 2)``)."""
+        varied = {name: s for name, s in self.generation.generators.items() if s.share > 0 and s.vary > 0}
+        if not varied:
+            return self.traits
+        seeds = np.random.SeedSequence(self.config.seed, spawn_key=(self.number, shard, 2))
+        drawn = vary(self.generation, sorted(varied), np.random.default_rng(seeds))
+        return self.traits | {
+            name: replace(
+                self.traits[name],
+                params=canonical_json({**json.loads(self.traits[name].params), **drawn[name]}),
+            )
+            for name in varied
+        }
 
     def fingerprint(self) -> str:
         """What the bytes of a shard depend on besides the pictures, as canonical JSON."""
@@ -356,7 +376,7 @@ def make_samples(
         mine = [recipe for recipe in recipes if recipe.generator == name]
         batch = mine[0].settings().get("batch") if halvings else None
         smaller = batch and max(1, batch >> halvings)
-        model = load_model(name, mine[0].params)
+        model = load_model(name, round_.traits[name].params)
         model, search = coached(generator, model, round_.critic, round_.generation.practice)
         outcomes = synthesise(
             [with_batch(recipe, smaller) for recipe in mine] if smaller else mine,

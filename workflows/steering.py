@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
-from generation.backbones import Backbone, load_backbone, to_batch
-from manifests.errors import FlawsmithError
-from manifests.pictures import load
-from manifests.schema import DECISIONS, GOOD, TRIALS, Image, to_table
+from generation import registry
+from manifests.errors import FlawsmithError, UsageError
+from manifests.recipes import check_donors
+from manifests.schema import DECISIONS, TRIALS, to_table
+from manifests.searching import Search
 from manifests.workspace import Workspace, round_file
 from training import proxy
 from training.components import label_components
-from training.evaluation import ignored, map_shape, truth
-from training.examples import CHUNK, chunks
+from training.evaluation import map_shape, truth
+from training.intervals import Estimate
+from training.metrics import pixel_metrics
+from training.proxy import Figures
+from workflows.config import Generation
 from workflows.console import progress, say
-from workflows.detecting import samples_of
-from workflows.feedback import Found, Move, Trial, decide, propose, sample_weights, search
+from workflows.probing import (
+    MOST_NORMALS,
+    Ground,
+    cost_of,
+    evenly,
+    features_of,
+    is_probed,
+    judge_settings,
+    prepare,
+)
 from workflows.rounds import open_round, write_settings
-from workflows.stages import Round, read_settings
+from workflows.rules import (
+    MISSED,
+    Alarm,
+    Decision,
+    Found,
+    Likeness,
+    from_errors,
+    from_likeness,
+    hard_normals,
+)
+from workflows.searching import Point, Trial, Verdict, search, verdict
+from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
+from workflows.stages import Round, read_settings, traits_of
 
-SIZE = 224  # side of the proxy's pictures
-MOST_SAMPLES, MOST_NORMALS, MOST_JUDGED = 600, 48, 120  # the last two a category
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the trials work on; computed once a round.
-
-    Attributes:
-        evidence: sums of the samples and of normals.
-        ids: of the samples, one each.
-        generators, areas, severities: of the samples, one each; areas and severities as wanted.
-        judged: real feedback pictures by category.
-        samples, masks: the samples' residuals and masks, for the case without labelled anomalies.
-        thresholds_from: residuals of calibration normals by category; the proxy's alarms are set on them and
-            nothing else is.
-        label_shape: (h, w) of the mask in which a picture's defects were counted (that of its map).
-        images: the feedback pictures behind ``judged``, in order.
-    """
-
-    evidence: proxy.Evidence
-    ids: list[str]
-    generators: np.ndarray
-    areas: np.ndarray
-    severities: np.ndarray
-    judged: dict[str, proxy.Judged]
-    samples: list[np.ndarray]
-    masks: list[np.ndarray]
-    thresholds_from: dict[str, np.ndarray]
-    label_shape: Callable[[Image], tuple[int, int]]
-    images: dict[str, list[Image]]
+CONFIRM = range(4)  # shards of the probe that confirms a winner
+RESAMPLES = 400  # of the groups, behind a confirmed gain
+LEARNED_FROM = 64  # samples of a generator, evenly chosen, that its samples are judged by without anomalies
 
 
 def feedback(space: Workspace, number: int) -> bool:
@@ -72,39 +68,56 @@ def feedback(space: Workspace, number: int) -> bool:
     round_ = open_round(space, number)
     _, _, first = read_settings(space, number)
     found_rows = space.read_table(round_file(number, "found.parquet")).to_pylist()
-    found = [
-        Found(row["category"], row["group"], row["area"], row["contrast"], row["hit"]) for row in found_rows
-    ]
     with progress(f"round {number}: features for the proxy", None, "pictures") as advance:
-        table = prepare(space, round_, advance)
-    names = sorted(set(table.generators.tolist()))
-    learnable = _learnable(table, names, found_rows) if found else _hard_to_find(table, names)
-    proposal, reasons = propose(found, learnable) if found else _without_anomalies(learnable)
-
+        ground = prepare(space, round_, advance)
+    generation = spelled_out(round_.generation, ground)
+    settings = judgeable(search_space(generation), generation, round_)
+    present = present_values(generation)
+    if ground.labelled:
+        found = _with_learned(round_, ground, found_rows)
+        fold = _fold_of(ground)
+        parts = [[f for f in found if fold.get((f.category, f.group), k) == k] for k in (0, 1)]
+        rules: list[Point] = [from_errors(part, settings, present)[0] for part in parts]
+        asked, reasons = from_errors(found, settings, present)
+    else:
+        rules = []
+        asked, reasons = from_likeness(likeness(ground), present)
     trials_file = round_file(number, "trials.parquet")
-    earlier = _earlier_trials(space, trials_file)
+    earlier = stored_trials(space, number)
     count = round_.config.feedback.trials
-    with progress(f"round {number}: trials", count - len(earlier), "trials") as advance:
+    with progress(f"round {number}: trials", None, "trials") as advance:
 
         def keep(trial: Trial) -> None:
-            row = {"round": number, **asdict(trial)}
-            space.append_table(trials_file, to_table([row], TRIALS), {"trial": trial.trial})
+            replaced = {"trial": trial.trial, "shards": trial.shards}
+            space.append_table(trials_file, to_table([_trial_row(number, trial)], TRIALS), replaced)
             advance(1)
 
-        trials = search(
-            _value(round_, table),
-            proposal,
-            names,
+        rows = search(
+            lambda values, shards: _measured(ground, apply_values(generation, values), shards),
+            settings,
+            present,
+            rules,
             trials=count,
             seed=round_.config.seed,
             round_=number,
             earlier=earlier,
             keep=keep,
         )
-    generation, decisions = decide(round_.generation, trials, proposal, reasons)
-    rows = [{"round": number, **asdict(decision)} for decision in decisions]
-    space.write_table(round_file(number, "decisions.parquet"), to_table(rows, DECISIONS))
-    write_settings(space, number + 1, round_.config, generation, first=first)
+        result = verdict(rows, lambda values, fold: _confirmed(ground, generation, values, fold))
+    values = dict(result.values)
+    if not ground.labelled:  # nothing real contradicts the rule
+        values |= {
+            path: value * values.get(path, present[path]) / present[path] for path, value in asked.items()
+        }
+    after, decisions = decide(generation, values, asked, reasons, result)
+    if after == generation:
+        after = round_.generation
+    alarms = _alarms(space, round_, ground)
+    hard, hard_decisions = hard_normals(alarms, round_.generation.normals)
+    after = after.model_copy(update={"normals": hard})
+    rows_out = [{"round": number, **asdict(decision)} for decision in [*decisions, *hard_decisions]]
+    space.write_table(round_file(number, "decisions.parquet"), to_table(rows_out, DECISIONS))
+    write_settings(space, number + 1, round_.config, after, first=first)
     say(explain(space, number))
     return True
 
@@ -123,171 +136,260 @@ def explain(space: Workspace, number: int) -> str:
     return "\n".join(lines)
 
 
-def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> Table:
-    """Features of normals, samples and feedback pictures, as distances to the nearest normal token."""
-    backbone = load_backbone()
-    rng = np.random.default_rng(np.random.SeedSequence(round_.config.seed, spawn_key=(round_.number, 1)))
-    max_side = round_.config.output.max_side
-    banks, negatives, thresholds_from = {}, [], {}
-    for category, pictures in round_.pool.normals.items():
-        own = _evenly(pictures, MOST_NORMALS)
-        held = [
-            image
-            for image in round_.images.values()
-            if image.category == category and image.split == "calibration" and image.defect == GOOD
-        ][:MOST_NORMALS]
-        # Half of the train normals are the bank, the other half are what the head learns as normal.
-        banks[category] = proxy.normal_bank(_features(backbone, own[::2], max_side, advance), rng)
-        others = _features(backbone, own[1::2] or own, max_side, advance)
-        negatives.append(proxy.residuals(others, banks[category]))
-        thresholds_from[category] = (
-            proxy.residuals(_features(backbone, held, max_side, advance), banks[category])
-            if held
-            else negatives[-1]
-        )
-    samples, masks, kept = [], [], []
-    accepted = sum(
-        row["accepted"] for row in space.read_table(round_file(round_.number, "shards.parquet")).to_pylist()
-    )
-    step = max(1, -(-accepted // MOST_SAMPLES))
-    chosen = (sample for at, sample in enumerate(samples_of(space, round_.number)) if at % step == 0)
-    for chunk in chunks(chosen, CHUNK):
-        features = backbone.features(to_batch([sample.image for sample in chunk], SIZE))
-        for sample, feature in zip(chunk, features, strict=True):
-            samples.append(proxy.residuals(feature[None], banks[sample.category])[0])
-            masks.append(sample.mask)
-            kept.append(sample)
-        advance(len(chunk))
-    if not samples:
-        raise FlawsmithError(
-            f"round {round_.number}: every sample was rejected by hand; nothing to learn from"
-        )
-    evidence = proxy.gather(samples, masks, np.concatenate(negatives))
-    judged, images = {}, {}
-    for category in round_.pool.normals:
-        own_images = [i for i in round_.images.values() if i.category == category and i.split == "feedback"]
-        own_images = _evenly(own_images, MOST_JUDGED)
-        if not own_images:
-            continue
-        residual = proxy.residuals(_features(backbone, own_images, max_side, advance), banks[category])
-        labels = np.array([image.defect != GOOD for image in own_images])
-        truths = [truth(image, SIZE) for image in own_images]
-        grid = (residual.shape[1], residual.shape[2])
-        with_masks = [proxy.shrink_mask(t, grid) for t in truths if t is not None]
-        masked = np.stack(with_masks) if len(with_masks) == len(own_images) else None
-        skipped = [ignored(image, SIZE) for image in own_images]
-        nothing = np.zeros((SIZE, SIZE), bool)
-        ignore = np.stack([proxy.shrink_mask(nothing if i is None else i, grid) for i in skipped])
-        judged[category] = proxy.Judged(residual, labels, masked, ignore)
-        images[category] = own_images
-    size, tiles = round_.config.detector.resolved()[1].size, round_.config.detector.tiles
-
-    def label_shape(image: Image) -> tuple[int, int]:
-        return map_shape(image, size, max_side, tiles)
-
-    return Table(
-        evidence,
-        [sample.sample_id for sample in kept],
-        np.array([sample.recipe["generator"] for sample in kept]),
-        np.array([sample.recipe["area"] for sample in kept]),
-        np.array([sample.recipe["severity"] for sample in kept]),
-        judged,
-        samples,
-        [proxy.shrink_mask(mask, samples[0].shape[:2]) for mask in masks],
-        thresholds_from,
-        label_shape,
-        images,
-    )
+def spelled_out(generation: Generation, ground: Ground) -> Generation:
+    """The settings with every category named and, for generators with a prompt bank, the defects that the
+    round's samples show: so they are in the search space."""
+    categories = {}
+    if len(ground.banks) > 1:
+        categories = {name: generation.categories.get(name, 1.0) for name in ground.banks}
+    generators = dict(generation.generators)
+    for name, settings in generators.items():
+        if registry.get(name).prompts is not None:
+            shown = sorted({r["defect"] for r in ground.recipes if r["generator"] == name})
+            defects = {**dict.fromkeys(shown, 1.0), **settings.defects}
+            generators[name] = settings.model_copy(update={"defects": defects})
+    return generation.model_copy(update={"categories": categories, "generators": generators})
 
 
-def _value(round_: Round, table: Table) -> Callable[[Move], float]:
-    """What a trial is worth: on labelled real pictures, or on left-out generators where there are none."""
-    labelled = any(group.labels.any() for group in table.judged.values())
-
-    def value(move: Move) -> float:
-        weights = sample_weights(round_.generation, move, table.generators, table.areas, table.severities)
-        if labelled:
-            return proxy.objective(table.evidence, weights, table.judged)
-        return proxy.left_out_objective(table.evidence, weights, table.generators, table.samples, table.masks)
-
-    return value
-
-
-def _learnable(table: Table, names: Sequence[str], found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """By generator: the share of the missed real defects that a head learned from it alone finds."""
-    missed: dict[str, list[dict[str, Any]]] = {}
-    for row in found:
-        if row["hit"] < 0.5:
-            missed.setdefault(row["image_id"], []).append(row)
+def judgeable(space: Mapping[str, Search], generation: Generation, round_: Round) -> dict[str, Search]:
+    """The part of a space that a trial can say something of: of generators that are not probed only the
+    numbers that vary among their samples, and no choice that asks for pictures which are not there."""
     result = {}
-    for name in names:
-        head = proxy.solve(table.evidence, (table.generators == name).astype(float))
-        hits: list[bool] = []
-        for category, group in table.judged.items():
-            normal = proxy.score_maps(table.thresholds_from[category], table.evidence.scale, head)
+    for path, mark in space.items():
+        name = path.split(".")[1] if path.startswith("generators.") else None
+        if name is not None and ".params." in path and not is_probed(name):
+            varies = generation.generators[name].vary > 0 and path in numbers_of(generation, name)
+        else:
+            varies = True
+        if not varies:
+            continue
+        if mark.choices and any(not _drawable(generation, {path: c}, round_) for c in mark.choices):
+            continue
+        result[path] = mark
+    return result
+
+
+def _drawable(generation: Generation, values: Point, round_: Round) -> bool:
+    changed = apply_values(generation, values)
+    prompts = {name: trait.prompts for name, trait in round_.traits.items() if trait.prompts is not None}
+    try:
+        check_donors(changed.generators, traits_of(changed, prompts), round_.pool)
+    except UsageError:
+        return False
+    return True
+
+
+def _measured(ground: Ground, generation: Generation, shards: int) -> tuple[tuple[Figures, Figures], float]:
+    maps = judge_settings(ground, generation, range(shards), 0)
+    first, second = (proxy.measure(maps, ground.judged, fold) for fold in (0, 1))
+    return (first, second), cost_of(generation)
+
+
+def _confirmed(ground: Ground, generation: Generation, values: Point, fold: int) -> Estimate:
+    after, before = (
+        judge_settings(ground, settings, CONFIRM, 1)
+        for settings in (apply_values(generation, values), generation)
+    )
+    seed = ground.round_.config.seed
+    return proxy.gain(after, before, ground.judged, fold, resamples=RESAMPLES, seed=seed)
+
+
+def decide(
+    generation: Generation,
+    values: Point,
+    asked: Point,
+    reasons: Mapping[str, str],
+    result: Verdict,
+) -> tuple[Generation, list[Decision]]:
+    """Settings of the next round, and the decisions: what the search came to, then a row for each setting
+    that changes or that a rule speaks of. Shares of generators keep their sum.
+    """
+    after = apply_values(generation, values)
+    shares = [{n: s.share for n, s in g.generators.items() if s.share > 0} for g in (generation, after)]
+    totals = [sum(part.values()) for part in shares]
+    generators = {
+        name: settings.model_copy(update={"share": round(settings.share * totals[0] / totals[1], 4)})
+        if settings.share > 0 and shares[0] != shares[1]
+        else settings
+        for name, settings in after.generators.items()
+    }
+    after = after.model_copy(update={"generators": generators})
+    before_values, after_values = present_values(generation), present_values(after)
+    outcome = ("settings at present", "as confirmed" if result.values else "settings at present")
+    decisions = [Decision("search", *outcome, result.reason)]
+    for setting in dict.fromkeys(_setting(path) for path in before_values):
+        before, then = (_shown(setting, values_) for values_ in (before_values, after_values))
+        if setting.endswith(".share"):
+            name = setting.split(".")[1]
+            before, then = (f"{part[name] / total:.4f}" for part, total in zip(shares, totals, strict=True))
+        if before == then and setting not in reasons:
+            continue
+        rule = f"{reasons[setting]}; the rule asks for {_asked(setting, asked, before_values)}; " * (
+            setting in reasons
+        )
+        decisions.append(Decision(setting, before, then, f"{rule}{result.short}"))
+    return after, decisions
+
+
+def _asked(setting: str, asked: Point, present: Point) -> str:
+    """What a rule asks of a setting, in words."""
+    path = next((p for p in asked if _setting(p) == setting and asked[p] != present[p]), None)
+    if path is None:
+        return "nothing"
+    return "more" if asked[path] > present[path] else "less"
+
+
+def _setting(path: str) -> str:
+    """The setting of a path: a range without its end."""
+    stem, _, end = path.rpartition(".")
+    return stem if end in ENDS else path
+
+
+def _shown(setting: str, values: Mapping[str, Any]) -> str:
+    if f"{setting}.low" in values:
+        return str([values[f"{setting}.{end}"] for end in ENDS])
+    return str(values[setting])
+
+
+def _fold_of(ground: Ground) -> dict[tuple[str, str], int]:
+    return {
+        (category, group): int(fold)
+        for category, judged in ground.judged.items()
+        for group, fold in zip(judged.groups, judged.fold, strict=True)
+    }
+
+
+def _with_learned(round_: Round, ground: Ground, rows: Sequence[dict[str, Any]]) -> list[Found]:
+    """The real defects, with the generators from which alone a head learns to find them."""
+    size, tiles = round_.config.detector.resolved()[1].size, round_.config.detector.tiles
+    max_side = round_.config.output.max_side
+    missed: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        if row["hit"] < MISSED:
+            missed.setdefault(row["image_id"], []).append(at)
+    learned: dict[int, set[str]] = {}
+    for name in sorted(set(ground.generators.tolist())):
+        weights = (ground.generators == name).astype(float)
+        if weights @ ground.evidence.counts <= 0:
+            continue
+        head = proxy.solve(ground.evidence, weights)
+        for category, group in ground.judged.items():
+            normal = proxy.score_maps(ground.held[category], ground.evidence.scale, head)
             on_map = np.quantile(normal, FALSE_ALARMS)
             on_picture = np.quantile(normal.max(axis=(1, 2)), FALSE_ALARMS)
-            maps = proxy.score_maps(group.residual, table.evidence.scale, head)
-            for image, scores in zip(table.images[category], maps, strict=True):
-                for row in missed.get(image.image_id, []):
-                    mask = truth(image, table.label_shape(image)) if row["component"] else None
+            maps = proxy.score_maps(group.residual, ground.evidence.scale, head)
+            for image, scores in zip(ground.images[category], maps, strict=True):
+                for at in missed.get(image.image_id, []):
+                    component = rows[at]["component"]
+                    shape = map_shape(image, size, max_side, tiles)
+                    mask = truth(image, shape) if component else None
                     if mask is not None:
                         labels, _ = label_components(mask)
-                        place = proxy.shrink_mask(labels == row["component"], group.residual.shape[1:3])
-                        hits.append(bool(scores[place].max(initial=-np.inf) > on_map))
+                        place = proxy.shrink_mask(labels == component, group.residual.shape[1:3])
+                        hit = scores[place].max(initial=-np.inf) > on_map
                     else:
-                        hits.append(bool(scores.max() > on_picture))
-        result[name] = float(np.mean(hits)) if hits else 0.0
-    return result
-
-
-def _hard_to_find(table: Table, names: Sequence[str]) -> dict[str, float]:
-    """Without labelled anomalies: by generator, 1 − pixel AP on its samples of a head of the others.
-
-    What the others already teach is redundant; what they do not is asked for more.
-    """
-    result = {}
-    for name in names:
-        chosen = table.generators == name
-        others = (~chosen).astype(float)
-        if not others.any():
-            return dict.fromkeys(names, 0.0)
-        head = proxy.solve(table.evidence, others)
-        held = np.flatnonzero(chosen)[:64]
-        maps = [proxy.score_maps(table.samples[i][None], table.evidence.scale, head)[0] for i in held]
-        result[name] = 1 - proxy.pixel_metrics(maps, [table.masks[i] for i in held])["pixel_ap"]
-    return result
-
-
-def _without_anomalies(hard: dict[str, float]) -> tuple[Move, dict[str, str]]:
-    mean = float(np.mean(list(hard.values()))) if hard else 0.0
-    shares = {name: float(np.clip(2 * (value - mean), -1, 1)) for name, value in hard.items()}
-    reasons = dict.fromkeys(("area", "severity"), "no labelled real anomaly to judge by")
-    for name, value in hard.items():
-        reasons[f"share.{name}"] = (
-            f"no labelled real anomaly; a head learned from the other generators reaches pixel AP "
-            f"{1 - value:.2f} on the samples of {name} (mean {1 - mean:.2f})"
+                        hit = scores.max() > on_picture
+                    if hit:
+                        learned.setdefault(at, set()).add(name)
+    return [
+        Found(
+            row["category"], row["defect"], row["group"], row["area"], row["contrast"], row["hit"],
+            frozenset(learned.get(at, ())),
         )
-    return Move(0.0, 0.0, shares), reasons
+        for at, row in enumerate(rows)
+    ]  # fmt: skip
 
 
-def _earlier_trials(space: Workspace, name: str) -> list[Trial]:
+def likeness(ground: Ground) -> dict[str, Likeness]:
+    """What each generator's samples look like; see :class:`workflows.rules.Likeness`."""
+    scale = ground.evidence.scale
+    normal = np.concatenate([proxy.distances(r, scale).ravel() for r in ground.held.values()])
+    typical = float(normal.mean())
+    normal.sort()
+    names = ground.generators
+    kin = np.array([ground.kin[name] for name in names])
+    result = {}
+    for name in sorted(set(names.tolist())):
+        own = evenly(np.flatnonzero(names == name).tolist(), LEARNED_FROM)
+        inside, outside = [], []
+        for k in own:
+            mask = ground.masks[k]
+            near, far = proxy.split_distances(ground.residuals[k], mask, scale)
+            inside.append(near)
+            outside.append(far)
+        within, without = np.concatenate(inside), np.concatenate(outside)
+        others = (kin != ground.kin[name]).astype(float)
+        detection = 0.0
+        if others @ ground.evidence.counts > 0:
+            head = proxy.solve(ground.evidence, others)
+            maps = [proxy.score_maps(ground.residuals[k][None], scale, head)[0] for k in own]
+            detection = pixel_metrics(maps, [ground.masks[k] for k in own])["pixel_ap"]
+        told_apart = float(np.searchsorted(normal, within).mean() / len(normal))
+        result[name] = Likeness(
+            detection,
+            float(within.mean()) / typical,
+            float(without.mean()) / typical if without.size else 1.0,
+            told_apart,
+        )
+    return result
+
+
+def _alarms(space: Workspace, round_: Round, ground: Ground) -> list[Alarm]:
+    """The train normals to draw more often: those that alarmed, and those most like the place of a
+    calibration normal that did (calibration pictures are for thresholds; nothing is made from them)."""
+    name = round_file(round_.number, "alarms.parquet")
+    rows = space.read_table(name).to_pylist() if space.exists(name) else []
+    alarms = []
+    for row in rows:
+        words = f"false alarms on this {row['category']}"
+        image_id = row["image_id"]
+        if row["split"] == "calibration":
+            words = (
+                f"of the train normals of {row['category']} the most like a false alarm on a calibration one"
+            )
+            image_id = _most_alike(round_, ground, row)
+        alarms.append(Alarm(image_id, row["excess"], words))
+    return alarms
+
+
+def _most_alike(round_: Round, ground: Ground, row: Mapping[str, Any]) -> str:
+    """The train normal that holds the token nearest to the alarming place of another picture."""
+    image = round_.images[row["image_id"]]
+    nothing: Callable[[int], None] = lambda _count: None  # noqa: E731
+    max_side = round_.config.output.max_side
+    own = evenly(round_.pool.normals[row["category"]], MOST_NORMALS)
+    alarming = features_of(ground.backbone, [image], max_side, nothing)[0]
+    height, width = alarming.shape[1:]
+    token = alarming[:, min(int(row["y"] * height), height - 1), min(int(row["x"] * width), width - 1)]
+    tokens = features_of(ground.backbone, own, max_side, nothing)
+    nearest = torch.linalg.vector_norm(tokens - token[None, :, None, None], dim=1).amin(dim=(1, 2))
+    return own[int(nearest.argmin())].image_id
+
+
+def _trial_row(number: int, trial: Trial) -> dict[str, Any]:
+    row = {
+        "round": number, "trial": trial.trial, "origin": trial.origin, "fold": trial.fold,
+        "shards": trial.shards, "params": trial.params,
+    }  # fmt: skip
+    for name in Figures._fields:
+        row[name] = [getattr(found, name) for found in trial.figures]
+    return {**row, "cost": trial.cost, "seconds": trial.seconds}
+
+
+def stored_trials(space: Workspace, number: int) -> list[Trial]:
+    """The rows of ``trials.parquet``, in their order."""
+    name = round_file(number, "trials.parquet")
     if not space.exists(name):
         return []
-    rows = sorted(space.read_table(name).to_pylist(), key=lambda row: row["trial"])
-    return [Trial(r["trial"], r["origin"], r["params"], r["value"], r["seconds"]) for r in rows]
+    rows = sorted(space.read_table(name).to_pylist(), key=lambda row: (row["trial"], row["shards"]))
+    return [
+        Trial(
+            row["trial"], row["origin"], row["fold"], row["shards"], row["params"],
+            (_figures(row, 0), _figures(row, 1)), row["cost"], row["seconds"],
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
-def _features(
-    backbone: Backbone, images: Sequence[Image], max_side: int | None, advance: Callable[[int], None]
-) -> torch.Tensor:
-    parts = []
-    for chunk in chunks(images, CHUNK):
-        parts.append(backbone.features(to_batch([load(image, max_side=max_side) for image in chunk], SIZE)))
-        advance(len(chunk))
-    return torch.cat(parts)
-
-
-def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    step = max(1, -(-len(items) // most))
-    return list(items[::step])
+def _figures(row: Mapping[str, Any], fold: int) -> Figures:
+    return Figures(*(row[name][fold] for name in Figures._fields))

@@ -11,9 +11,9 @@ from manifests.schema import WEIGHTS, to_table
 from manifests.workspace import Workspace, round_file
 from training.weighting import Labelled, labelled, learn
 from workflows.console import progress, say
+from workflows.probing import prepare
 from workflows.rounds import remember
 from workflows.stages import Round
-from workflows.steering import prepare
 
 TABLE = "weights.parquet"
 
@@ -27,17 +27,18 @@ def sample_weights(space: Workspace, round_: Round, *, write: bool) -> dict[str,
     if space.exists(name):
         return {row["sample_id"]: row["weight"] for row in space.read_table(name).to_pylist()}
     with progress(f"round {round_.number}: features to weigh samples by", None, "pictures") as advance:
-        table = prepare(space, round_, advance)
+        ground = prepare(space, round_, advance)
     pictures: list[Labelled] = []
-    for category, judged in table.judged.items():
-        groups = [f"{category}/{image.group}" for image in table.images[category]]
-        pictures += labelled(judged, groups, table.evidence.scale)
-    weights = learn(table.evidence, pictures)
-    found = dict(zip(table.ids, weights.tolist(), strict=True))
+    for category, images in ground.images.items():
+        groups = [f"{category}/{image.group}" for image in images]
+        pictures += labelled(ground.judged[category], groups, ground.evidence.scale)
+    weights = learn(ground.evidence, pictures)
+    ids = [recipe["sample_id"] for recipe in ground.recipes]
+    found = dict(zip(ids, weights.tolist(), strict=True))
     if write:
         rows = [{"round": round_.number, "sample_id": key, "weight": value} for key, value in found.items()]
         space.write_table(name, to_table(rows, WEIGHTS))
-        means = mean_weights(table.generators, weights)
+        means = mean_weights(ground.generators, weights)
         remember(space, round_.number, "weight", {key: f"{value:.3f}" for key, value in means.items()})
         say(f"round {round_.number}: {_in_words(means, weights)}")
     return found

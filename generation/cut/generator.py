@@ -366,6 +366,7 @@ GENERATOR = Generator(
     identify=identify,
     batch_size=lambda params: params.batch,
     gpu=True,
+    seconds=5.0,
     prompts=prompts_of,
     fit=fit,
     guide=guide,

@@ -297,6 +297,7 @@ def _generator(
         identify=lambda given: {"backbone": params(**given).backbone},
         batch_size=8,
         gpu=True,
+        seconds=0.05,
     )
 
 

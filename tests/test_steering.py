@@ -1,0 +1,166 @@
+"""A feedback step on drawn surfaces with planted defects: the settings move towards what the defects are."""
+
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from manifests.schema import SHARDS, to_table
+from manifests.workspace import Workspace, round_file
+from workflows import probing, steering
+from workflows.config import parse_config
+from workflows.detecting import ALARMS, FOUND
+from workflows.rounds import begin, open_round
+from workflows.rules import Likeness
+from workflows.space import present_values
+from workflows.stages import Job, make_shard, settings_hash
+
+SIDE = 64
+
+
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch):
+    monkeypatch.setattr(probing, "SIZE", 96)
+    monkeypatch.setattr(probing, "SHARD", 16)
+
+
+def surface(rng):
+    noise = cv2.GaussianBlur(rng.normal(0, 1, (SIDE, SIDE)).astype(np.float32), (0, 0), 1.5)
+    return np.clip(128 + 10 * noise / noise.std(), 0, 255)
+
+
+def blob(rng, area, contrast):
+    """(change in levels, mask): a soft disc."""
+    y, x = np.mgrid[:SIDE, :SIDE]
+    radius = np.sqrt(area * SIDE * SIDE / np.pi)
+    cy, cx = rng.uniform(8, SIDE - 8, 2)
+    distance = np.hypot(y - cy, x - cx)
+    return contrast * rng.choice([-1, 1]) * np.clip(radius + 0.5 - distance, 0, 1), distance <= radius
+
+
+def stripes(rng, area, contrast):
+    """(change in levels, mask): a patch of fine parallel lines."""
+    _, mask = blob(rng, area, 1)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    angle = rng.uniform(0, np.pi)
+    wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / rng.uniform(4, 7))  # pixels
+    return contrast * wave * mask, mask
+
+
+def save(path, levels):
+    cv2.imwrite(str(path), np.clip(levels, 0, 255).astype(np.uint8))
+
+
+def write(folder, damage, *, shuffled=False, bad=36):
+    rng = np.random.default_rng(3)
+    root = folder / "cloth"
+    for place in ("train/good", "test/good", *(["test/odd", "ground_truth/odd"] if bad else [])):
+        (root / place).mkdir(parents=True)
+    for at in range(16):
+        save(root / f"train/good/{at:02d}.png", surface(rng))
+    for at in range(bad):
+        save(root / f"test/good/{at:02d}.png", surface(rng))
+        change, mask = damage(rng)
+        picture = surface(rng) + (0 if shuffled else change)
+        save(root / f"test/odd/{at:02d}.png", picture)
+        save(root / f"ground_truth/odd/{at:02d}_mask.png", 255 * mask)
+    return root.parent
+
+
+def workspace(tmp_path, damage, generation, **changes) -> Workspace:
+    """Round 0 made and judged by a detector that misses everything."""
+    source = write(tmp_path / "pictures", damage, **changes)
+    raw = {
+        "source": str(source), "samples": 48, "output": {"shard_size": 48}, "generation": generation,
+        "feedback": {"trials": 18}, "seed": 1,
+    }  # fmt: skip
+    space = Workspace(str(tmp_path / "ws"))
+    begin(parse_config(raw, name="test", folder=tmp_path), space, new_round=False)
+    record = make_shard(Job(space.url, 0, 0, settings_hash(space, 0)))
+    space.write_table(round_file(0, "shards.parquet"), to_table([record], SHARDS))
+    rows = [
+        {
+            "image_id": image.image_id, "category": image.category, "defect": image.defect,
+            "group": image.group, "component": 0, "area": np.nan, "contrast": np.nan, "hit": 0.0,
+        }
+        for image in open_round(space, 0).images.values()
+        if image.split == "feedback" and image.defect != "good"
+    ]  # fmt: skip
+    space.write_table(round_file(0, "found.parquet"), to_table(rows, FOUND))
+    return space
+
+
+def steered(space):
+    steering.feedback(space, 0)
+    return open_round(space, 1).generation
+
+
+MIX = {"generators": {"perlin": {}, "peak": {}, "blur": {}}}
+
+
+def test_tiny_defects_ask_for_smaller_anomalies(tmp_path):
+    wide = {"area": [0.05, 0.3], "severity": [0.3, 1.0], **MIX}
+    space = workspace(tmp_path, lambda rng: blob(rng, rng.uniform(0.0012, 0.003), 40), wide)
+    after = steered(space)
+    assert after.area[0] < 0.05, steering.explain(space, 0)
+    assert "gains +" in steering.explain(space, 0)
+
+
+def test_defects_of_one_generators_kind_ask_for_more_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SIDE", 96)  # fine lines take more detail, and more samples
+    monkeypatch.setattr(probing, "SIZE", 128)
+    monkeypatch.setattr(probing, "SHARD", 24)
+    two = {"generators": {"peak": {}, "blur": {}}}
+    space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.01, 0.04), 20), two)
+    after = steered(space)
+    shares = {name: s.share for name, s in after.generators.items()}
+    assert shares["peak"] > 1.5 * shares["blur"], steering.explain(space, 0)
+
+
+def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
+    space = workspace(tmp_path, lambda rng: blob(rng, 0.01, 30), MIX, shuffled=True)
+    alarm = {"category": "cloth", "excess": 9.0, "y": 0.5, "x": 0.5}
+    images = open_round(space, 0).images.values()
+    hard = {split: next(i.image_id for i in images if i.split == split) for split in ("train", "calibration")}
+    rows = [{**alarm, "split": split, "image_id": image_id} for split, image_id in hard.items()]
+    space.write_table(round_file(0, "alarms.parquet"), to_table(rows, ALARMS))
+    before, after = open_round(space, 0).generation, steered(space)
+    assert present_values(after) == present_values(before)
+    decisions = space.read_table(round_file(0, "decisions.parquet")).to_pylist()
+    assert all(row["reason"] for row in decisions)
+    # False alarms become hard normals, of the train split only, and are drawn more often.
+    train = {i.image_id for i in images if i.split == "train"}
+    assert hard["train"] in after.normals and set(after.normals) <= train
+    drawn = [recipe.image_id for recipe in open_round(space, 1).plan(0)]
+    assert drawn.count(hard["train"]) / len(drawn) > 1.5 / len(train)
+    # What was cut goes on from the rows that are there.
+    kept = steering.stored_trials(space, 0)
+    file = round_file(0, "trials.parquet")
+    space.write_table(file, space.read_table(file).slice(0, len(kept) // 2))
+    space.remove(round_file(1, "settings.yaml"))
+    steering.feedback(space, 0)
+    again = steering.stored_trials(space, 0)
+    assert [(t.trial, t.params, t.figures) for t in again] == [(t.trial, t.params, t.figures) for t in kept]
+    assert space.read_table(round_file(0, "decisions.parquet")).to_pylist() == decisions
+
+
+def test_without_anomalies_generators_that_teach_nothing_fade(tmp_path, monkeypatch):
+    space = workspace(tmp_path, None, MIX, bad=0)
+    plain = {"perlin": Likeness(0.3, 2.0, 1.0, 0.9), "peak": Likeness(0.3, 30.0, 1.0, 1.0)}
+    real = steering.likeness
+    seen = {}
+
+    def planted(ground):
+        seen.update(real(ground))
+        return {**plain, "blur": Likeness(0.1, 1.0, 1.0, 0.5)}
+
+    monkeypatch.setattr(steering, "likeness", planted)
+    after = steered(space)
+    shares = {name: s.share for name, s in after.generators.items()}
+    assert shares["perlin"] > shares["peak"] and shares["perlin"] > shares["blur"]
+    words = steering.explain(space, 0)
+    assert "too alien" in words and "indistinguishable" in words
+    assert set(seen) == {"perlin", "peak", "blur"}
+    assert all(seen[name].inside > 1.2 * seen[name].outside for name in ("perlin", "peak"))
+    assert seen["blur"].told_apart < min(seen["perlin"].told_apart, seen["peak"].told_apart)

@@ -1,0 +1,377 @@
+"""What a trial is measured with: fresh samples of its settings, the proxy that learns from them, and the real
+pictures that judge it.
+
+All trials of a round share pictures and random numbers, so that their difference is that of their settings.
+Generators that take too long for it (``Generator.seconds``) take part with the round's own samples, weighted
+as the settings would have drawn them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from generation import registry
+from generation.backbones import Backbone, load_backbone, to_batch
+from generation.synthesis import Outcome, synthesise
+from manifests.errors import FlawsmithError
+from manifests.pictures import load
+from manifests.recipes import GeneratorSettings, Section
+from manifests.schema import GOOD, Image, Recipe
+from manifests.workspace import Workspace, round_file
+from training import proxy
+from training.evaluation import ignored, truth
+from training.examples import CHUNK, chunks
+from training.loading import FeatureSample, Sample
+from workflows.config import Generation
+from workflows.detecting import all_samples_of
+from workflows.space import numbers_of, place_of, present_values
+from workflows.stages import PictureCache, Round, load_model, traits_of
+
+SIZE = 256  # side of the proxy's pictures, and of those that a probe's samples are made on
+SHARD = 48  # samples of a probe's shard
+ATTEMPTS = 2  # draws of one recipe of a probe
+SLOW = 0.2  # seconds a sample above which a generator is not probed
+MOST_SAMPLES, MOST_NORMALS, MOST_JUDGED = 600, 48, 120  # the last two a category
+NEAR = 0.15  # of the limits: deviation of the weights of settings that vary
+OFF_RANGE = 0.1  # weight of a sample at hand that lies outside the ranges asked for
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What the trials of a round stand on; computed once.
+
+    Attributes:
+        round_: with small pictures. cache: of them. backbone, banks: features, and normal ones by category.
+        normals: evidence of normals alone.
+        recipes, residuals, masks: of the round's own samples, as far as the proxy reads them; the masks at
+            the size of its maps.
+        evidence: of them and of normals.
+        judged: what judges a head, by category: real feedback pictures or, where no defect among them is
+            labelled, the round's own samples, by family.
+        images: the pictures behind ``judged``, in order; empty for samples.
+        held: residuals of calibration normals by the same names.
+        labelled: whether real defects judge.
+        kin: by generator, what ``Judged.family`` calls it: its family or, where all are of one, itself.
+        made: evidence and generators of the probes' shards so far, by their settings.
+    """
+
+    round_: Round
+    cache: PictureCache
+    backbone: Backbone
+    banks: dict[str, torch.Tensor]
+    normals: proxy.Evidence
+    recipes: list[dict[str, Any]]
+    residuals: list[np.ndarray]
+    masks: list[np.ndarray]
+    evidence: proxy.Evidence
+    judged: dict[str, proxy.Judged]
+    images: dict[str, list[Image]]
+    held: dict[str, np.ndarray]
+    labelled: bool
+    kin: dict[str, str]
+    made: dict[tuple[str, int, int], tuple[proxy.Evidence, list[str]]] = field(default_factory=dict)
+
+    @property
+    def generators(self) -> np.ndarray:
+        return np.array([recipe["generator"] for recipe in self.recipes])
+
+
+def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> Ground:
+    """Features of normals, samples and feedback pictures, as distances to the nearest normal token.
+
+    Raises:
+        FlawsmithError: no sample of the round is left.
+    """
+    backbone = load_backbone()
+    rng = np.random.default_rng(np.random.SeedSequence(round_.config.seed, spawn_key=(round_.number, 1)))
+    max_side = round_.config.output.max_side
+    banks, negatives, held = {}, [], {}
+    for category, pictures in round_.pool.normals.items():
+        own = evenly(pictures, MOST_NORMALS)
+        calibration = [
+            image
+            for image in round_.images.values()
+            if image.category == category and image.split == "calibration" and image.defect == GOOD
+        ][:MOST_NORMALS]
+        # Half of the train normals are the bank, the other half are what the head learns as normal.
+        banks[category] = proxy.normal_bank(features_of(backbone, own[::2], max_side, advance), rng)
+        others = features_of(backbone, own[1::2] or own, max_side, advance)
+        negatives.append(proxy.residuals(others, banks[category]))
+        held[category] = (
+            proxy.residuals(features_of(backbone, calibration, max_side, advance), banks[category])
+            if calibration
+            else negatives[-1]
+        )
+    accepted = sum(
+        row["accepted"] for row in space.read_table(round_file(round_.number, "shards.parquet")).to_pylist()
+    )
+    step = max(1, -(-accepted // MOST_SAMPLES))
+    samples = (sample for at, sample in enumerate(all_samples_of(space, round_.number)) if at % step == 0)
+    recipes, residuals, masks = [], [], []
+    for sample, residual in _residuals(samples, backbone, banks, advance):
+        recipes.append(sample.recipe)
+        residuals.append(residual)
+        masks.append(sample.mask)
+    if not recipes:
+        raise FlawsmithError(
+            f"round {round_.number}: the proxy can read none of its samples (rejected by hand, or features "
+            "of another backbone); nothing to learn from"
+        )
+    normals = proxy.gather([], [], np.concatenate(negatives))
+    evidence = proxy.with_samples(normals, residuals, masks)
+    small = [proxy.shrink_mask(m, r.shape[:2]) for m, r in zip(masks, residuals, strict=True)]
+    judged, images = _real(round_, backbone, banks, advance)
+    labelled = any(group.labels.any() for group in judged.values())
+    kin: dict[str, str] = {
+        name: registry.get(name).family for name in sorted({recipe["generator"] for recipe in recipes})
+    }
+    if len(set(kin.values())) < 2:
+        kin = {name: name for name in kin}
+    if not labelled:
+        judged, images = _by_family([kin[r["generator"]] for r in recipes], recipes, residuals, small), {}
+        together = np.concatenate(list(held.values()))
+        held = dict.fromkeys(judged, together)
+    output = round_.config.output.model_copy(update={"max_side": SIZE, "bits": 8})
+    probed = replace(round_, config=round_.config.model_copy(update={"output": output}))
+    return Ground(
+        probed, PictureCache(probed), backbone, banks, normals, recipes, residuals, small, evidence, judged,
+        images, held, labelled, kin,
+    )  # fmt: skip
+
+
+def _real(
+    round_: Round, backbone: Backbone, banks: Mapping[str, torch.Tensor], advance: Callable[[int], None]
+) -> tuple[dict[str, proxy.Judged], dict[str, list[Image]]]:
+    judged, images = {}, {}
+    for category in round_.pool.normals:
+        own = [i for i in round_.images.values() if i.category == category and i.split == "feedback"]
+        own = evenly(own, MOST_JUDGED)
+        if not own:
+            continue
+        features = features_of(backbone, own, round_.config.output.max_side, advance)
+        residual = proxy.residuals(features, banks[category])
+        labels = np.array([image.defect != GOOD for image in own])
+        truths = [truth(image, SIZE) for image in own]
+        grid = (residual.shape[1], residual.shape[2])
+        with_masks = [proxy.shrink_mask(t, grid) for t in truths if t is not None]
+        masked = np.stack(with_masks) if len(with_masks) == len(own) else None
+        nothing = np.zeros((SIZE, SIZE), bool)
+        skipped = [ignored(image, SIZE) for image in own]
+        ignore = np.stack([proxy.shrink_mask(nothing if i is None else i, grid) for i in skipped])
+        groups = tuple(image.group for image in own)
+        fold = proxy.folds([category] * len(own), groups, labels)
+        judged[category] = proxy.Judged(residual, labels, masked, ignore, groups, fold)
+        images[category] = own
+    return judged, images
+
+
+def _by_family(
+    families: Sequence[str],
+    recipes: Sequence[dict[str, Any]],
+    residuals: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+) -> dict[str, proxy.Judged]:
+    """The round's samples, to judge heads that their family took no part in; none of a single family.
+
+    Samples of one normal picture are a group. Those of another grid than the most are left out.
+    """
+    shapes = [residual.shape for residual in residuals]
+    usual = max(set(shapes), key=shapes.count)
+    judged = {}
+    for name in sorted(set(families)):
+        own = [k for k, family in enumerate(families) if family == name and shapes[k] == usual][:96]
+        if not own or len(set(families)) < 2:
+            continue
+        stacked = np.stack([masks[k] for k in own])
+        groups = tuple(recipes[k]["image_id"] for k in own)
+        labels = np.ones(len(own), bool)
+        fold = proxy.folds([name] * len(own), groups, labels)
+        residual = np.stack([residuals[k] for k in own])
+        judged[name] = proxy.Judged(residual, labels, stacked, np.zeros_like(stacked), groups, fold, name)
+    return judged
+
+
+def is_probed(generator: str) -> bool:
+    return registry.get(generator).seconds <= SLOW
+
+
+def judge_settings(ground: Ground, generation: Generation, shards: range, stream: int) -> proxy.Maps:
+    """Maps of the head that settings teach, from ``SHARD`` samples a shard.
+
+    Args:
+        shards: numbers of the probe's shards; equal numbers of one stream have equal random numbers.
+        stream: 0 for trials, 1 to confirm.
+    """
+    evidence, weights, generators = learned_from(ground, generation, shards, stream)
+    families = np.array([ground.kin.get(name, name) for name in generators])
+    return proxy.all_maps(evidence, weights, families, ground.judged, ground.held)
+
+
+def learned_from(
+    ground: Ground, generation: Generation, shards: range, stream: int
+) -> tuple[proxy.Evidence, np.ndarray, list[str]]:
+    """(evidence, weight a sample, generator a sample) of settings: fresh samples, then those at hand."""
+    used = {name: s for name, s in generation.generators.items() if s.share > 0}
+    total = sum(settings.share for settings in used.values())
+    probed = {name: settings for name, settings in used.items() if is_probed(name)}
+    evidence, weights = ground.normals, np.empty(0)
+    generators: list[str] = []
+    if probed:
+        for shard in shards:
+            more, names = _shard(ground, generation, probed, shard, stream)
+            evidence = proxy.joined(evidence, more, range(len(names)))
+            generators = generators + names
+        share = sum(settings.share for settings in probed.values()) / total
+        weights = np.full(len(generators), share / max(len(generators), 1))
+    slow = [k for k, recipe in enumerate(ground.recipes) if not is_probed(recipe["generator"])]
+    if slow and len(probed) < len(used):
+        evidence = proxy.joined(evidence, ground.evidence, slow)
+        own = [ground.recipes[k] for k in slow]
+        generators += [recipe["generator"] for recipe in own]
+        weights = np.concatenate([weights, weights_at_hand(generation, own) / total])
+    return evidence, weights, generators
+
+
+def _shard(
+    ground: Ground,
+    generation: Generation,
+    probed: Mapping[str, GeneratorSettings],
+    shard: int,
+    stream: int,
+) -> tuple[proxy.Evidence, list[str]]:
+    """(evidence, generator a sample) of one shard of fresh samples; made once."""
+    key = (generation.model_dump_json(), shard, stream)
+    if key not in ground.made:
+        made = list(fresh(ground, generation, probed, shard, stream))
+        evidence = proxy.with_samples(ground.normals, [m[1] for m in made], [m[2] for m in made])
+        ground.made[key] = evidence, [recipe.generator for recipe, _, _ in made]
+    return ground.made[key]
+
+
+def weights_at_hand(generation: Generation, recipes: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """How much samples that were made with other settings weigh for these: float64 S.
+
+    A generator's samples weigh its share in all. Among them, one outside the ranges of area or severity
+    weighs ``OFF_RANGE`` for each, and each weighs as its category and its defect are drawn and, where its
+    generator's settings ``vary``, by a Gaussian of their distance to the settings (``NEAR`` of the limits).
+    """
+    weights = np.array([_weight(generation, recipe) for recipe in recipes], np.float64)
+    present = present_values(generation)
+    for name, own in generation.generators.items():
+        if own.share > 0 and own.vary > 0:
+            for path, search in numbers_of(generation, name).items():
+                key, here = path.rpartition(".")[2], place_of(search, present[path])
+                for k, recipe in enumerate(recipes):
+                    if recipe["generator"] == name:
+                        there = place_of(search, json.loads(recipe["params"])[key])
+                        weights[k] *= np.exp(-0.5 * ((there - here) / NEAR) ** 2)
+    names = np.array([recipe["generator"] for recipe in recipes])
+    for name in set(names.tolist()):
+        own = names == name
+        settings = generation.generators.get(name)
+        share = settings.share if settings is not None else 0.0
+        weights[own] *= share / max(weights[own].sum(), 1e-12)
+    return weights
+
+
+def _weight(generation: Generation, recipe: Mapping[str, Any]) -> float:
+    own = generation.generators.get(recipe["generator"]) or GeneratorSettings()
+    weight = own.defects.get(recipe["defect"], 1.0) * generation.categories.get(recipe["category"], 1.0)
+    for name in ("area", "severity"):
+        low, high = getattr(own, name) or getattr(generation, name)
+        weight *= 1.0 if low <= recipe[name] <= high else OFF_RANGE
+    return weight
+
+
+def cost_of(generation: Generation) -> float:
+    """Seconds that a sample of the mix takes, by what the generators say of themselves."""
+    used = {name: s.share for name, s in generation.generators.items() if s.share > 0}
+    return sum(share * registry.get(name).seconds for name, share in used.items()) / sum(used.values())
+
+
+def fresh(
+    ground: Ground,
+    generation: Generation,
+    probed: Mapping[str, GeneratorSettings],
+    shard: int,
+    stream: int,
+) -> Iterator[tuple[Recipe, np.ndarray, np.ndarray]]:
+    """(recipe, residual, mask) of a probe's accepted samples."""
+    round_ = ground.round_
+    spawn = (round_.number, 2, stream)
+    seed = np.random.SeedSequence(round_.config.seed, spawn_key=spawn).generate_state(1)[0]
+    probe = generation.model_copy(update={"generators": dict(probed)})
+    prompts = {name: trait.prompts for name, trait in round_.traits.items() if trait.prompts is not None}
+    asked = replace(
+        round_,
+        config=round_.config.model_copy(update={"seed": int(seed)}),
+        generation=probe,
+        traits=traits_of(probe, prompts),
+    )
+    section = Section(probe.generators, gpu=False, samples=SHARD * (shard + 1), shard_size=SHARD, first=0)
+    recipes = asked.plan_section(section, shard)
+    outcomes: list[Outcome] = []
+    signatures: list[tuple[str, np.ndarray]] = []
+    for name in sorted({recipe.generator for recipe in recipes}):
+        mine = [recipe for recipe in recipes if recipe.generator == name]
+        model = load_model(name, asked.traits[name].params)
+        outcomes += synthesise(
+            mine, ground.cache.source, registry.get(name), model, probe.gates, ATTEMPTS, signatures
+        )
+    pictures = [o for o in outcomes if o.status == "accepted" and o.pixels is not None]
+    for chunk in chunks(pictures, CHUNK):
+        batch = to_batch([o.pixels for o in chunk if o.pixels is not None], SIZE)
+        for outcome, feature in zip(chunk, ground.backbone.features(batch), strict=True):
+            yield _probed(ground, outcome, feature)
+    for outcome in outcomes:
+        features = outcome.feature if outcome.status == "accepted" else None
+        if features is not None and features.backbone == ground.backbone.fingerprint:
+            yield _probed(ground, outcome, torch.from_numpy(features.feature))
+
+
+def _probed(ground: Ground, outcome: Outcome, feature: torch.Tensor) -> tuple[Recipe, np.ndarray, np.ndarray]:
+    assert outcome.mask is not None  # accepted samples have one
+    residual = proxy.residuals(feature[None], ground.banks[outcome.recipe.category])[0]
+    return outcome.recipe, residual, outcome.mask > 0
+
+
+def _residuals(
+    samples: Iterator[Sample | FeatureSample],
+    backbone: Backbone,
+    banks: Mapping[str, torch.Tensor],
+    advance: Callable[[int], None],
+) -> Iterator[tuple[Sample | FeatureSample, np.ndarray]]:
+    """Samples with their residuals; those of another backbone's features are left out."""
+    for chunk in chunks(samples, CHUNK):
+        pictures = [sample.image for sample in chunk if isinstance(sample, Sample)]
+        features = iter(backbone.features(to_batch(pictures, SIZE)) if pictures else ())
+        for sample in chunk:
+            if isinstance(sample, Sample):
+                feature = next(features)
+            elif sample.backbone == backbone.fingerprint:
+                feature = torch.from_numpy(sample.feature)
+            else:
+                continue
+            yield sample, proxy.residuals(feature[None], banks[sample.category])[0]
+        advance(len(chunk))
+
+
+def features_of(
+    backbone: Backbone, images: Sequence[Image], max_side: int | None, advance: Callable[[int], None]
+) -> torch.Tensor:
+    parts = []
+    for chunk in chunks(images, CHUNK):
+        parts.append(backbone.features(to_batch([load(image, max_side=max_side) for image in chunk], SIZE)))
+        advance(len(chunk))
+    return torch.cat(parts)
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    step = max(1, -(-len(items) // most))
+    return list(items[::step])
