@@ -273,7 +273,7 @@ def report(
     space = _existing(workspace)
     with space.writing():
         name = write_report(space, with_pictures=not no_pictures)
-    typer.echo(f"{space.path(name)}: {(space.size(name) or 0) / 1e6:.1f} MB")
+    typer.echo(f"{space.address(name)}: {(space.size(name) or 0) / 1e6:.1f} MB")
 
 
 @app.command(
@@ -559,7 +559,7 @@ def demo(
     typer.echo("\nFinal figures on the test split (read once):")
     typer.echo(figures_table(space, "test"))
     typer.echo(f"\nlicences: {licences(space)}")
-    typer.echo(f"contact sheet: {sheet}\nreport: {space.path(report)}")
+    typer.echo(f"contact sheet: {sheet}\nreport: {space.address(report)}")
 
 
 def _configure(path: Path, rounds: int | None = None, scheduler: str | None = None) -> Config:
@@ -591,7 +591,7 @@ def _round(space: Workspace, number: int | None) -> int:
     rounds = space.rounds()
     if not rounds:
         raise UsageError(
-            f"{space.path('')} is no workspace yet: `flawsmith run CONFIG --workspace DIR` makes one"
+            f"{space.address('')} is no workspace yet: `flawsmith run CONFIG --workspace DIR` makes one"
         )
     if number is None:
         return rounds[-1]

@@ -26,7 +26,6 @@ from workflows.stages import (
     make_shard,
     prepare_process,
     settings_hash,
-    shard_record,
 )
 
 RETRIES = 3  # of a task whose worker was lost or that met an I/O error
@@ -103,20 +102,6 @@ class RoundResult:
 
     records: list[dict[str, Any]]
     errors: dict[int, str]
-
-
-def unfinished(
-    space: Workspace, number: int, count: int, damaged: set[int]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """(records of finished shards, numbers of those to make), by record and size; nothing is hashed."""
-    records, todo = [], []
-    for shard in range(count):
-        record = None if shard in damaged else shard_record(space, number, shard)
-        if record is not None and space.size(record["path"]) == record["bytes"]:
-            records.append(record)
-        else:
-            todo.append(shard)
-    return records, todo
 
 
 def make_round(
@@ -227,6 +212,6 @@ def _explain(error: BaseException, space: Workspace) -> FlawsmithError:
     if isinstance(error, FlawsmithError):
         return error
     return FlawsmithError(
-        f"cannot write to the workspace {space.path('')}: {error}. Finished shards are kept: "
+        f"cannot write to the workspace {space.address('')}: {error}. Finished shards are kept: "
         "make room and run the same command again to go on"
     )

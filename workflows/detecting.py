@@ -208,8 +208,9 @@ def _shards(space: Workspace, number: int) -> list[ShardFile]:
     if not space.exists(round_file(number, "shards.parquet")):
         raise FlawsmithError(f"round {number} has no samples yet: `flawsmith run` or `generate` makes them")
     rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
-    prefix = "" if space.is_local else f"{space.url.partition('://')[0]}://"
-    return [ShardFile(prefix + space.path(row["path"]), row["accepted"]) for row in rows]
+    return [
+        ShardFile(space.address(row["path"]), row["accepted"], row["bytes"], row["sha256"]) for row in rows
+    ]
 
 
 def calibration_normals(

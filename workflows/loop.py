@@ -33,7 +33,7 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                 generate(space, earlier, config.cluster)
         for number in range(first, first + config.rounds):
             _run_round(config, space, number, last=number + 1 == first + config.rounds)
-        say(f"report: {space.path(write_report(space))}")
+        say(f"report: {space.address(write_report(space))}")
 
 
 def _run_round(config: Config, space: Workspace, number: int, *, last: bool) -> None:
