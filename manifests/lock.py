@@ -31,7 +31,7 @@ from urllib.parse import quote
 import fsspec
 
 from manifests.errors import WorkspaceError
-from manifests.storage import is_local, no_bucket, open_system, put, steady
+from manifests.storage import ShortRead, is_local, no_bucket, open_system, put, steady
 
 LOCK, CLOCK = "lock.json", "lock.clock"
 LEASE = 60.0  # seconds that a lock counts without renewal
@@ -207,7 +207,7 @@ class Lease:
     def _age(self, seen: Seen) -> float:
         """Seconds since a lock was renewed, by the store's clock."""
         put(self.fs, self._clock, f"{self.root}/{CLOCK}", uuid.uuid4().hex.encode())
-        now = steady(self.url, lambda: _modified(self.fs, self._clock))
+        now = steady(self.url, lambda: _modified(self.fs, self._clock, self.fs.info(self._clock)))
         return (now - seen.modified).total_seconds()
 
     def _in_use(self, seen: Seen | None) -> WorkspaceError:
@@ -272,11 +272,13 @@ def lease(root: str) -> Iterator[Lease]:
 def _read(fs: fsspec.AbstractFileSystem, path: str) -> Seen | None:
     try:
         data = fs.cat_file(path)
-        # Only then the version, so that it is never older than the bytes.
-        version = _version(fs, path)
-        modified = _modified(fs, path)
+        info = fs.info(path)  # only now, so that version and time are never older than the bytes
+        modified = _modified(fs, path, info)
     except FileNotFoundError:
         return None
+    if info["size"] != len(data):  # cut short, or renewed just now
+        raise ShortRead(f"{len(data)} bytes came of {info['size']}")
+    version = {"s3": info.get("ETag"), "gcs": info.get("generation")}.get(_store(fs))
     try:
         holder = json.loads(data)
     except ValueError:
@@ -293,13 +295,9 @@ def _has_conditions(fs: fsspec.AbstractFileSystem) -> bool:
     return _store(fs) != "other"
 
 
-def _version(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
-    name = {"s3": "ETag", "gcs": "generation"}.get(_store(fs))
-    return str(fs.info(path)[name]) if name else None
-
-
-def _modified(fs: fsspec.AbstractFileSystem, path: str) -> datetime:
-    when = fs.modified(path)
+def _modified(fs: fsspec.AbstractFileSystem, path: str, info: dict[str, Any]) -> datetime:
+    when = info.get("LastModified") or info.get("mtime")  # of S3, of GCS; of a folder, a number
+    when = when if isinstance(when, datetime) else fs.modified(path)
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 

@@ -1,4 +1,4 @@
-"""Accepted samples out of shards, read with plain ``webdataset``; every decoder is named, none is pickle.
+"""Accepted samples out of shards; every decoder is named, none is pickle.
 
 A shard is read whole, from a folder or an object store, and its bytes are compared with its record before the
 first of its samples is handed out; meanwhile the samples of the one before it are worked on.
@@ -19,10 +19,9 @@ from typing import Any, TypeVar
 
 import cv2
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from manifests.pictures import decode, decode_mask, eight_bit
-from manifests.shards import IMAGE_FORMATS, ShardError
+from manifests.shards import IMAGE_FORMATS, ShardError, unpack
 from manifests.storage import read_file
 
 Item = TypeVar("Item")
@@ -204,7 +203,8 @@ def read_members(shards: Iterable[ShardFile]) -> Iterator[tuple[ShardFile, Itera
 
 
 def _whole(shard: ShardFile) -> bytes:
-    """The bytes of a shard. Where a remote one is not as recorded, the way may be at fault: it is read again."""
+    """The bytes of a shard. One on an object store that is not as recorded is read once more: the way may be
+    at fault."""
     tries = 1 if "://" not in shard.path else 2
     try:
         for _ in range(tries):
@@ -227,12 +227,10 @@ def _difference(shard: ShardFile, data: bytes) -> str:
 
 def _members(path: str, data: bytes) -> Iterator[dict[str, Any]]:
     try:
-        # Read before: webdataset's own opener would run the commands of "pipe:" addresses.
-        yield from group_by_keys(tar_file_expander([{"url": path, "stream": io.BytesIO(data)}]))
-    except Exception as error:
-        if isinstance(error, ShardError):
-            raise
-        raise ShardError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
+        for key, members in unpack(data, path):
+            yield {"__key__": key, **members}
+    except ShardError as error:
+        raise ShardError(f"{error}; {_REMEDY}") from error
 
 
 def _chosen(

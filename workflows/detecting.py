@@ -258,10 +258,8 @@ def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, An
     folder = checkpoint_folder(number, name)
     if not space.exists(f"{folder}/{checkpoints.CONFIG}"):
         raise FlawsmithError(f"round {number} has no trained {name} yet: `flawsmith train` makes it")
-    with tempfile.TemporaryDirectory() as aside:
-        for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
-            (Path(aside) / file).write_bytes(space.read_bytes(f"{folder}/{file}"))
-        return checkpoints.load(aside, device()), checkpoints.read_config(aside).get("notes", {})
+    stored = space.address(folder)
+    return checkpoints.load(stored, device()), checkpoints.read_config(stored).get("notes", {})
 
 
 # -- judging --------------------------------------------------------------------------------------------
