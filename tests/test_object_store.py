@@ -1,6 +1,7 @@
 """Workspaces on an S3 server: the bytes of a local run, one writer, and nothing lost where requests fail."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,16 +16,20 @@ from typing import Any
 import psutil
 import pytest
 
+from detectors import protocol
 from manifests import lock, storage
 from manifests.errors import WorkspaceError
 from manifests.schema import canonical_json
 from manifests.storage import StorageError, Unreachable
 from manifests.workspace import Workspace
 from tests.faulty_store import BUCKET, Faults, s3_server
+from tests.plain_detector import NAME, PLACE
+from tests.test_cli import flawsmith
 from tests.test_pipeline import config as pipeline_config
 from tests.test_pipeline import contents, draw_pictures, wait_for
 from training.loading import ShardFile, read_samples
 from workflows import rounds
+from workflows.demo import write_drawn
 from workflows.detecting import _shards
 from workflows.replaying import replay
 from workflows.upkeep import verify
@@ -143,6 +148,47 @@ def test_a_run_through_failing_requests_makes_the_same_bytes(url, server, local,
     assert contents(space) == contents(local)
     assert verify(space) == []
     assert sum(done.values()) >= 10 and len(done) >= 4, done
+
+
+def test_every_command_works_on_an_object_store(url, monkeypatch, tmp_path):
+    monkeypatch.setitem(protocol.BUILT_IN, NAME, PLACE)
+    pictures = tmp_path / "pictures"
+    write_drawn(pictures, train=8, good=6, each=3)
+    shutil.rmtree(pictures / "cloth")
+    raw = {
+        "source": str(pictures),
+        "samples": 12,
+        "rounds": 1,
+        "output": {"shard_size": 6},
+        "detector": {"name": NAME},
+        "evaluation": {"resamples": 10},
+        "feedback": {"enabled": False},
+        "cluster": {"workers": 1},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(raw))
+    checkpoint = f"{url}/rounds/000/detectors/{NAME}"
+    picture = next((pictures / "ring/test/good").glob("*.png"))
+
+    def done(*words: object) -> str:
+        ended = flawsmith(*words)
+        assert ended.returncode == 0, (words, ended)
+        return ended.stdout
+
+    done("run", file, "-w", url)
+    assert done("verify", url) == "every shard is whole\n"
+    samples = Workspace(url).read_table("rounds/000/samples/part-00000.parquet").to_pylist()
+    accepted = [row["sample_id"] for row in samples if row["status"] == "accepted"]
+    assert "the same bytes as in s3://" in done("replay", url, accepted[0])
+    assert "1 samples rejected" in done("review", url, "--reject", accepted[1])
+    done("evaluate", url, "--final")
+    done("feedback", url)
+    assert f"{url}/report/index.html" in done("report", url)
+    done("show", url, "--out", tmp_path / "sheet.png")
+    done("export", url, tmp_path / "out")
+    done("compare", checkpoint, checkpoint)
+    done("predict", checkpoint, picture, "--out", tmp_path / "found")
+    assert (tmp_path / "found/scores.csv").exists() and (tmp_path / "sheet.png").exists()
 
 
 # -- one writer -----------------------------------------------------------------------------------------
