@@ -1,7 +1,7 @@
 """Accepted samples out of shards; every decoder is named, none is pickle.
 
 A shard is read whole, from a folder or an object store, and its bytes are compared with its record before the
-first of its samples is handed out; meanwhile the samples of the one before it are worked on.
+first of its samples is handed out; meanwhile the samples of those before it are worked on.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def read_members(shards: Iterable[ShardFile]) -> Iterator[tuple[ShardFile, Itera
             known.append(shard)
             yield shard
 
-    for data in in_order(_whole, noted(), threads=1, ahead=1):
+    for data in in_order(_whole, noted(), threads=2, ahead=4):
         shard = known.popleft()
         yield shard, _members(shard.path, data)
 
