@@ -9,5 +9,9 @@ class UsageError(FlawsmithError):
     """The command or its configuration is wrong; nothing was started (exit code 2)."""
 
 
+class WorkspaceError(FlawsmithError):
+    """The workspace lacks something, is in use, or holds what it should not."""
+
+
 class PictureError(FlawsmithError, ValueError):
     """A picture that cannot be used. Deterministic: reading the same bytes again fails the same way."""

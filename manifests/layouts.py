@@ -33,8 +33,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.errors import UsageError
-from manifests.pictures import EXTENSIONS, open_file, read_bytes
+from manifests.pictures import EXTENSIONS, read_bytes
 from manifests.schema import GOOD
+from manifests.storage import open_file
 
 Layout = Literal["auto", "mvtec", "folder", "list", "webdataset"]
 

@@ -29,15 +29,15 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 import cv2
-import fsspec
 import numpy as np
 from PIL import Image as Pillow
 
 from manifests.errors import PictureError, UsageError
 from manifests.schema import GOOD, Image
+from manifests.storage import StorageError, open_file
 
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000
@@ -79,23 +79,25 @@ def read_bytes(path: str, limit: int = MAX_BYTES) -> bytes:
 
     Raises:
         PictureError: the file is missing, may not be read, is a folder, or has more than ``limit`` bytes.
+        StorageError: the credentials or rights to read a remote file are missing.
         OSError: everything that may pass (a lost network share, say); the caller may try again.
     """
     try:
         if path.startswith("tar://"):
             data = _read_member(path, limit)
-        elif "://" in path:
-            with fsspec.open(path, "rb") as file:
-                data = file.read(limit + 1)
         else:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 data = file.read(limit + 1)
     except FileNotFoundError as error:
         raise PictureError(f"{path}: no such file; restore it or take it out of the source") from error
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise PictureError(f"{path}: {error.strerror or error}; expected a readable picture") from error
-    except (ValueError, ImportError, tarfile.TarError) as error:
+    except (ValueError, tarfile.TarError) as error:
         raise PictureError(f"{path}: cannot be opened ({error}); check the path or URL") from error
+    except StorageError as error:
+        if isinstance(error.__cause__, ImportError | ValueError):  # the URL's kind
+            raise PictureError(str(error)) from error
+        raise
     if len(data) > limit:
         raise PictureError(f"{path}: more than {limit:,} bytes; store the picture in a smaller file")
     return data
@@ -118,11 +120,6 @@ def _tar_index(archive: str, _stamp: tuple[int, int] | None) -> dict[str, tuple[
     """Member -> (offset, size). Reading by offset needs no shared handle, so threads do not meet."""
     with open_file(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
-
-
-def open_file(path: str) -> IO[bytes]:
-    """A binary reader of a local file or an fsspec URL."""
-    return cast("IO[bytes]", fsspec.open(path, "rb").open() if "://" in path else open(path, "rb"))
 
 
 def sha256(data: bytes) -> str:

@@ -86,6 +86,7 @@ SHARDS = pa.schema(
         ("path", pa.string()),
         ("sha256", pa.string()),
         ("bytes", pa.int64()),
+        ("samples_bytes", pa.int64()),  # of its samples table
         ("accepted", pa.int32()),
         ("rejected", pa.int32()),
         ("failed", pa.int32()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -34,9 +34,11 @@ def verify_round(
 ) -> list[Finding]:
     """Truncated, damaged, missing and extra shards, and samples without a member, of one round."""
     extra = extra_files(space, number, shard_count)
+    sizes = space.sizes(f"rounds/{number:03d}/shards")
     findings = [Finding(number, -1, path, "extra: not in the plan") for path in extra]
     for shard in range(shard_count):
-        findings += [Finding(number, shard, *problem) for problem in _shard_problems(space, number, shard)]
+        problems = _shard_problems(space, number, shard, sizes)
+        findings += [Finding(number, shard, *problem) for problem in problems]
         progress(1)
     return findings
 
@@ -51,7 +53,9 @@ def extra_files(space: Workspace, number: int, shard_count: int) -> list[str]:
     return extra
 
 
-def _shard_problems(space: Workspace, number: int, shard: int) -> list[tuple[str, str]]:
+def _shard_problems(
+    space: Workspace, number: int, shard: int, sizes: Mapping[str, int]
+) -> list[tuple[str, str]]:
     samples_path = part("samples", number, shard, "parquet")
     shard_path = part("shards", number, shard, "tar")
     try:
@@ -65,13 +69,13 @@ def _shard_problems(space: Workspace, number: int, shard: int) -> list[tuple[str
     counts = Counter(table["status"].to_pylist())
     if any(counts[status] != record[status] for status in ("accepted", "rejected", "failed")):
         return [(samples_path, f"damaged: it holds {dict(counts)}, its record says otherwise")]
-    size = space.size(shard_path)
+    size = sizes.get(shard_path.rpartition("/")[2])
     if size is None:
         return [(shard_path, "missing")]
     if size != record["bytes"]:
         word = "truncated" if size < record["bytes"] else "damaged"
         return [(shard_path, f"{word}: {size} bytes, expected {record['bytes']}")]
-    data = space.read_bytes(shard_path)
+    data = space.read_bytes(shard_path, size)
     expected = {row["sample_id"]: row["checksum"] for row in table.to_pylist() if row["status"] == "accepted"}
     problems = []
     found = set()

@@ -2,37 +2,36 @@
 
 Nothing is ever visible half written: a file is written aside, flushed to the disk and renamed (local), or
 put as one object (object stores). What a killed writer leaves behind ends in ``.part`` and is swept when the
-next writer takes the lock.
+next writer takes the lock. Requests to object stores are tried again as ``manifests.storage`` says.
 """
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from fsspec.implementations.local import LocalFileSystem
 
-from manifests.errors import FlawsmithError
+from manifests import lock, storage
+from manifests.errors import WorkspaceError
 
+Read = TypeVar("Read")
+READERS = 16  # requests to an object store at a time, where many small files are read
 ASIDE = ".part"
 _ORPHAN = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(ASIDE)}$")
-
-
-class WorkspaceError(FlawsmithError):
-    """The workspace lacks something, is in use, or holds what it should not."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,11 @@ class Workspace:
     """``url`` is a folder or an fsspec URL; paths below it are given relative, with forward slashes."""
 
     url: str
+    _leases: list[lock.Lease] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @cached_property
     def _fs_root(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        return fsspec.core.url_to_fs(self.url)
+        return storage.open_system(self.url)
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -51,7 +51,7 @@ class Workspace:
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.fs, LocalFileSystem)
+        return storage.is_local(self.fs)
 
     def path(self, name: str) -> str:
         """The full path of ``name`` on its file system. Names that leave the workspace are refused."""
@@ -60,32 +60,77 @@ class Workspace:
         root = self._fs_root[1].rstrip("/")
         return f"{root}/{name}" if name else root
 
+    def address(self, name: str) -> str:
+        """What a person, or another program, calls ``name``: a path, or a URL on an object store."""
+        path = self.path(name)
+        if self.is_local:
+            return path
+        root = self.url.rstrip("/")
+        return f"{root}/{name}" if name else root
+
     # -- bytes ------------------------------------------------------------------------------------------
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        return bool(self._steady(name, lambda: self.fs.exists(self.path(name))))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None if there is none."""
         try:
-            return int(self.fs.size(self.path(name)))
+            return int(self._steady(name, lambda: self.fs.size(self.path(name))))
         except FileNotFoundError:
             return None
 
-    def read_bytes(self, name: str) -> bytes:
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file in one folder by base name, from one listing; empty if there is no such
+        folder."""
         try:
-            return self.fs.cat_file(self.path(name))
+            entries = self._steady(folder, lambda: self.fs.ls(self.path(folder), detail=True))
         except FileNotFoundError:
-            raise WorkspaceError(f"{self.path(name)} is missing; `flawsmith run` makes it") from None
+            return {}
+        return {_base(entry["name"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
-    def read_range(self, name: str, start: int, end: int) -> bytes:
-        return self.fs.cat_file(self.path(name), start=start, end=end)
+    def read_bytes(self, name: str, size: int | None = None) -> bytes:
+        """``size``: bytes that the file must have, where that is known."""
+        path = self.path(name)
+        try:
+            return storage.read_whole(self.fs, path, self.address(name), size)
+        except FileNotFoundError:
+            raise WorkspaceError(f"{self.address(name)} is missing; `flawsmith run` makes it") from None
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file to read from any place on.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        return storage.open_file(self.address(name))
+
+    def read_many(self, names: Iterable[str], read: Callable[[str], Read]) -> Iterator[Read]:
+        """``read`` of each name, in order; on an object store :data:`READERS` at a time."""
+        if self.is_local:
+            yield from map(read, names)
+            return
+        waiting: deque[Any] = deque()
+        with ThreadPoolExecutor(READERS) as pool:
+            try:
+                for name in names:
+                    waiting.append(pool.submit(read, name))
+                    if len(waiting) > 2 * READERS:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _steady(self, name: str, work: Callable[[], Any]) -> Any:
+        return work() if self.is_local else storage.steady(self.address(name), work)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Whole or not at all. A rename that a power cut undoes is noticed by the next run and done again."""
         path = self.path(name)
+        self._check_lock()
         if not self.is_local:
-            self.fs.pipe_file(path, data)
+            storage.put(self.fs, path, self.address(name), data)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         aside = f"{path}.{uuid.uuid4().hex}{ASIDE}"
@@ -103,30 +148,34 @@ class Workspace:
             raise
 
     def remove(self, name: str) -> None:
+        self._check_lock()
         if self.exists(name):
-            self.fs.rm_file(self.path(name))
+            with suppress(FileNotFoundError):  # an earlier try did it, whose answer was lost
+                self._steady(name, lambda: self.fs.rm_file(self.path(name)))
 
     def names(self, folder: str) -> list[str]:
         """Sorted base names in one folder of the workspace; empty if there is no such folder."""
         try:
-            entries = self.fs.ls(self.path(folder), detail=False)
+            entries = self._steady(folder, lambda: self.fs.ls(self.path(folder), detail=False))
         except FileNotFoundError:
             return []
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        return sorted(map(_base, entries))
 
     # -- tables and settings ----------------------------------------------------------------------------
 
-    def write_table(self, name: str, table: pa.Table) -> None:
+    def write_table(self, name: str, table: pa.Table) -> int:
+        """Bytes written."""
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self.write_bytes(name, sink.getvalue())
+        return sink.tell()
 
     def read_table(self, name: str) -> pa.Table:
         try:
             return pq.read_table(io.BytesIO(self.read_bytes(name)), page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise WorkspaceError(
-                f"{self.path(name)} is damaged ({error}); `flawsmith verify` lists what is, "
+                f"{self.address(name)} is damaged ({error}); `flawsmith verify` lists what is, "
                 "`flawsmith run` repairs it"
             ) from error
 
@@ -145,7 +194,7 @@ class Workspace:
         try:
             return yaml.safe_load(self.read_bytes(name))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise WorkspaceError(f"{self.path(name)} is damaged: {error}; restore it") from error
+            raise WorkspaceError(f"{self.address(name)} is damaged: {error}; restore it") from error
 
     # -- rounds -----------------------------------------------------------------------------------------
 
@@ -161,36 +210,38 @@ class Workspace:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Holds the workspace's lock; a second writer gets a clear error, a dead one leaves no lock behind.
+        """Holds the workspace's lock, see ``manifests.lock``. A second writer gets a clear error; a dead one
+        leaves no lock behind that holds for long.
 
-        The lock is the kernel's (``flock``), so it ends with its process. Object stores have none yet.
+        Raises:
+            WorkspaceError: another writer holds the lock, nothing can be written here, or the lock was lost.
         """
         if not self.is_local:
-            yield
+            with self._leased():
+                yield
             return
         root = Path(self.path(""))
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            lock = open(root / ".lock", "a+")  # noqa: SIM115 - held for the whole run
-        except OSError as error:
-            raise WorkspaceError(
-                f"cannot write to the workspace {root}: {error.strerror}; "
-                "choose another folder with --workspace"
-            ) from error
-        with lock:
+        with lock.folder_lock(root):
+            if not lock.is_network(root):
+                _sweep(root)
+                yield
+                return
+            with self._leased():
+                _sweep(root)
+                yield
+
+    @contextmanager
+    def _leased(self) -> Iterator[None]:
+        with lock.lease(self.address("")) as lease:
+            self._leases.append(lease)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise WorkspaceError(
-                    f"the workspace {root} is in use by process {lock.read().strip() or '?'}; "
-                    "wait for it to end or choose another workspace"
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            _sweep(root)
-            yield
+                yield
+            finally:
+                self._leases.remove(lease)
+
+    def _check_lock(self) -> None:
+        for lease in self._leases:
+            lease.check()
 
 
 def part(folder: str, round_: int, index: int, suffix: str) -> str:
@@ -200,6 +251,10 @@ def part(folder: str, round_: int, index: int, suffix: str) -> str:
 
 def round_file(round_: int, name: str) -> str:
     return f"rounds/{round_:03d}/{name}"
+
+
+def _base(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _sweep(root: Path) -> None:

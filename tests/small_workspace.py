@@ -108,8 +108,8 @@ def write_round(space, round_, images, normals, rng):
     space.write_table(part("samples", round_, 0, "parquet"), to_table(rows, SAMPLES))
     record = {
         "round": round_, "shard": 0, "path": part("shards", round_, 0, "tar"), "sha256": packed.sha256,
-        "bytes": len(packed.data), "accepted": 7, "rejected": 1, "failed": 0, "fingerprint": "{}",
-        "seconds": 1.0, "host": "here", "lossy": False,
+        "bytes": len(packed.data), "samples_bytes": 0, "accepted": 7, "rejected": 1, "failed": 0,
+        "fingerprint": "{}", "seconds": 1.0, "host": "here", "lossy": False,
     }  # fmt: skip
     space.write_table(round_file(round_, "shards.parquet"), to_table([record], SHARDS))
 

@@ -288,8 +288,8 @@ def noisy_workspace(tmp_path, count=40, side=200):
     space.write_table(part("samples", 0, 0, "parquet"), to_table(rows, SAMPLES))
     record = {
         "round": 0, "shard": 0, "path": part("shards", 0, 0, "tar"), "sha256": packed.sha256,
-        "bytes": len(packed.data), "accepted": count, "rejected": 0, "failed": 0, "fingerprint": "{}",
-        "seconds": 1.0, "host": "here", "lossy": False,
+        "bytes": len(packed.data), "samples_bytes": 0, "accepted": count, "rejected": 0, "failed": 0,
+        "fingerprint": "{}", "seconds": 1.0, "host": "here", "lossy": False,
     }  # fmt: skip
     space.write_table(round_file(0, "shards.parquet"), to_table([record], SHARDS))
     return space

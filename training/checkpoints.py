@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from safetensors.torch import save as save_tensors
 
 from detectors.protocol import Detector, get
 from manifests.errors import FlawsmithError
+from manifests.storage import read_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
@@ -67,11 +68,14 @@ def save(
 def load(folder: str | Path, device: str = "cpu") -> Detector:
     """Read a detector, ready to score.
 
+    Args:
+        folder: may be an fsspec URL.
+
     Raises:
         CheckpointError: a file is missing or damaged, a pickle, written for another detector or backbone.
     """
-    folder = Path(folder)
-    if folder.suffix in PICKLES:
+    weights, written = _inside(folder, WEIGHTS), _inside(folder, CONFIG)
+    if PurePath(folder).suffix in PICKLES:
         raise CheckpointError(_refused(folder))
     config = read_config(folder)
     method = get(config["detector"])
@@ -79,16 +83,16 @@ def load(folder: str | Path, device: str = "cpu") -> Detector:
         settings = method.settings.model_validate(config["settings"])
     except ValidationError as error:
         raise CheckpointError(
-            f"{folder / CONFIG}: settings do not fit this version of {method.name}: {error}; train again"
+            f"{written}: settings do not fit this version of {method.name}: {error}; train again"
         ) from error
-    data = _read(folder / WEIGHTS)
+    data = read_part(folder, WEIGHTS)
     # safetensors begins with a length, whose first byte may be a pickle's, and then its header's brace
     if data.startswith((ZIP, PICKLE)) and data[8:9] != b"{":
-        raise CheckpointError(_refused(folder / WEIGHTS))
+        raise CheckpointError(_refused(weights))
     try:
         tensors = load_tensors(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged ({error}); train again") from error
+        raise CheckpointError(f"{weights} is damaged ({error}); train again") from error
     detector = method.build(settings, config["categories"], device)
     if detector.fingerprint != config["backbone"]:
         raise CheckpointError(
@@ -98,9 +102,7 @@ def load(folder: str | Path, device: str = "cpu") -> Detector:
     try:
         detector.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}; train again"
-        ) from error
+        raise CheckpointError(f"{weights} does not fit its {CONFIG}: {error}; train again") from error
     detector.calibration = dict(config["calibration"])
     detector.eval()
     return detector
@@ -112,9 +114,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or not such a file.
     """
-    path = Path(folder) / CONFIG
+    path = _inside(folder, CONFIG)
     try:
-        config = yaml.safe_load(_read(path))
+        config = yaml.safe_load(read_part(folder, CONFIG))
     except yaml.YAMLError as error:
         raise CheckpointError(f"{path} is not plain YAML ({error}); train again") from error
     wanted = {"detector", "settings", "categories", "backbone", "calibration"}
@@ -124,22 +126,31 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def _refused(path: Path) -> str:
+def _refused(path: str | Path) -> str:
     return (
         f"{path} holds a pickle, which could run any code when it is read: refused. Give the folder of a "
         f"checkpoint that flawsmith wrote ({WEIGHTS} and {CONFIG})"
     )
 
 
-def _read(path: Path) -> bytes:
+def _inside(folder: str | Path, name: str) -> str:
+    return f"{str(folder).rstrip('/')}/{name}"
+
+
+def read_part(folder: str | Path, name: str) -> bytes:
+    """The bytes of a checkpoint's ``WEIGHTS`` or ``CONFIG``.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
     try:
-        return path.read_bytes()
+        return read_file(_inside(folder, name))
     except (FileNotFoundError, NotADirectoryError) as error:
-        others = sorted(p.name for p in path.parent.glob("*") if p.suffix in PICKLES)
-        if others:
-            raise CheckpointError(_refused(path.parent / others[0])) from error
+        others = [] if "://" in str(folder) else Path(folder).glob("*")
+        if pickles := sorted(str(path) for path in others if path.suffix in PICKLES):
+            raise CheckpointError(_refused(pickles[0])) from error
         raise CheckpointError(
-            f"{path} is missing: {path.parent} is no checkpoint; `flawsmith train` writes one"
+            f"{_inside(folder, name)} is missing: {folder} is no checkpoint; `flawsmith train` writes one"
         ) from error
 
 

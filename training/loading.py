@@ -1,7 +1,12 @@
-"""Accepted samples out of shards, read with plain ``webdataset``; every decoder is named, none is pickle."""
+"""Accepted samples out of shards; every decoder is named, none is pickle.
+
+A shard is read whole, from a folder or an object store, and its bytes are compared with its record before the
+first of its samples is handed out; meanwhile the samples of those before it are worked on.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -14,10 +19,10 @@ from typing import Any, TypeVar
 
 import cv2
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from manifests.pictures import decode, decode_mask, eight_bit, open_file
-from manifests.shards import IMAGE_FORMATS, ShardError
+from manifests.pictures import decode, decode_mask, eight_bit
+from manifests.shards import IMAGE_FORMATS, ShardError, unpack
+from manifests.storage import read_file
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -31,10 +36,14 @@ class ShardFile:
     Attributes:
         path: local file or fsspec URL.
         accepted: samples it must hold.
+        bytes: its size; None: not known.
+        sha256: of its bytes, in hexadecimal; None: not known.
     """
 
     path: str
     accepted: int
+    bytes: int | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,19 +147,20 @@ def read_all_samples(
 
 
 def in_order(
-    work: Callable[[Item], Made], items: Iterable[Item], threads: int = 0
+    work: Callable[[Item], Made], items: Iterable[Item], threads: int = 0, ahead: int = 0
 ) -> Generator[Made, None, None]:
     """``map`` with the work done ahead of time in ``threads`` (0: one a core), results and errors in order.
 
-    ``items`` are taken where the results are, two a thread ahead of them.
+    ``items`` are taken where the results are, ``ahead`` of them (0: two a thread).
     """
     threads = threads or len(os.sched_getaffinity(0))
+    ahead = ahead or 2 * threads
     waiting: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * threads:
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -173,18 +183,54 @@ def small_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     return small
 
 
-def _members(path: str) -> Iterator[dict[str, Any]]:
-    """Raw bytes by member name, one dict a sample."""
+def read_members(shards: Iterable[ShardFile]) -> Iterator[tuple[ShardFile, Iterator[dict[str, Any]]]]:
+    """Each shard with its samples: raw bytes by member name, the sample's name as ``__key__``.
+
+    Raises:
+        ShardError: a shard is missing, or its bytes are not those of its record.
+        StorageError, Unreachable: the object store refuses, or does not answer.
+    """
+    known: deque[ShardFile] = deque()
+
+    def noted() -> Iterator[ShardFile]:
+        for shard in shards:
+            known.append(shard)
+            yield shard
+
+    for data in in_order(_whole, noted(), threads=2, ahead=4):
+        shard = known.popleft()
+        yield shard, _members(shard.path, data)
+
+
+def _whole(shard: ShardFile) -> bytes:
+    """The bytes of a shard. One on an object store that is not as recorded is read once more: the way may be
+    at fault."""
+    tries = 1 if "://" not in shard.path else 2
     try:
-        # Opened here: webdataset's own opener would run the commands of "pipe:" addresses.
-        with open_file(path) as stream:
-            yield from group_by_keys(tar_file_expander([{"url": path, "stream": stream}]))
+        for _ in range(tries):
+            data = read_file(shard.path)
+            if not (problem := _difference(shard, data)):
+                return data
     except FileNotFoundError as error:
-        raise ShardError(f"{path} is missing; {_REMEDY}") from error
-    except Exception as error:
-        if isinstance(error, ShardError):
-            raise
-        raise ShardError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
+        raise ShardError(f"{shard.path} is missing; {_REMEDY}") from error
+    raise ShardError(f"{shard.path} is cut short or damaged: {problem}; {_REMEDY}")
+
+
+def _difference(shard: ShardFile, data: bytes) -> str:
+    """Between a shard's bytes and its record; empty if there is none that can be told."""
+    if shard.bytes is not None and len(data) != shard.bytes:
+        return f"it has {len(data)} bytes, its manifest says {shard.bytes}"
+    if shard.sha256 is not None and hashlib.sha256(data).hexdigest() != shard.sha256:
+        return "its sha256 is not that of its manifest"
+    return ""
+
+
+def _members(path: str, data: bytes) -> Iterator[dict[str, Any]]:
+    try:
+        for key, members in unpack(data, path):
+            yield {"__key__": key, **members}
+    except ShardError as error:
+        raise ShardError(f"{error}; {_REMEDY}") from error
 
 
 def _chosen(
@@ -196,9 +242,9 @@ def _chosen(
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Name, raw members and record of the samples that are asked for, those of features only if ``features``;
     every shard is counted."""
-    for shard in shards:
+    for shard, samples in read_members(shards):
         count = 0
-        for members in _members(shard.path):
+        for members in samples:
             count += 1
             name = f"{shard.path}: sample {members['__key__']}"
             if "json" not in members:

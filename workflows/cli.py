@@ -39,7 +39,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; `
 WorkspaceOption = Annotated[
     str, typer.Option("--workspace", "-w", metavar="DIR", help="folder or fsspec URL that holds the results")
 ]
-WorkspaceArgument = Annotated[str, typer.Argument(metavar="WORKSPACE", help="folder of a run")]
+WorkspaceArgument = Annotated[str, typer.Argument(metavar="WORKSPACE", help="folder or fsspec URL of a run")]
 SchedulerOption = Annotated[
     str | None, typer.Option(metavar="URL", help="a running Dask scheduler, e.g. tcp://host:8786")
 ]
@@ -194,8 +194,8 @@ def evaluate(
     "runs/bottle/rounds/001/detectors/onenip | flawsmith compare A B --data pictures/bottle"
 )
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="folder of a trained detector")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="another, of the same categories")],
+    first: Annotated[str, typer.Argument(metavar="A", help="folder or URL of a trained detector")],
+    second: Annotated[str, typer.Argument(metavar="B", help="another, of the same categories")],
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="pictures in MVTec AD layout; default: A's feedback pictures"),
@@ -280,7 +280,7 @@ def report(
     space = _existing(workspace)
     with space.writing():
         name = write_report(space, with_pictures=not no_pictures)
-    typer.echo(f"{space.path(name)}: {(space.size(name) or 0) / 1e6:.1f} MB")
+    typer.echo(f"{space.address(name)}: {(space.size(name) or 0) / 1e6:.1f} MB")
 
 
 @app.command(
@@ -349,7 +349,10 @@ def export(
 )
 def predict(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="folder of a trained detector, or an exported .onnx")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="folder or URL of a trained detector, or an exported .onnx"
+        ),
     ],
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURES", help="files or folders")],
     out: Annotated[Path, typer.Option(help="folder for scores and heat maps")] = Path("predictions"),
@@ -379,7 +382,9 @@ def predict(
     epilog="Example: flawsmith export-model runs/bottle/rounds/001/detectors/onenip --out bottle.onnx",
 )
 def export_model(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a trained detector")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="folder or URL of a trained detector")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="to write: .onnx, or .pt2 for torch-export")],
     format_: Annotated[str, typer.Option("--format", help="onnx or torch-export")] = "onnx",
     category: Annotated[
@@ -566,7 +571,7 @@ def demo(
     typer.echo("\nFinal figures on the test split (read once):")
     typer.echo(figures_table(space, "test"))
     typer.echo(f"\nlicences: {licences(space)}")
-    typer.echo(f"contact sheet: {sheet}\nreport: {space.path(report)}")
+    typer.echo(f"contact sheet: {sheet}\nreport: {space.address(report)}")
 
 
 def _configure(path: Path, rounds: int | None = None, scheduler: str | None = None) -> Config:
@@ -598,7 +603,7 @@ def _round(space: Workspace, number: int | None) -> int:
     rounds = space.rounds()
     if not rounds:
         raise UsageError(
-            f"{space.path('')} is no workspace yet: `flawsmith run CONFIG --workspace DIR` makes one"
+            f"{space.address('')} is no workspace yet: `flawsmith run CONFIG --workspace DIR` makes one"
         )
     if number is None:
         return rounds[-1]

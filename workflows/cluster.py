@@ -23,12 +23,12 @@ from manifests.recipes import Section
 from manifests.workspace import Workspace
 from workflows.config import Cluster
 from workflows.console import say
+from workflows.finished import finished_record
 from workflows.machines import open_client
 from workflows.stages import (
     KINDS,
     Job,
     Round,
-    finished_record,
     generators_of,
     load_model,
     load_round,
@@ -68,20 +68,6 @@ class RoundResult:
 
     records: list[dict[str, Any]]
     errors: dict[int, str]
-
-
-def unfinished(
-    space: Workspace, number: int, count: int, damaged: set[int]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """(records of finished shards, numbers of those to make), by record and size; nothing is hashed."""
-    records, todo = [], []
-    for shard in range(count):
-        record = None if shard in damaged else finished_record(space, number, shard)
-        if record is not None:
-            records.append(record)
-        else:
-            todo.append(shard)
-    return records, todo
 
 
 def make_round(
@@ -344,6 +330,6 @@ def _explain(error: BaseException, space: Workspace) -> FlawsmithError:
     if isinstance(error, FlawsmithError):
         return error
     return FlawsmithError(
-        f"cannot write to the workspace {space.path('')}: {error}. Finished shards are kept: "
+        f"cannot write to the workspace {space.address('')}: {error}. Finished shards are kept: "
         "make room and run the same command again to go on"
     )

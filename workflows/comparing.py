@@ -23,7 +23,7 @@ from workflows.stages import device
 
 
 def compare(
-    first: Path, second: Path, data: Path | None = None, resamples: int = RESAMPLES
+    first: str | Path, second: str | Path, data: Path | None = None, resamples: int = RESAMPLES
 ) -> list[dict[str, Any]]:
     """Rows of :func:`training.comparison.compare` for two checkpoints.
 
@@ -35,7 +35,7 @@ def compare(
     tiles.
 
     Args:
-        first, second: folders of trained detectors.
+        first, second: folders of trained detectors, or fsspec URLs of such.
 
     Raises:
         UsageError: there are no pictures to compare on, or a detector does not know their categories.
@@ -61,7 +61,7 @@ def compare(
     def shape_of(image: Image) -> Shape:
         return map_shape(image, size, limit, 0.0 if tiled else None)
 
-    def results(folder: Path, detector: Detector, note: dict[str, Any]) -> list[Judged]:
+    def results(folder: str | Path, detector: Detector, note: dict[str, Any]) -> list[Judged]:
         own = [_with_window(image, note.get("window")) for image in images]
         with progress(f"scoring with {folder}", len(own), "pictures") as advance:
             return judge(
@@ -79,15 +79,17 @@ def compare(
         return compare_results(one, other, resamples=resamples)
 
 
-def _workspace_images(checkpoint: Path) -> list[Image] | None:
+def _workspace_images(checkpoint: str | Path) -> list[Image] | None:
     """All pictures of the workspace that a checkpoint lies in; None if it lies in none."""
-    parents = checkpoint.resolve().parents  # WORKSPACE/rounds/000/detectors/NAME
-    if len(parents) < 4 or not (parents[3] / "images.parquet").is_file():
+    place = str(checkpoint) if "://" in str(checkpoint) else str(Path(checkpoint).resolve())
+    parts = place.rstrip("/").rsplit("/", 4)  # WORKSPACE/rounds/000/detectors/NAME
+    if len(parts) < 5 or not parts[0]:
         return None
-    return images_from(Workspace(str(parents[3])).read_table("images.parquet"))
+    space = Workspace(parts[0])
+    return images_from(space.read_table("images.parquet")) if space.exists("images.parquet") else None
 
 
-def _feedback(first: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
+def _feedback(first: str | Path, kept: Sequence[list[Image] | None]) -> list[Image]:
     if kept[0] is None:
         raise UsageError(
             f"{first} lies in no workspace, whose feedback pictures would be compared on: name the pictures "

@@ -238,8 +238,9 @@ def _shards(space: Workspace, number: int) -> list[ShardFile]:
     if not space.exists(round_file(number, "shards.parquet")):
         raise FlawsmithError(f"round {number} has no samples yet: `flawsmith run` or `generate` makes them")
     rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
-    prefix = "" if space.is_local else f"{space.url.partition('://')[0]}://"
-    return [ShardFile(prefix + space.path(row["path"]), row["accepted"]) for row in rows]
+    return [
+        ShardFile(space.address(row["path"]), row["accepted"], row["bytes"], row["sha256"]) for row in rows
+    ]
 
 
 def calibration_normals(
@@ -287,10 +288,8 @@ def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, An
     folder = checkpoint_folder(number, name)
     if not space.exists(f"{folder}/{checkpoints.CONFIG}"):
         raise FlawsmithError(f"round {number} has no trained {name} yet: `flawsmith train` makes it")
-    with tempfile.TemporaryDirectory() as aside:
-        for file in (checkpoints.WEIGHTS, checkpoints.CONFIG):
-            (Path(aside) / file).write_bytes(space.read_bytes(f"{folder}/{file}"))
-        return checkpoints.load(aside, device()), checkpoints.read_config(aside).get("notes", {})
+    stored = space.address(folder)
+    return checkpoints.load(stored, device()), checkpoints.read_config(stored).get("notes", {})
 
 
 # -- judging --------------------------------------------------------------------------------------------

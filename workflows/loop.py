@@ -46,7 +46,7 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                 say(f"stopped after round {number}: {stop}")
                 break
             _timed(space, number, "feedback", partial(next_round, config, space, number))
-        say(f"report: {space.path(write_report(space))}")
+        say(f"report: {space.address(write_report(space))}")
 
 
 def _run_round(config: Config, space: Workspace, number: int) -> None:

@@ -35,7 +35,12 @@ Row = dict[str, Any]
 
 
 def predict(
-    checkpoint: Path, pictures: Sequence[Path], out: Path, *, category: str | None = None, device: str = "cpu"
+    checkpoint: str | Path,
+    pictures: Sequence[Path],
+    out: Path,
+    *,
+    category: str | None = None,
+    device: str = "cpu",
 ) -> list[Row]:
     """Scores pictures and writes, below ``out``, ``scores.csv``, ``scores.json`` and for each picture:
 

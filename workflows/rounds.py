@@ -22,9 +22,10 @@ from manifests.schema import (
 from manifests.sources import Scan, scan, scan_textures
 from manifests.verify import extra_files
 from manifests.workspace import Workspace, part, round_file
-from workflows.cluster import make_round, measure, unfinished
+from workflows.cluster import make_round, measure
 from workflows.config import Cluster, Config, Generation, differences
 from workflows.console import progress, say
+from workflows.finished import unfinished
 from workflows.machines import lifetime, open_client
 from workflows.practice import pin
 from workflows.room import fitted
@@ -69,7 +70,7 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
                 changed = [f"{PROMPTS}: the prompts changed"]
             else:
                 say(
-                    f"the prompts are no longer those in {space.path(round_file(first, PROMPTS))}, which "
+                    f"the prompts are no longer those in {space.address(round_file(first, PROMPTS))}, which "
                     "this run keeps to; --new-round starts a round with the new ones"
                 )
         unfinished = not space.exists(round_file(rounds[-1], "found.parquet"))
@@ -78,7 +79,7 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
         if not new_round:
             listed = "\n  ".join(changed)
             raise UsageError(
-                f"the workspace {space.path('')} was made with other settings:\n  {listed}\n"
+                f"the workspace {space.address('')} was made with other settings:\n  {listed}\n"
                 "Go on with the old ones, choose another workspace, or start a round with these: --new-round"
             )
     previous = space.read_table("images.parquet") if space.exists("images.parquet") else to_table([], IMAGES)
@@ -293,10 +294,11 @@ def accepted_samples(space: Workspace, number: int) -> list[dict[str, Any]]:
     """Rows of a round's samples that were accepted and not rejected by a person, in plan order."""
     vetoed = vetoes(space)
     shards = space.read_table(round_file(number, "shards.parquet"))["shard"].to_pylist()
+    names = [part("samples", number, shard, "parquet") for shard in shards]
     return [
         row
-        for shard in shards
-        for row in space.read_table(part("samples", number, shard, "parquet")).to_pylist()
+        for table in space.read_many(names, space.read_table)
+        for row in table.to_pylist()
         if row["status"] == "accepted" and row["sample_id"] not in vetoed
     ]
 

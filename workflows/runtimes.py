@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -43,17 +43,21 @@ class Runtime:
     score: Score
 
 
-def open_detector(path: Path, device: str = "cpu") -> Runtime:
+def open_detector(path: str | Path, device: str = "cpu") -> Runtime:
     """A detector from a checkpoint's folder, or from a file of ``flawsmith export-model --format onnx``.
+
+    Args:
+        path: of a checkpoint it may be an fsspec URL.
 
     Raises:
         FlawsmithError: it cannot be used, or a package is missing.
     """
-    if path.suffix == ".pt2":
+    suffix = PurePath(path).suffix
+    if suffix == ".pt2":
         raise UsageError(
             f"{path}: such files can run code when they are read; give the checkpoint or an .onnx"
         )
-    return _exported(path) if path.suffix == EXPORTED else _checkpoint(path, device)
+    return _exported(Path(path)) if suffix == EXPORTED else _checkpoint(path, device)
 
 
 def alarm(facts: Mapping[str, Any], category: str | None) -> tuple[str | None, float]:
@@ -75,7 +79,7 @@ def alarm(facts: Mapping[str, Any], category: str | None) -> tuple[str | None, f
     return category, float(facts.get("notes", {}).get("thresholds", {}).get(category, overall))
 
 
-def export_model(checkpoint: Path, out: Path, format: str, category: str | None) -> dict[str, Any]:
+def export_model(checkpoint: str | Path, out: Path, format: str, category: str | None) -> dict[str, Any]:
     """Write a checkpoint as one file, see ``training.graph.export``; the category's own threshold decides."""
     from training import checkpoints, graph
 
@@ -83,7 +87,7 @@ def export_model(checkpoint: Path, out: Path, format: str, category: str | None)
     return graph.export(checkpoint, out, format, threshold, category)
 
 
-def _checkpoint(folder: Path, device: str) -> Runtime:
+def _checkpoint(folder: str | Path, device: str) -> Runtime:
     from detectors.protocol import get
     from training import checkpoints
     from training.evaluation import predict
@@ -98,7 +102,7 @@ def _checkpoint(folder: Path, device: str) -> Runtime:
 
     digest = hashlib.sha256()
     for name in (checkpoints.WEIGHTS, checkpoints.CONFIG):
-        digest.update((folder / name).read_bytes())
+        digest.update(checkpoints.read_part(folder, name))
     return Runtime(facts, digest.hexdigest(), score)
 
 

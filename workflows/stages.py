@@ -18,8 +18,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from generation import registry
@@ -210,7 +208,7 @@ def stored_prompts(space: Workspace, first: int) -> dict[str, Prompts]:
     try:
         return {key: from_plain(value) for key, value in json.loads(space.read_bytes(name)).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WorkspaceError(f"{space.path(name)} is damaged: {error}; restore it") from error
+        raise WorkspaceError(f"{space.address(name)} is damaged: {error}; restore it") from error
 
 
 def round_from(
@@ -280,8 +278,8 @@ def read_settings(space: Workspace, number: int) -> tuple[Config, Generation, in
         return config, Generation.model_validate(stored["generation"]), int(stored["first"])
     except (ValidationError, KeyError, TypeError) as error:
         raise WorkspaceError(
-            f"{space.path(name)} does not fit this version of flawsmith: {error}; use the version that wrote "
-            "it, or another workspace"
+            f"{space.address(name)} does not fit this version of flawsmith: {error}; use the version that "
+            "wrote it, or another workspace"
         ) from error
 
 
@@ -342,8 +340,8 @@ def make_shard(job: Job, begun: Callable[[str], None] = lambda generator: None) 
     record["write_seconds"] = time.perf_counter() - done
     record["seconds"] = time.perf_counter() - started
     table = table.replace_schema_metadata({shards.SHARD_KEY: canonical_json(record)})
-    space.write_table(part("samples", job.round, job.shard, "parquet"), table)
-    return record
+    size = space.write_table(part("samples", job.round, job.shard, "parquet"), table)
+    return {**record, "samples_bytes": size}
 
 
 @dataclass(frozen=True)
@@ -565,26 +563,6 @@ def device() -> str:
 def device_of(generator: Generator) -> str:
     """What a generator runs on: never a GPU that it did not ask for, so that any worker makes its shards."""
     return device() if generator.load is not None and generator.gpu else "cpu"
-
-
-# -- what is there --------------------------------------------------------------------------------------
-
-
-def shard_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | None:
-    """The row of a finished shard from its samples table's metadata, or None if it is not finished."""
-    try:
-        with space.fs.open(space.path(part("samples", number, shard, "parquet")), "rb") as file:
-            metadata = pq.read_schema(file).metadata or {}
-        raw = metadata.get(shards.SHARD_KEY)
-        return json.loads(raw) if raw else None
-    except (OSError, pa.ArrowException, ValueError):
-        return None  # missing or damaged: not finished either way
-
-
-def finished_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | None:
-    """:func:`shard_record` if the shard is there in its size; nothing is hashed."""
-    record = shard_record(space, number, shard)
-    return record if record is not None and space.size(record["path"]) == record["bytes"] else None
 
 
 def prepare_process(threads: int = 1) -> None:

@@ -53,7 +53,7 @@ def accepted_rows(space: Workspace, rounds: Sequence[int] | None = None) -> list
     for number in rounds:
         if number not in known:
             have = ", ".join(map(str, known)) or "none"
-            raise UsageError(f"{space.path('')} has no round {number}; rounds that are there: {have}")
+            raise UsageError(f"{space.address('')} has no round {number}; rounds that are there: {have}")
     return [row for number in rounds for row in accepted_samples(space, number)]
 
 
@@ -66,7 +66,7 @@ def some_accepted(space: Workspace, rounds: Sequence[int] | None = None) -> list
     rows = accepted_rows(space, rounds)
     if not rows:
         raise UsageError(
-            f"{space.path('')} holds no accepted sample"
+            f"{space.address('')} holds no accepted sample"
             + (f" of round {', '.join(map(str, rounds))}" if rounds else "")
             + "; `flawsmith run CONFIG --workspace DIR` makes some"
         )
@@ -96,10 +96,11 @@ def read_members(space: Workspace, row: dict[str, Any]) -> dict[str, bytes]:
     Raises:
         ShardError: the shard is missing, or the bytes are not those that were recorded.
     """
-    path = space.path(part("shards", row["round"], row["shard"], "tar"))
+    name = part("shards", row["round"], row["shard"], "tar")
+    path = space.address(name)
     members: dict[str, bytes] = {}
     try:
-        with space.fs.open(path, "rb") as file:
+        with space.open(name) as file:
             file.seek(row["offset"])  # a tar may be read from any header on
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:

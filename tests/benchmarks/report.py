@@ -85,6 +85,7 @@ def fabricate(folder: Path, rows: int) -> Workspace:
                     "path": part("shards", round_, shard, "tar"),
                     "sha256": packed.sha256,
                     "bytes": len(packed.data),
+                    "samples_bytes": 0,
                     "accepted": made,
                     "rejected": SHARD - made,
                     "failed": 0,

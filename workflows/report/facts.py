@@ -173,8 +173,8 @@ def _outcomes(space: Workspace, number: int) -> list[Row]:
     keys = ["generator", "status", "reason"]
     sums: dict[tuple[str, ...], Counter[str]] = {}
     folder = round_file(number, "samples")
-    for name in space.names(folder):
-        table = space.read_table(f"{folder}/{name}").select([*keys, "attempts", "seconds"])
+    names = [f"{folder}/{name}" for name in space.names(folder)]
+    for table in space.read_many(names, space.read_table):
         grouped = table.group_by(keys).aggregate([([], "count_all"), ("attempts", "sum"), ("seconds", "sum")])
         for row in grouped.to_pylist():
             sums.setdefault(tuple(row[key] for key in keys), Counter()).update(

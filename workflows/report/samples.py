@@ -29,11 +29,10 @@ def read_rows(space: Workspace, rounds: Sequence[int], vetoed: frozenset[str]) -
         for number in rounds
         for name in space.names(round_file(number, "samples"))
     ]
-    total = sum(space.read_table(name).num_rows for name in names)
+    total = sum(space.read_many(names, lambda name: space.read_table(name).num_rows))
     step = max(1, math.ceil(total / MOST_ROWS))
     rows, passed = [], 0
-    for name in names:
-        table = space.read_table(name)
+    for table in space.read_many(names, space.read_table):
         rows += table.take(list(range(-passed % step, table.num_rows, step))).to_pylist()
         passed += table.num_rows
     for row in rows:
