@@ -313,8 +313,10 @@ def practising(tiny, tmp_path_factory):
     notes = {"map_thresholds": {"bottle": 0.5}}
     checkpoints.save(place, "onenip", trained("onenip", tiny), seed=0, notes=notes)
     rounds.write_settings(space, 1, config, config.generation, first=0)
-    record = make_shard(Job(space.url, 1, 0, settings_hash(space, 1)))
-    return space, record, space.read_table(part("samples", 1, 0, "parquet")).to_pylist()
+    digest, count = settings_hash(space, 1), rounds.open_round(space, 1).shard_count
+    records = [make_shard(Job(space.url, 1, shard, digest)) for shard in range(count)]
+    tables = [space.read_table(part("samples", 1, shard, "parquet")) for shard in range(count)]
+    return space, records[0], [row for table in tables for row in table.to_pylist()]
 
 
 def test_a_round_that_practises_says_so_and_is_replayed(practising):

@@ -154,7 +154,7 @@ def test_a_damaged_header_that_webdataset_overlooks_is_named(tmp_path):
     data = bytearray(packed.data)
     data[packed.offsets[2] + 150] ^= 0xFF  # the third sample's checksum
     (tmp_path / "part-00007.tar").write_bytes(data)
-    with pytest.raises(ShardError, match=r"part-00007\.tar is damaged at byte \d+; `flawsmith verify`"):
+    with pytest.raises(ShardError, match=r"part-00007\.tar: 2 samples .* 4"):
         list(read_samples([shard]))
 
 

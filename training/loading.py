@@ -1,4 +1,4 @@
-"""Accepted samples out of shards; every decoder is named, none is pickle.
+"""Accepted samples out of shards, read with plain ``webdataset``; every decoder is named, none is pickle.
 
 A shard is read whole, from a folder or an object store, and its bytes are compared with its record before the
 first of its samples is handed out; meanwhile the samples of those before it are worked on.
@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from manifests.pictures import decode, decode_mask, eight_bit
-from manifests.shards import IMAGE_FORMATS, ShardError, unpack
+from manifests.shards import IMAGE_FORMATS, ShardError
 from manifests.storage import read_file
 
 Item = TypeVar("Item")
@@ -227,10 +228,12 @@ def _difference(shard: ShardFile, data: bytes) -> str:
 
 def _members(path: str, data: bytes) -> Iterator[dict[str, Any]]:
     try:
-        for key, members in unpack(data, path):
-            yield {"__key__": key, **members}
-    except ShardError as error:
-        raise ShardError(f"{error}; {_REMEDY}") from error
+        # The stream is opened here: webdataset's own opener would run the commands of "pipe:" addresses.
+        yield from group_by_keys(tar_file_expander([{"url": path, "stream": io.BytesIO(data)}]))
+    except Exception as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
 
 
 def _chosen(
