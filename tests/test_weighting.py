@@ -142,10 +142,11 @@ def test_tokens_of_real_pictures():
     masks[1, :4, :4] = True
     masks[1, 0, 4] = True
     ignore[1, 4:, :4] = True
-    judged = proxy.Judged(residual, np.array([False, True]), masks, ignore)
-    good, bad = labelled(judged, ["a", "b"], np.ones(3, np.float32))
+    kinds = np.array([False, True]), ("a", "b"), np.zeros(2, np.int8)
+    judged = proxy.Judged(residual, kinds[0], masks, ignore, *kinds[1:])
+    good, bad = labelled("bolt", judged, np.ones(3, np.float32))
     assert (len(good.anomalous), len(good.normal)) == (0, 4)
     assert (len(bad.anomalous), len(bad.normal)) == (1, 1)
     assert good.normal.shape[1] == 4 and (good.normal[:, -1] == 1).all()
-    unmasked = proxy.Judged(residual, np.array([False, True]), None, ignore)
-    assert [p.group for p in labelled(unmasked, ["a", "b"], np.ones(3, np.float32))] == ["a"]
+    unmasked = proxy.Judged(residual, kinds[0], None, ignore, *kinds[1:])
+    assert [p.group for p in labelled("bolt", unmasked, np.ones(3, np.float32))] == ["bolt/a"]

@@ -46,18 +46,18 @@ class Labelled:
     normal: np.ndarray
 
 
-def labelled(judged: Judged, groups: Sequence[str], scale: np.ndarray) -> list[Labelled]:
+def labelled(category: str, judged: Judged, scale: np.ndarray) -> list[Labelled]:
     """The tokens of a category's pictures; of a category without masks, none of its anomalous pictures.
 
     A token is anomalous as in :func:`training.proxy.gather`; one that an anomaly only touches, or that does
     not count, is neither.
 
     Args:
-        groups: one a picture.
+        category: its name, for groups of one name in two categories are two.
         scale: of the evidence.
     """
     found = []
-    for at, group in enumerate(groups):
+    for at, group in enumerate(judged.groups):
         tokens = described(judged.residual[at], scale)
         height, width = tokens.shape[:2]
         counts = ~_coarse(judged.ignore[at], height, width).astype(np.bool_)
@@ -67,7 +67,7 @@ def labelled(judged: Judged, groups: Sequence[str], scale: np.ndarray) -> list[L
                 continue
             cover = _coarse(judged.masks[at], height, width)
         anomalous = (cover > 0) & (cover >= min(0.25, float(cover.max()))) & counts
-        found.append(Labelled(group, tokens[anomalous], tokens[(cover == 0) & counts]))
+        found.append(Labelled(f"{category}/{group}", tokens[anomalous], tokens[(cover == 0) & counts]))
     return found
 
 

@@ -29,9 +29,8 @@ def sample_weights(space: Workspace, round_: Round, *, write: bool) -> dict[str,
     with progress(f"round {round_.number}: features to weigh samples by", None, "pictures") as advance:
         ground = prepare(space, round_, advance)
     pictures: list[Labelled] = []
-    for category, images in ground.images.items():
-        groups = [f"{category}/{image.group}" for image in images]
-        pictures += labelled(ground.judged[category], groups, ground.evidence.scale)
+    for category in ground.images:
+        pictures += labelled(category, ground.judged[category], ground.evidence.scale)
     weights = learn(ground.evidence, pictures)
     ids = [recipe["sample_id"] for recipe in ground.recipes]
     found = dict(zip(ids, weights.tolist(), strict=True))

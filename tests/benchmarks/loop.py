@@ -63,7 +63,8 @@ from workflows.stages import prepare_process
 
 ROUNDS = 3
 # What the arms that are steered by the product set beyond its defaults, by section.
-STEERED: dict[str, dict[str, Any]] = {}
+WEIGHED: dict[str, dict[str, Any]] = {"training": {"weigh": True}}
+STEERED = {**WEIGHED, "generation": {"practice": {"candidates": 4, "guidance": 0.3}}}
 FEW_LOOP = Arm("few-loop", rounds=ROUNDS, few=True, settings=STEERED)
 ARMS = {
     "ours": Arm("ours"),
@@ -76,6 +77,10 @@ ARMS = {
     "few-loop-half": replace(FEW_LOOP, base="few-half", samples=1 / 2),
     "few-loop-third": replace(FEW_LOOP, base="few-third", samples=1 / 3),
     "few-loop-sixth": replace(FEW_LOOP, base="few-sixth", samples=1 / 6),
+    "few-loop-no-guidance": replace(FEW_LOOP, base="few-no-guidance", settings=WEIGHED),
+    "few-loop-no-weights": replace(
+        FEW_LOOP, base="few-no-weights", settings={"generation": STEERED["generation"]}
+    ),
     "few-loop-no-cut": replace(FEW_LOOP, base="few-no-cut", without="cut"),
     "few-loop-no-frequency": replace(FEW_LOOP, base="few-no-frequency", without="frequency"),
 }
