@@ -11,7 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from manifests.errors import FlawsmithError
+from manifests.plain import from_json
+from manifests.schema import SHARDS, to_table
 
 IMAGE_FORMATS = ("webp", "png", "jpg")
 SHARD_KEY = b"flawsmith.shard"  # schema metadata of samples/part-N.parquet: the shard's row as json
@@ -60,6 +64,18 @@ def pack(samples: Iterable[tuple[str, dict[str, bytes]]]) -> Packed:
     return Packed(b"".join(pieces), tuple(offsets), tuple(checksums))
 
 
+def check_plain(info: tarfile.TarInfo, name: str) -> None:
+    """Only plain files without folders make up a shard.
+
+    A sparse member may claim any size, a negative size sends :mod:`tarfile` round in circles.
+
+    Raises:
+        ShardError: it is something else.
+    """
+    if not info.isreg() or info.issparse() or info.size < 0 or "/" in info.name:
+        raise ShardError(f"{name} holds {info.name!r}, which is not a member of a sample")
+
+
 def checksum(members: dict[str, bytes]) -> str:
     """CRC-32 over extension, length and bytes of every member, in tar order, as eight hexadecimal digits.
 
@@ -88,7 +104,8 @@ def unpack(data: bytes, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for info in tar:
                 key, _, extension = info.name.partition(".")
-                if not info.isreg() or "/" in info.name or not key or not extension:
+                check_plain(info, name)
+                if not key or not extension:
                     raise ShardError(f"{name} holds {info.name!r}, which is not a member of a sample")
                 if key != current:
                     if current is not None:
@@ -109,6 +126,26 @@ def unpack(data: bytes, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         raise ShardError(f"{name} is damaged: {error}") from error
     if current is not None:
         yield current, members
+
+
+def record_of(schema: pa.Schema, path: str) -> dict[str, Any]:
+    """The shard's row that a samples table holds in its metadata.
+
+    Args:
+        path: of the shard, below the workspace.
+
+    Raises:
+        ValueError: there is none, or it is not that of this shard.
+    """
+    record = from_json((schema.metadata or {}).get(SHARD_KEY, b""))
+    if not isinstance(record, dict) or record.get("path") != path:
+        named = record.get("path") if isinstance(record, dict) else None
+        raise ValueError(f"it names the shard {named!r}, expected {path!r}")
+    try:
+        to_table([record], SHARDS)
+    except (KeyError, pa.ArrowException) as error:
+        raise ValueError(f"its record does not fit the table of shards: {error}") from error
+    return record
 
 
 def missing_members(members: dict[str, bytes]) -> list[str]:

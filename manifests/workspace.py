@@ -26,6 +26,8 @@ import yaml
 from fsspec.implementations.local import LocalFileSystem
 
 from manifests.errors import FlawsmithError
+from manifests.plain import from_yaml
+from manifests.schema import as_declared, declared
 
 ASIDE = ".part"
 _ORPHAN = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(ASIDE)}$")
@@ -123,7 +125,9 @@ class Workspace:
 
     def read_table(self, name: str) -> pa.Table:
         try:
-            return pq.read_table(io.BytesIO(self.read_bytes(name)), page_checksum_verification=True)
+            table = pq.read_table(io.BytesIO(self.read_bytes(name)), page_checksum_verification=True)
+            table.validate(full=True)  # texts that are no text are found here and not where they are shown
+            return as_declared(table, declared(name))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise WorkspaceError(
                 f"{self.path(name)} is damaged ({error}); `flawsmith verify` lists what is, "
@@ -143,8 +147,8 @@ class Workspace:
 
     def read_yaml(self, name: str) -> Any:
         try:
-            return yaml.safe_load(self.read_bytes(name))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            return from_yaml(self.read_bytes(name))
+        except ValueError as error:
             raise WorkspaceError(f"{self.path(name)} is damaged: {error}; restore it") from error
 
     # -- rounds -----------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ class Workspace:
         return [
             int(name)
             for name in self.names("rounds")
-            if name.isdigit() and self.exists(f"rounds/{name}/settings.yaml")
+            if name.isdecimal() and self.exists(f"rounds/{name}/settings.yaml")
         ]
 
     # -- one writer -------------------------------------------------------------------------------------

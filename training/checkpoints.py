@@ -17,6 +17,7 @@ from safetensors.torch import save as save_tensors
 
 from detectors.protocol import Detector, get
 from manifests.errors import FlawsmithError
+from manifests.plain import from_yaml
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
@@ -114,8 +115,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     try:
-        config = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
+        config = from_yaml(_read(path))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not plain YAML ({error}); train again") from error
     wanted = {"detector", "settings", "categories", "backbone", "calibration"}
     if not isinstance(config, dict) or not wanted <= set(config):

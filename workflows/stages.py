@@ -27,6 +27,7 @@ from generation.masks import resolve_location
 from generation.protocol import Generator, Source
 from generation.synthesis import Outcome, synthesise
 from manifests import pictures, shards
+from manifests.plain import from_json
 from manifests.recipes import Pool, Trait, plan_shard, pool_from, shard_count
 from manifests.schema import (
     RECIPES,
@@ -166,7 +167,7 @@ def stored_prompts(space: Workspace, first: int) -> dict[str, Prompts]:
     if not space.exists(name):
         return {}
     try:
-        return {key: from_plain(value) for key, value in json.loads(space.read_bytes(name)).items()}
+        return {key: from_plain(value) for key, value in from_json(space.read_bytes(name)).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkspaceError(f"{space.path(name)} is damaged: {error}; restore it") from error
 
@@ -493,9 +494,7 @@ def shard_record(space: Workspace, number: int, shard: int) -> dict[str, Any] | 
     """The row of a finished shard from its samples table's metadata, or None if it is not finished."""
     try:
         with space.fs.open(space.path(part("samples", number, shard, "parquet")), "rb") as file:
-            metadata = pq.read_schema(file).metadata or {}
-        raw = metadata.get(shards.SHARD_KEY)
-        return json.loads(raw) if raw else None
+            return shards.record_of(pq.read_schema(file), part("shards", number, shard, "tar"))
     except (OSError, pa.ArrowException, ValueError):
         return None  # missing or damaged: not finished either way
 
