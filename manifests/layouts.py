@@ -103,7 +103,7 @@ def _list(path: str, layout: Layout, category: str | None, group: str | None) ->
 
 
 def shown(text: str) -> str:
-    """A file's name as text that any table and terminal takes: what is not UTF-8 in it becomes ``\\udc..``."""
+    """A file's name as text that any table and terminal takes; what is not UTF-8 becomes ``\\udc..``."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,7 +1,7 @@
 """YAML and JSON from outside to plain values, of bounded depth and size; any damage is a ``ValueError``.
 
 YAML's own parser has more ways to fail (a date that no calendar has, a nesting too deep for the stack), and
-its aliases make a few bytes mean billions of values, which whoever walks or prints them would have to pay for.
+its aliases make a few bytes mean billions of values, for which whoever walks or prints them would pay.
 """
 
 from __future__ import annotations

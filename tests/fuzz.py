@@ -41,8 +41,10 @@ from tests.fuzz_mutations import mutated
 
 NAMES = ("config", "tables", "tars", "pictures", "masks", "lists", "prompts", "names", "report")
 INPUTS = 10_000
-SECONDS = 10.0  # the longest that one input may take
+SECONDS = 10.0  # of processor time, the longest that one input may take
+PATIENCE = 120.0  # seconds by the clock, for what waits and never goes on
 MEMORY = 6 * 2**30  # bytes of address space that a target's process may have
+MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 ROOT = Path(__file__).resolve().parent.parent
 
 FORBIDDEN = [
@@ -146,20 +148,23 @@ def watched(folder: Path, reads_anywhere: bool = False) -> Iterator[None]:
         _hooked = True
 
     def too_slow(*_: Any) -> None:
-        raise TooSlow(f"longer than {SECONDS:g} s")
+        raise TooSlow(f"longer than {SECONDS:g} s of processor time or {PATIENCE:g} s in all")
 
     alarmed = threading.current_thread() is threading.main_thread()
     if alarmed:
-        before = signal.signal(signal.SIGALRM, too_slow)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        before = [signal.signal(number, too_slow) for number in (signal.SIGPROF, signal.SIGALRM)]
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     _watched = (str(folder), reads_anywhere)
     try:
         yield
     finally:
         _watched = None
         if alarmed:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.signal(signal.SIGPROF, before[0])
+            signal.signal(signal.SIGALRM, before[1])
 
 
 def is_read(target: Target, data: bytes, folder: Path) -> bool:
@@ -211,13 +216,13 @@ def run_target(name: str, inputs: int, seed: int, keep: Path, guided: bool) -> d
     seeds = target.seeds()
     tally, faults = Tally(), {}
     started = time.perf_counter()
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    running = keep / f"{name}.running"
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=MEMORY_DISK))
+    running = _running(name)
 
     def give(data: bytes) -> None:
         running.write_bytes(data)
         begun = time.perf_counter()
-        faulthandler.dump_traceback_later(6 * SECONDS, exit=True)  # where no signal is let through
+        faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)  # where no signal is let through
         try:
             tally.read += target.at_once * is_read(target, data, folder)
         except KeyboardInterrupt:
@@ -279,6 +284,11 @@ def run_target(name: str, inputs: int, seed: int, keep: Path, guided: bool) -> d
     raise AssertionError("unreachable")
 
 
+def _running(name: str) -> Path:
+    """The input that a target is given at the moment; after its process died, what it died of."""
+    return Path(MEMORY_DISK) / f"flawsmith-fuzz-{name}"
+
+
 def run_apart(name: str, inputs: int, seed: int, keep: Path, guided: bool) -> dict[str, Any]:
     """:func:`run_target` in a process of its own, whose death is a fault too."""
     command = [sys.executable, "-m", "tests.fuzz", "--alone", name, "--inputs", str(inputs)]
@@ -289,7 +299,9 @@ def run_apart(name: str, inputs: int, seed: int, keep: Path, guided: bool) -> di
         return json.loads(lines[-1])
     last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
     (keep / f"{name}.stderr").write_text(done.stderr)
-    fault = f"the process ended with {done.returncode} at {keep / name}.running: {last[:300]}"
+    if _running(name).exists():
+        (keep / f"{name}-died").write_bytes(_running(name).read_bytes())
+    fault = f"the process ended with {done.returncode}: {last[:300]}"
     return {"target": name, **vars(Tally()), "seconds": 0.0, "faults": [fault]}
 
 

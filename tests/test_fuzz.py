@@ -112,7 +112,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]
      "source: &a [*a]", "source: " + "9" * 5000],
 )  # fmt: skip
 def test_yaml_that_its_parser_or_a_reader_would_choke_on(text, tmp_path):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         from_yaml(text)
     path = tmp_path / "x.yaml"
     path.write_text(text)

@@ -193,7 +193,7 @@ def _files(stream: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
     and sparse tars, of which a few bytes can stand for more than fits into memory."""
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for info in tar:
-            tar.members = []  # type: ignore[misc] # it would keep every header
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every header
             check_plain(info, path)
             data = tar.extractfile(info)
             yield {"fname": info.name, "data": data.read() if data else b"", "__url__": path}

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from generation import registry
 from generation.masks import resolve_location
 from generation.protocol import Generator, Source
-from generation.synthesis import Outcome, synthesise
+from generation.synthesis import Outcome, Signatures, synthesise
 from manifests import pictures, shards
 from manifests.plain import from_json
 from manifests.recipes import Pool, Trait, plan_shard, pool_from, shard_count
@@ -308,7 +308,7 @@ def make_samples(round_: Round, recipes: Sequence[Recipe]) -> list[Made]:
     Pictures are encoded as soon as their generator is done, so that a shard's pixels are never all in memory.
     """
     cache = round_.pictures
-    signatures: list[tuple[str, np.ndarray]] = []
+    signatures: Signatures = {}
     made: dict[str, Made] = {}
     for name in sorted({recipe.generator for recipe in recipes}):
         generator = registry.get(name)

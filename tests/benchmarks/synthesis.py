@@ -154,7 +154,7 @@ def measure(textures: Path, side: int) -> dict[str, Any]:
             synthesise([replace(recipe, seed=-1 - recipe.seed & 0xFFFF)], source, found, None, Gates(), 6, [])
         seconds: list[float] = []
         outcomes: list[Outcome] = []
-        signatures: Signatures = []
+        signatures: Signatures = {}
         for recipe in recipes:
             start = time.perf_counter()
             outcomes += synthesise([recipe], source, found, None, Gates(), 6, signatures)
