@@ -77,7 +77,7 @@ def recipe(generator, seed=0, **changes):
 def make(recipes, given_source=None, gates=OPEN, attempts=1):
     given_source = given_source or source()
     generator = registry.get(recipes[0].generator)
-    return synthesise(recipes, lambda _: given_source, generator, None, gates, attempts, [])
+    return synthesise(recipes, lambda _: given_source, generator, None, gates, attempts, {})
 
 
 # -- the contract, for every generator ------------------------------------------------------------------
@@ -442,7 +442,7 @@ def whole(value, box=(0, 20, 0, 20)):
 
 
 def run(generator, recipes, sources=None, gates=OPEN, attempts=3, model=None):
-    return synthesise(recipes, sources or (lambda _: source()), generator, model, gates, attempts, [])
+    return synthesise(recipes, sources or (lambda _: source()), generator, model, gates, attempts, {})
 
 
 @pytest.mark.parametrize(
