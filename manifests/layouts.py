@@ -429,7 +429,7 @@ def _list_archive(archive: str, category: str, result: Listing) -> None:
                 if extension.lower() == "json" and member.size <= _MAX_JSON:
                     reader = tar.extractfile(member)
                     texts[key] = reader.read() if reader else b""
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         what = f"the tar is damaged or cut short after {len(samples)} samples ({error}); all are left out"
         problem(archive, what, "restore it or pack it again")
         return

@@ -98,7 +98,7 @@ def read_bytes(path: str, limit: int = MAX_BYTES) -> bytes:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         raise PictureError(f"{path}: {error.strerror}; correct the path") from error
-    except (ValueError, ImportError, tarfile.TarError) as error:
+    except (ValueError, OverflowError, ImportError, tarfile.TarError) as error:
         raise PictureError(f"{path}: cannot be opened ({error}); check the path or URL") from error
     if len(data) > limit:
         raise PictureError(f"{path}: more than {limit:,} bytes; store the picture in a smaller file")

@@ -18,6 +18,8 @@ from manifests.plain import from_json
 from manifests.schema import SHARDS, canonical_json, to_table
 
 IMAGE_FORMATS = ("webp", "png", "jpg")
+# What the standard library makes of a tar's damaged headers; the last two are slips of its own.
+BROKEN = (tarfile.TarError, ValueError, OverflowError)
 SHARD_KEY = b"flawsmith.shard"  # schema metadata of samples/part-N.parquet: the shard's row as json
 
 
@@ -142,7 +144,7 @@ def unpack(data: bytes, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
             # A damaged header reads as the end of the archive: nothing but zeros may follow it.
             if data[tar.offset :].strip(b"\0"):
                 raise ShardError(f"{name} is damaged at byte {tar.offset}")
-    except tarfile.TarError as error:
+    except BROKEN as error:
         raise ShardError(f"{name} is damaged: {error}") from error
     if current is not None:
         yield current, members

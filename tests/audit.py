@@ -1,7 +1,7 @@
 """Installed versions against known vulnerabilities: ``pip-audit`` over this environment (``make audit``).
 
 The advisories come from a service of the package index, so this needs a network. What the service did not
-answer for is counted, and where that is everything the check ends with 2, because nothing was checked; 1 means
+answer for is counted, and where that is everything the check ends with 2: nothing was checked. 1 means
 that a vulnerable version is installed.
 """
 

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,10 @@ def test_shards_that_claim_more_than_they_hold_or_hold_no_record(data, tmp_path)
     path.write_bytes(data)
     with pytest.raises(ShardError), watched(tmp_path):
         list(read_all_samples([ShardFile(str(path), 1)]))
+    with watched(tmp_path):
+        assert list_source(str(path), "webdataset", None, None).found == []
+        with suppress(ShardError):
+            list(unpack(data, "x"))
 
 
 def test_pickles_in_a_shard_are_never_loaded(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,6 +194,7 @@ def _submit_all(
             record = future.result()
             if isinstance(record, BaseException):
                 raise _explain(record, space) from record
+            record["fingerprint"] = sys.intern(record["fingerprint"])  # one text for a million shards
             records.append(record)
             progress(record)
         else:
