@@ -32,7 +32,7 @@ from tests.fuzz_mutations import PNG, mutated, repaired
 from tests.fuzz_targets import TARGETS, Canary, picture_seeds, tar_seeds
 from training.loading import ShardFile, read_all_samples
 from workflows.config import load_config
-from workflows.stages import shard_record
+from workflows.stages import shard_record, stored_prompts
 
 EXAMPLES = {"report": 1, "prompts": 10, "config": 10, "names": 15}
 
@@ -226,6 +226,15 @@ def test_pickles_in_a_shard_are_never_loaded(tmp_path):
         assert "pth" in dict(next(iter(unpack(path.read_bytes(), "x")))[1])
         with pytest.raises(ShardError, match="feature"):
             list(read_all_samples([ShardFile(str(path), 2)]))
+
+
+def test_stored_prompts_with_slots_that_nothing_fills_are_damaged(tmp_path):
+    entry = {"defect": "a", "prompts": ["b"], "details": ["c{0}"]}
+    stored = {"cut": {"entries": [entry], "nouns": {}, "params": {}}}
+    space = Workspace(str(tmp_path))
+    space.write_bytes("rounds/000/prompts.json", json.dumps(stored).encode())
+    with pytest.raises(WorkspaceError, match=r"prompts\.json is damaged"):
+        stored_prompts(space, 0)
 
 
 @pytest.mark.parametrize(
