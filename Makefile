@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench fuzz audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flawsmith demo demo
@@ -22,6 +22,17 @@ bench: $(VENV)/.installed
 	for name in synthesis presets pipeline metrics cut export training report; do \
 		$(BIN)/python -m tests.benchmarks.$$name --json bench/$$name.json || exit 1; \
 	done
+
+# Hostile inputs for everything that reads foreign bytes; counts and faults in bench/fuzz.json.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[fuzz]'
+	mkdir -p bench
+	$(BIN)/python -m tests.fuzz --json bench/fuzz.json --keep bench/fuzz
+
+# Installed versions against the advisories of the Python Packaging Advisory Database.
+audit: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[audit]'
+	$(BIN)/python -m tests.audit
 
 # pip, because torch and torchvision must be picked together; see pyproject.toml.
 $(VENV)/.installed: pyproject.toml

@@ -9,6 +9,7 @@ A package adds its own with an entry point of the group ``flawsmith.generators``
 from __future__ import annotations
 
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -49,8 +50,10 @@ def names() -> list[str]:
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))})
 
 
+@cache
 def get(name: str) -> Generator:
-    """The generator of that name. A built-in name cannot be taken by another package.
+    """The generator of that name, found once a process: looking through the installed packages takes
+    milliseconds, and every sample asks. A built-in name cannot be taken by another package.
 
     Raises:
         UsageError: no such generator, or an entry point that names something else.

@@ -26,7 +26,7 @@ from manifests.errors import FlawsmithError, PictureError
 from manifests.schema import Recipe
 
 Sources = Callable[[Recipe], Source]
-Signatures = list[tuple[str, np.ndarray]]  # image_id and signature of each accepted sample
+Signatures = dict[str, list[np.ndarray]]  # of the accepted samples, by image_id of their source
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def synthesise(
         model: what ``generator.load`` returned; None if it has no ``load``.
         gates: limits of the quality gates.
         attempts: the most draws a recipe gets, at least 1.
-        signatures: of the samples accepted before in the same shard; those accepted here are appended. The
+        signatures: of the samples accepted before in the same shard; those accepted here are added. The
             near-duplicate gate compares samples of the same source picture, in the order of acceptance.
         search: draws to choose among by a detector; those beyond them are taken as they come.
 
@@ -264,11 +264,11 @@ def _judged(made: _Made, gates: Gates, signatures: Signatures) -> Outcome:
     composite, recipe = made.composite, made.outcome.recipe
     if composite is None:
         return made.outcome
-    earlier = [signature for image_id, signature in signatures if image_id == recipe.image_id]
+    earlier = signatures.setdefault(recipe.image_id, [])
     reason = judge(composite, recipe.area, gates, earlier, made.outcome.measures)
     if reason:
         return replace(made.outcome, status="rejected", reason=reason)
-    signatures.append((recipe.image_id, composite.signature))
+    earlier.append(composite.signature)
     return made.outcome
 
 

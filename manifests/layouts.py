@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -33,9 +32,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.errors import UsageError
-from manifests.pictures import EXTENSIONS, read_bytes
+from manifests.pictures import EXTENSIONS, open_file, read_bytes
+from manifests.plain import from_json
 from manifests.schema import GOOD
-from manifests.storage import open_file
 
 Layout = Literal["auto", "mvtec", "folder", "list", "webdataset"]
 
@@ -88,6 +87,10 @@ def list_source(path: str, layout: Layout, category: str | None, group: str | No
     """
     if "://" not in path and "{" not in path and not os.path.exists(path):
         raise UsageError(f"{path}: there is no such file or folder; correct the source's path")
+    return _in_text(_list(path, layout, category, group))
+
+
+def _list(path: str, layout: Layout, category: str | None, group: str | None) -> Listing:
     path = path if "://" in path else os.path.abspath(path)  # tables outlive the working directory
     layout = recognise(path) if layout == "auto" else layout
     if layout == "list":
@@ -97,6 +100,25 @@ def list_source(path: str, layout: Layout, category: str | None, group: str | No
     if not os.path.isdir(path):
         raise UsageError(f"{path}: layout {layout} needs a local folder; correct the path or the layout")
     return _list_mvtec(path, category) if layout == "mvtec" else _list_folder(path, category)
+
+
+def shown(text: str) -> str:
+    """A file's name as text that any table and terminal takes; what is not UTF-8 becomes ``\\udc..``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _in_text(listing: Listing) -> Listing:
+    """Without the files whose names are not UTF-8: no table can hold them."""
+    found: list[Found] = []
+    problems = [replace(one, path=shown(one.path), what=shown(one.what)) for one in listing.problems]
+    for one in listing.found:
+        texts = (one.path, one.mask_path or "", one.category, one.defect, one.group or "", one.licence or "")
+        if all(text == shown(text) for text in texts):
+            found.append(one)
+        else:
+            what = "its name, or that of its mask or group, is not UTF-8"
+            problems.append(Problem("error", shown(one.path), what, "rename the file or folder"))
+    return Listing(found, problems)
 
 
 def recognise(path: str) -> Layout:
@@ -297,11 +319,11 @@ def _read_rows(path: str) -> list[dict[str, Any]]:
     try:
         data = read_bytes(path, limit=2**31)
         if path.lower().endswith(".parquet"):
-            return pq.read_table(pa.BufferReader(data)).to_pylist()
+            return _parquet_rows(data)
         text = data.decode("utf-8-sig")
         if path.lower().endswith(".csv"):
             return list(csv.DictReader(io.StringIO(text, newline="")))
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [from_json(line) for line in text.splitlines() if line.strip()]
     except (ValueError, csv.Error, pa.ArrowException) as error:
         raise UsageError(
             f"{path}: the list cannot be read ({error}); expected CSV, JSONL or Parquet"
@@ -309,6 +331,15 @@ def _read_rows(path: str) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every line must be a JSON object; correct the list")
     return rows
+
+
+def _parquet_rows(data: bytes) -> list[dict[str, Any]]:
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        table.validate(full=True)
+    except OSError as error:  # of damaged bytes; nothing is read from a disk here
+        raise ValueError(str(error)) from error
+    return table.to_pylist()
 
 
 def _from_row(row: dict[str, Any], folder: str, category: str, group: str, final: bool) -> Found:
@@ -398,7 +429,7 @@ def _list_archive(archive: str, category: str, result: Listing) -> None:
                 if extension.lower() == "json" and member.size <= _MAX_JSON:
                     reader = tar.extractfile(member)
                     texts[key] = reader.read() if reader else b""
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         what = f"the tar is damaged or cut short after {len(samples)} samples ({error}); all are left out"
         problem(archive, what, "restore it or pack it again")
         return
@@ -418,7 +449,7 @@ def _list_archive(archive: str, category: str, result: Listing) -> None:
             )
             continue
         try:
-            row = json.loads(texts.get(key, b"{}"))
+            row = from_json(texts.get(key, b"{}"))
             if not isinstance(row, dict):
                 raise ValueError("its json is not an object")
             if mask and _text(row, "defect") is None:

@@ -20,28 +20,31 @@ writes small non-zero levels around every edge.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import cv2
 import numpy as np
 from PIL import Image as Pillow
 
+from manifests import storage
 from manifests.errors import PictureError, UsageError
+from manifests.plain import from_json
 from manifests.schema import GOOD, Image
-from manifests.storage import StorageError, open_file
+from manifests.storage import StorageError
 
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
+PROTOCOLS = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf", "memory")
 DEFECTS_CONFIG = "defects_config.json"
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -50,6 +53,7 @@ _DEEP_GREY = ("I;16", "I;16L", "I;16B")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", *_DEEP_GREY)
 _ORIENTATION, _PHOTOMETRIC, _BITS, _PLANAR = 274, 262, 258, 284  # TIFF tags, the first also in EXIF
 _WEBP_SIDE = 16383
+_PIECE = 4 * 2**20  # bytes
 
 Format = Literal["webp", "png", "jpg"]
 
@@ -87,12 +91,16 @@ def read_bytes(path: str, limit: int = MAX_BYTES) -> bytes:
             data = _read_member(path, limit)
         else:
             with open_file(path) as file:
-                data = file.read(limit + 1)
+                data = _at_most(file, limit + 1)
     except FileNotFoundError as error:
         raise PictureError(f"{path}: no such file; restore it or take it out of the source") from error
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise PictureError(f"{path}: {error.strerror or error}; expected a readable picture") from error
-    except (ValueError, tarfile.TarError) as error:
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise PictureError(f"{path}: {error.strerror}; correct the path") from error
+    except (ValueError, OverflowError, ImportError, tarfile.TarError) as error:
         raise PictureError(f"{path}: cannot be opened ({error}); check the path or URL") from error
     except StorageError as error:
         if isinstance(error.__cause__, ImportError | ValueError):  # the URL's kind
@@ -112,7 +120,7 @@ def _read_member(path: str, limit: int) -> bytes:
     offset, size = index[member]
     with open_file(archive) as file:
         file.seek(offset)
-        return file.read(min(size, limit + 1))
+        return _at_most(file, min(size, limit + 1))
 
 
 @functools.lru_cache(maxsize=256)
@@ -120,6 +128,33 @@ def _tar_index(archive: str, _stamp: tuple[int, int] | None) -> dict[str, tuple[
     """Member -> (offset, size). Reading by offset needs no shared handle, so threads do not meet."""
     with open_file(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+
+
+def _at_most(file: IO[bytes], size: int) -> bytes:
+    """Up to ``size`` bytes. ``read(size)`` would set them aside before it knows how many there are."""
+    pieces: list[bytes] = []
+    while size > 0 and (piece := file.read(min(size, _PIECE))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A binary reader of a local file or an fsspec URL.
+
+    fsspec also knows protocols that start programs, unpickle, or write copies of what they read; a list of
+    pictures may come from anyone, so only those of ``PROTOCOLS`` are opened, and no chain of them.
+
+    Raises:
+        ValueError: another protocol, or a chain.
+        FileNotFoundError, StorageError, Unreachable: see :func:`manifests.storage.open_file`.
+    """
+    protocol, mark, _ = path.partition("://")
+    if not mark:
+        return open(path, "rb")
+    if protocol not in PROTOCOLS or "::" in path:
+        raise ValueError(f"protocols that are read: {', '.join(PROTOCOLS)}")
+    return storage.open_file(path)
 
 
 def sha256(data: bytes) -> str:
@@ -454,9 +489,9 @@ def _saturations(path: str) -> dict[int, tuple[float, bool]]:
                 float(entry["saturation_threshold"]),
                 bool(entry["relative_saturation"]),
             )
-            for entry in json.loads(read_bytes(path))
+            for entry in from_json(read_bytes(path))
         }
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise PictureError(
             f"{path}: no list of pixel_value, saturation_threshold and relative_saturation "
             f"({type(error).__name__}: {error}); restore it from the data set"

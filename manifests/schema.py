@@ -188,6 +188,24 @@ HISTORY = pa.schema(
 )
 
 
+# By the name of the file, or of the folder that holds its parts.
+TABLES = {
+    "images": IMAGES,
+    "textures": IMAGES,
+    "recipes": RECIPES,
+    "samples": SAMPLES,
+    "shards": SHARDS,
+    "metrics": METRICS,
+    "scores": SCORES,
+    "stress": STRESS,
+    "trials": TRIALS,
+    "weights": WEIGHTS,
+    "decisions": DECISIONS,
+    "history": HISTORY,
+    "review": pa.schema([("sample_id", pa.string())]),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """One picture that was read and accepted: a row of ``images.parquet``."""
@@ -268,6 +286,32 @@ def to_table(records: list[Any], schema: pa.Schema) -> pa.Table:
     """
     rows = [record if isinstance(record, dict) else as_row(record) for record in records]
     return pa.table({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
+
+
+def declared(name: str) -> pa.Schema | None:
+    """The schema of a table by its name in a workspace; None of a table that no other tool relies on.
+
+    >>> declared("rounds/000/samples/part-00000.parquet") is SAMPLES
+    True
+    """
+    *folders, file = name.removesuffix(".parquet").split("/")
+    return TABLES.get(folders[-1] if folders and file.startswith("part-") else file)
+
+
+def as_declared(table: pa.Table, schema: pa.Schema | None) -> pa.Table:
+    """The table with every column of the schema in its type; columns beyond those are left as they are.
+
+    Raises:
+        ValueError: a column is missing or there twice.
+        pyarrow.ArrowException: a column is of another type.
+    """
+    for field in schema or ():
+        at = table.schema.get_all_field_indices(field.name)
+        if len(at) != 1:
+            raise ValueError(f"it has {len(at)} columns {field.name}, expected one")
+        if table.schema.field(at[0]).type != field.type:
+            table = table.set_column(at[0], field, table.column(at[0]).cast(field.type))
+    return table
 
 
 def as_row(record: Any) -> dict[str, Any]:

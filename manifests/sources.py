@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from manifests import pictures
 from manifests.errors import FlawsmithError, PictureError, UsageError
-from manifests.layouts import LISTS, Found, Layout, Listing, Problem, list_source
+from manifests.layouts import LISTS, Found, Layout, Listing, Problem, list_source, shown
 from manifests.schema import GOOD, Image
 from manifests.shots import choose_shots, missing_shots
 from manifests.splits import assign_splits, side
@@ -167,10 +167,11 @@ def scan_textures(path: str) -> list[Image]:
     """
     source = SourceSettings(path=path, layout="folder", category="texture")
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(pool.map(lambda item: _read(0, source, item), _listing(source).found))
-    troubles = [
-        f"{problem.path}: {problem.what}; {problem.remedy}" for _, some in results for problem in some
-    ]
+        listing = _listing(source)
+        results = list(pool.map(lambda item: _read(0, source, item), listing.found))
+    problems = [problem for problem in listing.problems if problem.level == "error"]
+    problems += [problem for _, some in results for problem in some]
+    troubles = [f"{problem.path}: {problem.what}; {problem.remedy}" for problem in problems]
     if troubles:
         raise PictureError("\n".join(troubles))
     textures = {one.image.image_id: one.image for one, _ in reversed(results) if one is not None}
@@ -200,7 +201,7 @@ def _listing(source: SourceSettings) -> Listing:
 
 def _problem(path: str, error: FlawsmithError) -> Problem:
     """Messages read ``path: what; remedy``."""
-    text = str(error)
+    text, path = shown(str(error)), shown(path)
     where, colon, rest = text.partition(": ")
     what, _, remedy = (rest if colon else text).rpartition("; ")
     return Problem(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from manifests.shards import SHARD_KEY, ShardError, checksum, missing_members, unpack
+from manifests.shards import ShardError, checksum, missing_members, record_of, unpack
 from manifests.workspace import Workspace, WorkspaceError, part
 
 
@@ -60,12 +59,10 @@ def _shard_problems(
     shard_path = part("shards", number, shard, "tar")
     try:
         table = space.read_table(samples_path)
-        record = json.loads((table.schema.metadata or {})[SHARD_KEY])
-    except (WorkspaceError, KeyError, ValueError) as error:
+        record = record_of(table.schema, shard_path)
+    except (WorkspaceError, ValueError) as error:
         missing = not space.exists(samples_path)
         return [(samples_path, "missing: the shard is not finished" if missing else f"damaged: {error}")]
-    if record["path"] != shard_path:
-        return [(samples_path, f"damaged: it names the shard {record['path']}")]
     counts = Counter(table["status"].to_pylist())
     if any(counts[status] != record[status] for status in ("accepted", "rejected", "failed")):
         return [(samples_path, f"damaged: it holds {dict(counts)}, its record says otherwise")]

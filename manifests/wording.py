@@ -204,10 +204,14 @@ def from_plain(value: Mapping[str, Any]) -> Prompts:
     """What :func:`to_plain` gave, also after a way through JSON.
 
     Raises:
-        KeyError, TypeError, AttributeError: it is not of that form.
+        KeyError, TypeError, AttributeError, ValueError: it is not of that form.
     """
     entries = tuple(
         Wording(entry.pop("defect"), **{name: tuple(texts) for name, texts in entry.items()})
         for entry in map(dict, value["entries"])
     )
+    for template in (text for entry in entries for text in (*entry.prompts, *entry.details)):
+        unknown = {found[2] for found in _SLOT.finditer(template)} - set(SLOTS)
+        if unknown:
+            raise ValueError(f"the prompt {template!r} has the slots {', '.join(sorted(unknown))}")
     return Prompts(entries, dict(value["nouns"]), dict(value["params"]))

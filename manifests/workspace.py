@@ -27,7 +27,10 @@ import yaml
 
 from manifests import lock, storage
 from manifests.errors import WorkspaceError
+from manifests.plain import from_yaml
+from manifests.schema import as_declared, declared
 
+Item = TypeVar("Item")
 Read = TypeVar("Read")
 READERS = 16  # requests to an object store at a time, where many small files are read
 ASIDE = ".part"
@@ -105,8 +108,8 @@ class Workspace:
         """
         return storage.open_file(self.address(name))
 
-    def read_many(self, names: Iterable[str], read: Callable[[str], Read]) -> Iterator[Read]:
-        """``read`` of each name, in order; on an object store :data:`READERS` at a time."""
+    def read_many(self, names: Iterable[Item], read: Callable[[Item], Read]) -> Iterator[Read]:
+        """``read`` of each item, in order; on an object store :data:`READERS` at a time."""
         if self.is_local:
             yield from map(read, names)
             return
@@ -172,7 +175,9 @@ class Workspace:
 
     def read_table(self, name: str) -> pa.Table:
         try:
-            return pq.read_table(io.BytesIO(self.read_bytes(name)), page_checksum_verification=True)
+            table = pq.read_table(io.BytesIO(self.read_bytes(name)), page_checksum_verification=True)
+            table.validate(full=True)  # texts that are no text are found here and not where they are shown
+            return as_declared(table, declared(name))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise WorkspaceError(
                 f"{self.address(name)} is damaged ({error}); `flawsmith verify` lists what is, "
@@ -192,8 +197,8 @@ class Workspace:
 
     def read_yaml(self, name: str) -> Any:
         try:
-            return yaml.safe_load(self.read_bytes(name))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            return from_yaml(self.read_bytes(name))
+        except ValueError as error:
             raise WorkspaceError(f"{self.address(name)} is damaged: {error}; restore it") from error
 
     # -- rounds -----------------------------------------------------------------------------------------
@@ -203,7 +208,7 @@ class Workspace:
         return [
             int(name)
             for name in self.names("rounds")
-            if name.isdigit() and self.exists(f"rounds/{name}/settings.yaml")
+            if name.isdecimal() and self.exists(f"rounds/{name}/settings.yaml")
         ]
 
     # -- one writer -------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def blind(tiny_sd):
 
 def make(recipes, model, given_source=None, gates=OPEN, attempts=1):
     given_source = given_source or source()
-    return synthesise(recipes, lambda _: given_source, CUT, model, gates, attempts, [])
+    return synthesise(recipes, lambda _: given_source, CUT, model, gates, attempts, {})
 
 
 def drawn(requests, sign=1.0):

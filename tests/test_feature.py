@@ -242,7 +242,7 @@ def test_samples_lie_in_the_mask_follow_severity_and_replay(name):
             model,
             Gates(),
             3,
-            [],
+            {},
         )
         for severity in (0.0, 1.0)
     }
@@ -287,7 +287,7 @@ def test_the_whole_foreground_is_a_mask_of_features():
     (outcome,) = synthesise(
         [recipe("feature-noise", area=0.01, params=params)],
         lambda _: source(picture(64, 64), allowed),
-        generator, model, Gates(), 3, [],
+        generator, model, Gates(), 3, {},
     )  # fmt: skip
     assert outcome.status == "accepted", outcome.reason
 

@@ -78,7 +78,7 @@ def recipe(generator, seed=0, **changes):
 def make(recipes, given_source=None, gates=OPEN, attempts=1):
     given_source = given_source or source()
     generator = registry.get(recipes[0].generator)
-    return synthesise(recipes, lambda _: given_source, generator, None, gates, attempts, [])
+    return synthesise(recipes, lambda _: given_source, generator, None, gates, attempts, {})
 
 
 # -- the contract, for every generator ------------------------------------------------------------------
@@ -494,7 +494,7 @@ def whole(value, box=(0, 20, 0, 20)):
 
 
 def run(generator, recipes, sources=None, gates=OPEN, attempts=3, model=None):
-    return synthesise(recipes, sources or (lambda _: source()), generator, model, gates, attempts, [])
+    return synthesise(recipes, sources or (lambda _: source()), generator, model, gates, attempts, {})
 
 
 @pytest.mark.parametrize(
@@ -621,6 +621,7 @@ def test_registry_takes_an_entry_point_of_another_package(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group, name=None: [Point()])
     assert registry.get("scorch").name == "stub"
     assert "scorch" in registry.names()
+    registry.get.cache_clear()  # a name is looked up once a process
     monkeypatch.setattr(Point, "load", lambda self: "text")
     with pytest.raises(UsageError, match=r"not a generation\.protocol\.Generator"):
         registry.get("scorch")

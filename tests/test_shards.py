@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests.pictures import encode, encode_mask
-from manifests.shards import ShardError, missing_members, pack, sample_json, unpack
+from manifests.shards import ShardError, _header, missing_members, pack, sample_json, unpack
 
 
 def sample(seed: int) -> dict[str, bytes]:
@@ -47,6 +47,23 @@ def test_bytes_and_offsets_are_reproducible():
             assert tar.next().name == f"{key}.{next(iter(members))}"
     with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
+
+
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=130),
+    st.integers(0, 8**12),
+)
+@settings(deadline=None)
+def test_headers_are_those_of_the_standard_library(name, size):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    try:
+        expected = info.tobuf(tarfile.USTAR_FORMAT)
+    except ValueError:  # a name that ustar cannot hold
+        with pytest.raises(ValueError, match=r"name|number"):
+            _header(name, size)
+    else:
+        assert _header(name, size) == expected
 
 
 def test_unpack_gives_back_what_was_packed():

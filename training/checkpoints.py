@@ -17,6 +17,7 @@ from safetensors.torch import save as save_tensors
 
 from detectors.protocol import Detector, get
 from manifests.errors import FlawsmithError
+from manifests.plain import from_yaml
 from manifests.storage import read_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
@@ -116,8 +117,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = _inside(folder, CONFIG)
     try:
-        config = yaml.safe_load(read_part(folder, CONFIG))
-    except yaml.YAMLError as error:
+        config = from_yaml(read_part(folder, CONFIG))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not plain YAML ({error}); train again") from error
     wanted = {"detector", "settings", "categories", "backbone", "calibration"}
     if not isinstance(config, dict) or not wanted <= set(config):

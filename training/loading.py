@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
+import tarfile
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import cv2
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from manifests.pictures import decode, decode_mask, eight_bit
-from manifests.shards import IMAGE_FORMATS, ShardError
+from manifests.plain import from_json
+from manifests.shards import IMAGE_FORMATS, ShardError, check_plain
 from manifests.storage import read_file
 
 Item = TypeVar("Item")
@@ -229,11 +230,22 @@ def _difference(shard: ShardFile, data: bytes) -> str:
 def _members(path: str, data: bytes) -> Iterator[dict[str, Any]]:
     try:
         # The stream is opened here: webdataset's own opener would run the commands of "pipe:" addresses.
-        yield from group_by_keys(tar_file_expander([{"url": path, "stream": io.BytesIO(data)}]))
+        yield from group_by_keys(_files(io.BytesIO(data), path))
     except Exception as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
+
+
+def _files(stream: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
+    """Name and bytes of every member, as webdataset's own reader gives them. That one also unpacks compressed
+    and sparse tars, of which a few bytes can stand for more than fits into memory."""
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for info in tar:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+            check_plain(info, path)
+            data = tar.extractfile(info)
+            yield {"fname": info.name, "data": data.read() if data else b"", "__url__": path}
 
 
 def _chosen(
@@ -254,7 +266,7 @@ def _chosen(
                 raise ShardError(f"{name} has no .json; {_REMEDY}")
             if members["__key__"] in excluded or ("feature.npy" in members and not features):
                 continue
-            record = json.loads(members["json"])
+            record = _record(name, members["json"])
             if wanted is None or wanted(record["recipe"]):
                 yield name, members, record
         if count != shard.accepted:
@@ -262,6 +274,18 @@ def _chosen(
                 f"{shard.path}: {count} samples can be read, its manifest says {shard.accepted}: it is cut "
                 f"short or damaged; {_REMEDY}"
             )
+
+
+def _record(name: str, data: bytes) -> dict[str, Any]:
+    """The ``json`` member: a mapping with the recipe, the scores and the provenance."""
+    try:
+        record = from_json(data)
+    except ValueError as error:
+        raise ShardError(f"{name}.json cannot be read ({error}); {_REMEDY}") from error
+    parts = ("recipe", "scores", "provenance")
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in parts):
+        raise ShardError(f"{name}.json lacks one of {', '.join(parts)}; {_REMEDY}")
+    return record
 
 
 def _either(chosen: tuple[str, dict[str, Any], dict[str, Any]]) -> Sample | FeatureSample:

@@ -204,8 +204,10 @@ def _submit_all(
             lane, job = running.pop(future.key)
             lane.running -= 1
             if future.status == "finished":
-                records.append(future.result())
-                progress(records[-1])
+                record = future.result()
+                record["fingerprint"] = sys.intern(record["fingerprint"])  # one text for a million shards
+                records.append(record)
+                progress(record)
             elif future.status == "error":
                 found = judge(future.exception(), job)
                 if isinstance(found, Job):

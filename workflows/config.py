@@ -29,6 +29,7 @@ from pydantic import (
 
 from generation.gates import Gates
 from manifests.errors import UsageError
+from manifests.plain import from_yaml
 from manifests.recipes import AreaRange, CountRange, GeneratorSettings, Share, UnitRange, ordered
 from manifests.searching import Search
 from manifests.sources import SourceSettings
@@ -324,10 +325,10 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = from_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; write it, e.g. `source: FOLDER` on one line") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {error}") from error
     return parse_config(raw, name=str(path), folder=path.parent.absolute())
 

@@ -6,14 +6,13 @@ round's own table answer for all that an earlier run recorded. Only what it had 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manifests.shards import SHARD_KEY
+from manifests.shards import record_of
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
 
 Record = dict[str, Any]
@@ -47,8 +46,7 @@ def unfinished(
 
 def finished_record(space: Workspace, number: int, shard: int) -> Record | None:
     """The record of one shard, if it is finished."""
-    name = part("samples", number, shard, "parquet")
-    record, size = _record(space, name), space.size(name)
+    record, size = _record(space, number, shard), space.size(part("samples", number, shard, "parquet"))
     if record is None or space.size(record["path"]) != record["bytes"]:
         return None
     return {**record, "samples_bytes": size}
@@ -73,14 +71,13 @@ def _recorded(space: Workspace, number: int) -> list[Record]:
 
 def _from_tables(space: Workspace, number: int, shards: list[int]) -> Iterator[Record]:
     """Records from the metadata of samples tables; a table that is damaged has none."""
-    names = [part("samples", number, shard, "parquet") for shard in shards]
-    return (record for record in space.read_many(names, lambda name: _record(space, name)) if record)
+    found = space.read_many(shards, lambda shard: _record(space, number, shard))
+    return (record for record in found if record)
 
 
-def _record(space: Workspace, name: str) -> Record | None:
+def _record(space: Workspace, number: int, shard: int) -> Record | None:
     try:
-        with space.open(name) as file:
-            raw = (pq.read_schema(file).metadata or {}).get(SHARD_KEY)
-        return json.loads(raw) if raw else None
+        with space.open(part("samples", number, shard, "parquet")) as file:
+            return record_of(pq.read_schema(file), part("shards", number, shard, "tar"))
     except (FileNotFoundError, pa.ArrowException, ValueError):
         return None

@@ -101,7 +101,7 @@ def render(generator: Generator, picture: Path, source: Source, area: float, see
         recipes = [recipe_of(generator, source, picture.stem, area, level, drawn) for level in SEVERITIES]
         if generator.load is not None and model is None:
             model = load_model(generator.name, recipes[0].params)
-        outcomes = [synthesise([r], lambda _: source, generator, model, Gates(), 1, [])[0] for r in recipes]
+        outcomes = [synthesise([r], lambda _: source, generator, model, Gates(), 1, {})[0] for r in recipes]
         if not best or _accepted(outcomes) > _accepted(best):
             best = outcomes
         if _accepted(best) == len(SEVERITIES):

@@ -31,6 +31,8 @@ LOCAL = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
+    # Its logs of the last thousand events grow by 10 MB before they are full, and nobody reads them.
+    "distributed.admin.low-level-log-length": 100,
     "distributed.worker.memory.monitor-interval": "500ms",
     # Errors come back with the shard's result; a worker's own traceback tells a user nothing more.
     "distributed.logging.distributed": "critical",

@@ -18,7 +18,7 @@ import torch
 
 from generation import registry
 from generation.backbones import Backbone, load_backbone, to_batch
-from generation.synthesis import Outcome, synthesise
+from generation.synthesis import Outcome, Signatures, synthesise
 from manifests.errors import FlawsmithError
 from manifests.pictures import load
 from manifests.recipes import GeneratorSettings, Section
@@ -317,7 +317,7 @@ def fresh(
     section = Section(probe.generators, gpu=False, samples=SHARD * (shard + 1), shard_size=SHARD, first=0)
     recipes = asked.plan_section(section, shard)
     outcomes: list[Outcome] = []
-    signatures: list[tuple[str, np.ndarray]] = []
+    signatures: Signatures = {}
     for name in sorted({recipe.generator for recipe in recipes}):
         mine = [recipe for recipe in recipes if recipe.generator == name]
         model = load_model(name, asked.traits[name].params)

@@ -23,8 +23,9 @@ from pydantic import ValidationError
 from generation import registry
 from generation.masks import resolve_location
 from generation.protocol import Generator, Source
-from generation.synthesis import Outcome, synthesise
+from generation.synthesis import Outcome, Signatures, synthesise
 from manifests import pictures, shards
+from manifests.plain import from_json
 from manifests.recipes import Pool, Section, Trait, plan_shard, pool_from, sections
 from manifests.schema import (
     RECIPES,
@@ -206,7 +207,7 @@ def stored_prompts(space: Workspace, first: int) -> dict[str, Prompts]:
     if not space.exists(name):
         return {}
     try:
-        return {key: from_plain(value) for key, value in json.loads(space.read_bytes(name)).items()}
+        return {key: from_plain(value) for key, value in from_json(space.read_bytes(name)).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkspaceError(f"{space.address(name)} is damaged: {error}; restore it") from error
 
@@ -366,7 +367,7 @@ def make_samples(
     Pictures are encoded as soon as their generator is done, so that a shard's pixels are never all in memory.
     """
     cache = round_.pictures
-    signatures: list[tuple[str, np.ndarray]] = []
+    signatures: Signatures = {}
     made: dict[str, Made] = {}
     for name in sorted({recipe.generator for recipe in recipes}):
         generator = registry.get(name)

@@ -14,7 +14,7 @@ import numpy as np
 from manifests.errors import UsageError
 from manifests.pictures import decode, decode_mask
 from manifests.schema import Image, images_from
-from manifests.shards import IMAGE_FORMATS, ShardError, checksum
+from manifests.shards import BROKEN, IMAGE_FORMATS, ShardError, checksum
 from manifests.workspace import Workspace, part, round_file
 from workflows.rounds import accepted_samples
 
@@ -111,7 +111,7 @@ def read_members(space: Workspace, row: dict[str, Any]) -> dict[str, bytes]:
                     members[extension] = stream.read()
     except FileNotFoundError as error:
         raise ShardError(f"{path} is missing; {_REMEDY}") from error
-    except tarfile.TarError as error:
+    except BROKEN as error:
         raise ShardError(f"{path} is damaged at sample {row['sample_id']} ({error}); {_REMEDY}") from error
     if checksum(members) != row["checksum"]:
         raise ShardError(f"{path} is damaged at sample {row['sample_id']}; {_REMEDY}")

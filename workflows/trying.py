@@ -101,7 +101,7 @@ def try_picture(picture: Path, wish: Wish, *, mask: Path | None = None, out: Pat
     with late(f"loading the model {model_name}…"):
         model = load_model("cut", recipe.params)
     with late(f"drawing {wish.count} spot(s) from {normal!r} to {recipe.prompt!r}…"):
-        (outcome,) = synthesise([recipe], lambda _: source, _worded(normal), model, Gates(), 1, [])
+        (outcome,) = synthesise([recipe], lambda _: source, _worded(normal), model, Gates(), 1, {})
     if outcome.pixels is None or outcome.mask is None:
         remedy = "try another --seed, a smaller --area or a wider --mask"
         raise FlawsmithError(f"{picture}: no anomaly could be made ({outcome.reason}); {remedy}")

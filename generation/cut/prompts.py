@@ -22,11 +22,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from generation.protocol import PATH, Params
 from manifests.errors import UsageError
+from manifests.plain import from_json, from_yaml
 from manifests.recipes import GeneratorSettings
 from manifests.schema import Recipe
 from manifests.wording import (
@@ -166,13 +166,13 @@ def load_bank(path: str | Path | None = None) -> Bank:
         if size > MOST_BYTES:
             raise UsageError(f"prompt bank {path} has {size} bytes, at most {MOST_BYTES} are read: split it")
         text = path.read_text(encoding="utf-8")
-        raw = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        raw = from_json(text) if path.suffix == ".json" else from_yaml(text)
     except FileNotFoundError:
         raise UsageError(
             f"prompt bank {path} does not exist: correct params.bank, leave it out (the shipped bank), or "
             "let `flawsmith prompts` write it"
         ) from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise UsageError(f"prompt bank {path} cannot be read as {kind}: {error}") from error
     return parse_bank(raw, f"prompt bank {path}")

@@ -89,7 +89,7 @@ def made(case: Case, round_: Round, generator: Generator, attempts: int) -> list
     """The recipes of a round's first shard, by the code and with the gates of a run."""
     model = case.model if generator.load is not None else None
     gates = round_.generation.gates
-    return synthesise(round_.plan(0), round_.pictures.source, generator, model, gates, attempts, [])
+    return synthesise(round_.plan(0), round_.pictures.source, generator, model, gates, attempts, {})
 
 
 # -- acceptance -----------------------------------------------------------------------------------------

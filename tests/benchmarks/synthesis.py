@@ -151,10 +151,10 @@ def measure(textures: Path, side: int) -> dict[str, Any]:
         if name == LIKE_ANOMALIB:
             recipes = [replace(recipe, count=1) for recipe in recipes]
         for recipe in recipes[:WARM_UP]:
-            synthesise([replace(recipe, seed=-1 - recipe.seed & 0xFFFF)], source, found, None, Gates(), 6, [])
+            synthesise([replace(recipe, seed=-1 - recipe.seed & 0xFFFF)], source, found, None, Gates(), 6, {})
         seconds: list[float] = []
         outcomes: list[Outcome] = []
-        signatures: Signatures = []
+        signatures: Signatures = {}
         for recipe in recipes:
             start = time.perf_counter()
             outcomes += synthesise([recipe], source, found, None, Gates(), 6, signatures)
@@ -192,7 +192,7 @@ def measure_operators(side: int) -> dict[str, Any]:
             for number, recipe in enumerate(plan(name, params, DEFAULT_AREA, WARM_UP + COUNTS[side] // 3)):
                 source = Source(pictures[number % 8], allowed, (pictures[(number + 1) % 8],))
                 start = time.perf_counter()
-                synthesise([recipe], lambda _, source=source: source, generator, None, gates, 1, [])
+                synthesise([recipe], lambda _, source=source: source, generator, None, gates, 1, {})
                 seconds.append(time.perf_counter() - start)
             rows[name][kind] = statistics.median(seconds[WARM_UP:])
     return rows
@@ -222,7 +222,7 @@ def measure_features() -> dict[str, Any]:
                 replace(model, backbone=timed),
                 Gates(),
                 1,
-                [],
+                {},
             )
             total = time.perf_counter() - start
         rows[name] = {"seconds": total / 40, "forward": timed.seconds / total}
