@@ -35,8 +35,8 @@ from manifests.verify import verify_round
 from manifests.workspace import Workspace, part
 from tests.fuzz import NAMES, Target
 from training.loading import ShardFile, read_all_samples
-from workflows.cluster import unfinished
 from workflows.config import load_config, parse_config, to_yaml
+from workflows.finished import unfinished
 from workflows.rounds import vetoes
 from workflows.stages import shard_record, stored_prompts
 

@@ -1,13 +1,11 @@
 """A cheap stand-in for a detector, so that dozens of generation settings can be compared in seconds.
 
 Tokens of a frozen backbone are described by how they differ from the nearest normal token of their category;
-a linear head tells synthetic anomalies from normals: Fisher's discriminant with the scatter of the normals
-alone. Of the samples it takes a mean and nothing else, so that a few dozen of them say what hundreds would
-[measured: over settings drawn at random, the ranks by 144 samples and by 288 others correlate by 0.97; with
-the anomalies' scatter in it by 0.5, and whatever covers more of a picture wins, because it is more data. The
-price: that a detector short of samples gains from larger anomalies as well, this head does not see].
-The mean adds up sample by sample, so any mixture is a weighted sum and one solve (inference: our own
-construction).
+a linear head tells synthetic anomalies from normals: Fisher's discriminant, with the scatter of both [measured:
+over a dozen settings drawn at random, its figures rank them as the detector ``residual`` does that is trained
+from as many samples, rank correlation 0.81 and 0.91 for two draws of the samples; with the normals' scatter
+alone, which repeats better from draw to draw, 0.78 and 0.79]. The sums add up sample by sample, so any mixture
+is a weighted sum and one solve (inference: our own construction).
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from training.intervals import Estimate, evaluate_images, evaluate_pixels, mean_
 from training.metrics import image_metrics, pixel_metrics
 
 BANK = 1024  # normal tokens kept a category
-SPREAD = 0.1  # weight of the anomalies' scatter beside that of normals
 RIDGE = 1e-3  # relative to the mean squared feature
 FINER = 4  # maps are judged at this multiple of the token grid
 
@@ -148,8 +145,8 @@ def split_distances(sample: np.ndarray, mask: np.ndarray, scale: np.ndarray) -> 
 
 
 def solve(evidence: Evidence, weights: np.ndarray) -> np.ndarray:
-    """The head for a weighting of the samples (S, >= 0): float32 D; (Σ + ρI)⁻¹(μ − μₙ) with the second
-    moments Σ and the mean μₙ of normals, and the mean μ of the weighted anomalous tokens.
+    """The head for a weighting of the samples (S, >= 0): float32 D; (Σ + ρI)⁻¹(μ − μₙ) with the means μ of
+    the weighted anomalous tokens and μₙ of normal ones, and the sum Σ of their second moments.
 
     Raises:
         ValueError: no weight is positive.
@@ -162,7 +159,7 @@ def system(evidence: Evidence, weights: np.ndarray) -> tuple[np.ndarray, np.ndar
     total = float(weights @ evidence.counts)
     if total <= 0:
         raise ValueError("no sample has a positive weight")
-    square = SPREAD * np.tensordot(weights, evidence.squares, axes=1) / total
+    square = np.tensordot(weights, evidence.squares, axes=1) / total
     square = square + evidence.normal_square / evidence.normal_count
     moment = weights @ evidence.sums / total - evidence.normal_sum / evidence.normal_count
     square += RIDGE * np.trace(square) / len(square) * np.eye(len(square), dtype=np.float32)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.proxy import FINER, RIDGE, SPREAD, Evidence, Judged, described, system
+from training.proxy import FINER, RIDGE, Evidence, Judged, described, system
 
 FOLDS = 4
 STEPS, RATE = 15, 0.25  # rate: of a step along a gradient of root mean square 1, in log weight
@@ -115,7 +115,7 @@ def hypergradient(
     bent = (squares @ head) @ u - counts * float(u @ mean_square @ head)
     traces = np.trace(squares, axis1=1, axis2=2) - counts * float(np.trace(mean_square))
     ridge = RIDGE / len(head) * traces * float(u @ head)
-    return value, ((sums @ u - counts * float(mean_sum @ u)) - SPREAD * (bent + ridge)) / total
+    return value, ((sums @ u - counts * float(mean_sum @ u)) - bent - ridge) / total
 
 
 def learn(evidence: Evidence, pictures: Sequence[Labelled]) -> np.ndarray:
