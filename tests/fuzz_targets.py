@@ -36,9 +36,9 @@ from manifests.workspace import Workspace, part
 from tests.fuzz import NAMES, Target
 from training.loading import ShardFile, read_all_samples
 from workflows.config import load_config, parse_config, to_yaml
-from workflows.finished import unfinished
+from workflows.finished import finished_record, unfinished
 from workflows.rounds import vetoes
-from workflows.stages import shard_record, stored_prompts
+from workflows.stages import stored_prompts
 
 RNG = np.random.default_rng(0)
 
@@ -220,7 +220,7 @@ def check_table(data: bytes, folder: Path) -> None:
     space = Workspace(str(folder / "ws"))
     for name in ("images.parquet", "review.parquet", part("samples", 0, 0, "parquet")):
         space.write_bytes(name, data)
-    shard_record(space, 0, 0)  # never raises: a damaged record is no record
+    finished_record(space, 0, 0)  # never raises: a damaged record is no record
     unfinished(space, 0, 1, set())
     verify_round(space, 0, 1)  # never raises: damage is a finding
     any_of(

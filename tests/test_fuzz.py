@@ -32,7 +32,8 @@ from tests.fuzz_mutations import PNG, mutated, repaired
 from tests.fuzz_targets import TARGETS, Canary, picture_seeds, tar_seeds
 from training.loading import ShardFile, read_all_samples
 from workflows.config import load_config
-from workflows.stages import shard_record, stored_prompts
+from workflows.finished import finished_record
+from workflows.stages import stored_prompts
 
 EXAMPLES = {"report": 1, "prompts": 10, "config": 10, "names": 15}
 
@@ -173,9 +174,13 @@ RECORD = {
 )  # fmt: skip
 def test_a_record_of_something_else_is_no_record(record, tmp_path):
     good = to_table([], SAMPLES).replace_schema_metadata({SHARD_KEY: json.dumps(RECORD)})
-    assert shard_record(stored(tmp_path, good), 0, 0) == RECORD
+    written = stored(tmp_path, good)
+    written.write_bytes(RECORD["path"], b"x")
+    found = finished_record(written, 0, 0)
+    assert found is not None and {key: found[key] for key in RECORD} == RECORD
     space = stored(tmp_path, good.replace_schema_metadata({SHARD_KEY: json.dumps(record)}))
-    assert shard_record(space, 0, 0) is None
+    space.write_bytes(RECORD["path"], b"x")
+    assert finished_record(space, 0, 0) is None
     assert "damaged" in verify_round(space, 0, 1)[0].what
 
 

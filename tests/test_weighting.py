@@ -50,7 +50,7 @@ def real(rng, found, parts=16, each=3):
 
 def error(found, weights, pictures):
     """Of the head, on parts it has nothing to do with."""
-    return loss(proxy.solve(found, weights), pictures)[0]
+    return loss(proxy.solve(found, weights, weighting.SPREAD), pictures)[0]
 
 
 def test_the_hypergradient_is_that_of_finite_differences():
@@ -61,7 +61,7 @@ def test_the_hypergradient_is_that_of_finite_differences():
     value, gradient = hypergradient(found, weights, pictures)
 
     def value_at(weights):
-        return loss(np.linalg.solve(*proxy.system(found, weights)), pictures)[0]
+        return loss(np.linalg.solve(*proxy.system(found, weights, weighting.SPREAD)), pictures)[0]
 
     assert value == pytest.approx(value_at(weights))
     step = 1e-2 * np.eye(5)  # the sums are float32

@@ -23,6 +23,7 @@ import numpy as np
 
 from training.proxy import FINER, RIDGE, Evidence, Judged, described, system
 
+SPREAD = 1.0  # of the anomalies in the head's scatter: what makes one sample more useful than another
 FOLDS = 4
 STEPS, RATE = 15, 0.25  # rate: of a step along a gradient of root mean square 1, in log weight
 PULL = 0.05  # share of its log weight that a sample loses a step
@@ -105,7 +106,7 @@ def hypergradient(
     evidence: Evidence, weights: np.ndarray, pictures: Sequence[Labelled]
 ) -> tuple[float, np.ndarray]:
     """The loss of the head for ``weights`` (S, > 0), and its gradient in them: float64, S."""
-    square, moment = system(evidence, weights)
+    square, moment = system(evidence, weights, SPREAD)
     head = np.linalg.solve(square, moment)
     value, outer = loss(head, pictures)
     u = np.linalg.solve(square, outer)
@@ -115,7 +116,7 @@ def hypergradient(
     bent = (squares @ head) @ u - counts * float(u @ mean_square @ head)
     traces = np.trace(squares, axis1=1, axis2=2) - counts * float(np.trace(mean_square))
     ridge = RIDGE / len(head) * traces * float(u @ head)
-    return value, ((sums @ u - counts * float(mean_sum @ u)) - bent - ridge) / total
+    return value, ((sums @ u - counts * float(mean_sum @ u)) - SPREAD * (bent + ridge)) / total
 
 
 def learn(evidence: Evidence, pictures: Sequence[Labelled]) -> np.ndarray:
@@ -132,7 +133,7 @@ def learn(evidence: Evidence, pictures: Sequence[Labelled]) -> np.ndarray:
     paths = [_path(evidence, own) for own in kept]
     losses = np.array(
         [
-            [loss(np.linalg.solve(*system(evidence, weights)), own)[0] for weights in path]
+            [loss(np.linalg.solve(*system(evidence, weights, SPREAD)), own)[0] for weights in path]
             for path, own in zip(paths, held, strict=True)
         ]
     )

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.shards import record_of
+from manifests.storage import Unreachable
 from manifests.workspace import Workspace, WorkspaceError, part, round_file
 
 Record = dict[str, Any]
@@ -79,5 +80,7 @@ def _record(space: Workspace, number: int, shard: int) -> Record | None:
     try:
         with space.open(part("samples", number, shard, "parquet")) as file:
             return record_of(pq.read_schema(file), part("shards", number, shard, "tar"))
-    except (FileNotFoundError, pa.ArrowException, ValueError):
-        return None
+    except Unreachable:
+        raise
+    except (OSError, pa.ArrowException, ValueError):
+        return None  # missing or damaged: not finished either way

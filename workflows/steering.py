@@ -224,9 +224,9 @@ def decide(
             before, then = (f"{part[name] / total:.4f}" for part, total in zip(shares, totals, strict=True))
         if before == then and setting not in reasons:
             continue
-        rule = f"{reasons[setting]}; the rule asks for {_asked(setting, asked, before_values)}; " * (
-            setting in reasons
-        )
+        rule = ""
+        if setting in reasons:
+            rule = f"{reasons[setting]}; the rule asks for {_asked(setting, asked, before_values)}; "
         decisions.append(Decision(setting, before, then, f"{rule}{result.short}"))
     return after, decisions
 

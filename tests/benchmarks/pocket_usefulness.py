@@ -100,7 +100,7 @@ def usefulness(case: Case, _unit: str) -> dict[str, Any]:
             result[name] = {"samples": 0, "value": None, "categories": {}, "resamples": []}
             continue
         ones = np.ones(len(places[name]))
-        head = proxy.solve(evidence[name], ones)
+        head = proxy.solve(evidence[name], ones, spread=1)
         values = {c: judged[c].score(evidence[name].scale, head) for c in categories}
         again = []
         for k in range(RESAMPLES):
@@ -108,7 +108,7 @@ def usefulness(case: Case, _unit: str) -> dict[str, Any]:
             if weights.sum() == 0:
                 again.append(float("nan"))
                 continue
-            head = proxy.solve(evidence[name], weights)
+            head = proxy.solve(evidence[name], weights, spread=1)
             scores = [judged[c].score(evidence[name].scale, head, groups[c][k]) for c in categories]
             again.append(float(np.nanmean(scores)) if np.isfinite(scores).any() else float("nan"))
         result[name] = {
