@@ -83,7 +83,7 @@ def test_arms_run_in_small(plan, monkeypatch):
     monkeypatch.setattr(loop_cells, "THREADS", 1)
     small = {"ceiling": replace(ARMS["ceiling"], without="cut")}
     small |= {name: replace(ARMS[name], without="cut", rounds=2) for name in ("chance", "loop")}
-    small["loop"] = replace(small["loop"], base="ours")
+    small["loop"] = replace(small["loop"], base="ours", settings={})
     found = {name: measure(plan, arm, 0, 0) for name, arm in small.items()}
     for cell in found.values():
         json.dumps(cell)
@@ -110,9 +110,11 @@ def test_arms_differ_in_what_they_are_named_for(plan):
         return config_of(plan, ARMS[name], 1, Path("/a.csv"), 3, opacity).model_dump(mode="json")
 
     ours, faint, strong = config("loop"), *(config("standard", o) for o in (OPACITIES[0], OPACITIES[2]))
-    for other in (faint, config("chance"), config("few-loop-no-cut")):
-        for part in ("samples", "seed", "detector", "training", "output"):
+    for other in (faint, config("ours"), config("chance"), config("few-loop-no-cut")):
+        for part in ("samples", "seed", "detector", "output"):
             assert other[part] == ours[part]
+    assert ours["training"] == config("few-loop-no-cut")["training"] != config("chance")["training"]
+    assert not config("few-loop-no-guidance")["generation"]["practice"]["guidance"]
     weights = [one["generation"]["generators"]["perlin"]["params"]["opacity"] for one in (faint, strong)]
     assert weights == [[0.1, 0.5], [0.5, 1.0]]
     assert set(faint["generation"]["generators"]) == {"perlin", "cutpaste", "scar"}
