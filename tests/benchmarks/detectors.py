@@ -59,6 +59,7 @@ ARMS = {
     "dfd-mix-4shot": Arm("dfd", "mix", shots=4),
     "vlad-own": Arm("vlad", "cut"),
     "vlad-mix": Arm("vlad", "mix"),
+    "residual-mix": Arm("residual", "mix"),
     "memory_bank": Arm("memory_bank"),
     "anomalib-patchcore": Arm("patchcore", peer=True),
     "anomalib-padim": Arm("padim", peer=True),
