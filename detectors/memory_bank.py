@@ -51,7 +51,6 @@ FLOOR = (
 PLACES = 64  # whose decompositions are in memory at once
 PROJECTED = 128  # dimensions in which the coreset is chosen (as released)
 QUANTILE = 0.99  # of the scores of normals: the threshold
-TINY = 1e-12  # where a root of 0 would have no gradient
 
 
 class MemoryBankSettings(Settings):
@@ -170,7 +169,9 @@ def nearest_gaussian(tokens: Tensor, places: Gaussians, window: int) -> Tensor:
         for dy in range(side)
         for dx in range(side)
     ]
-    return (torch.stack(turned).amin(dim=0).clamp(min=TINY) / places.noise).sqrt()
+    nearest = torch.stack(turned).amin(dim=0) / places.noise
+    apart = nearest > 0  # a root of 0 has no gradient
+    return torch.where(apart, nearest, 1.0).sqrt() * apart
 
 
 # -- the detector ---------------------------------------------------------------------------------------

@@ -260,13 +260,28 @@ def lease(root: str) -> Iterator[Lease]:
     held.acquire()
     try:
         try:
-            yield held
+            with _interruptible():
+                yield held
         finally:
             held.release()
     except KeyboardInterrupt:
         if held.lost is not None:
             raise held.lost from None
         raise
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A shell starts what it puts into the background (`run … &`) with SIGINT ignored; here it is heard."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read(fs: fsspec.AbstractFileSystem, path: str) -> Seen | None:

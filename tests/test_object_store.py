@@ -162,7 +162,7 @@ def test_every_command_works_on_an_object_store(url, monkeypatch, tmp_path):
         "output": {"shard_size": 6},
         "detector": {"name": NAME},
         "evaluation": {"resamples": 10},
-        "feedback": {"enabled": False},
+        "feedback": {"enabled": False, "trials": 16},
         "cluster": {"workers": 1},
     }
     file = tmp_path / "config.yaml"

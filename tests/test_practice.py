@@ -107,7 +107,7 @@ def searched(name, seeds, candidates, **more):
     generator = registry.get(name)
     given = more.pop("source", test_generators.source())
     return recipes, synthesise(
-        recipes, lambda _: given, generator, more.pop("model", None), OPEN, 3, [], search
+        recipes, lambda _: given, generator, more.pop("model", None), OPEN, 3, {}, search
     )
 
 
@@ -150,7 +150,7 @@ def test_when_no_candidate_passes_the_draws_go_on_and_batches_are_known():
     generator = test_generators.stub(draw, apply, load=lambda _params, _device: None, batch_size=2)
     recipes = [test_generators.recipe("stub", seed, batch=seed // 2, image_id=str(seed)) for seed in range(4)]
     search = Search(dark_critic(), 2)
-    outcomes = synthesise(recipes, lambda _: test_generators.source(), generator, None, OPEN, 3, [], search)
+    outcomes = synthesise(recipes, lambda _: test_generators.source(), generator, None, OPEN, 3, {}, search)
     assert calls == [[0, 1], [0, 1], [2, 3], [2, 3], [1, 2]]
     tries = [outcome.attempts for outcome in outcomes]
     assert tries == [2, 3, 3, 2]
@@ -170,7 +170,7 @@ def test_features_are_searched_by_a_critic_of_their_backbone_only(tiny):
 
     def made(critic, **changes):
         search = Search(replace(critic, **changes), 3) if critic else None
-        return synthesise(recipes, lambda _: test_generators.source(), generator, model, OPEN, 3, [], search)
+        return synthesise(recipes, lambda _: test_generators.source(), generator, model, OPEN, 3, {}, search)
 
     def margins(outcomes):
         features, masks = [o.feature.feature for o in outcomes], [o.mask for o in outcomes]
@@ -181,7 +181,7 @@ def test_features_are_searched_by_a_critic_of_their_backbone_only(tiny):
     larger = [replace(recipe, params=json.dumps({"size": 96})) for recipe in recipes]
     model = generator.load({"size": 96}, "cpu")
     with pytest.raises(UsageError, match=r"params\.size"):
-        synthesise(larger, lambda _: test_generators.source(), generator, model, OPEN, 3, [], Search(own, 3))
+        synthesise(larger, lambda _: test_generators.source(), generator, model, OPEN, 3, {}, Search(own, 3))
 
 
 # -- guided chains --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Twins:
     """Attributes: ``anomaly``, ``normal`` float32 in [0, 1], side×side×3, decoded; ``attention`` float32 in
     [0, 1], side×side, the word's map averaged over the last part of the chain; ``trace`` figures of the
     chain: ``attention`` objective at its end, ``cosine`` to the detailed description (NaN without CLIP),
-    ``margin`` of the guide's critic before its last step (NaN without a guide)."""
+    ``margin`` of the guide's critic before its last step, where there is a guide."""
 
     anomaly: np.ndarray
     normal: np.ndarray
@@ -142,7 +142,8 @@ def sample(
             _array(decoded[i].permute(1, 2, 0)),
             _array(twin[i].permute(1, 2, 0)),
             _array(attention[i].clamp(0, 1)),
-            {"attention": float(held[i]), "cosine": float(cosine[i]), "margin": float(margin[i])},
+            {"attention": float(held[i]), "cosine": float(cosine[i])}
+            | ({"margin": float(margin[i])} if guide is not None else {}),
         )
         for i in range(len(requests))
     ]
