@@ -35,6 +35,7 @@ from manifests.errors import UsageError
 from manifests.pictures import EXTENSIONS, open_file, read_bytes
 from manifests.plain import from_json
 from manifests.schema import GOOD
+from manifests.storage import Unreachable
 
 Layout = Literal["auto", "mvtec", "folder", "list", "webdataset"]
 
@@ -433,6 +434,8 @@ def _list_archive(archive: str, category: str, result: Listing) -> None:
         what = f"the tar is damaged or cut short after {len(samples)} samples ({error}); all are left out"
         problem(archive, what, "restore it or pack it again")
         return
+    except Unreachable:
+        raise
     except OSError as error:
         problem(
             archive,

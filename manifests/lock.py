@@ -119,6 +119,12 @@ class Seen:
     version: str | None
     modified: datetime
 
+    @property
+    def lease(self) -> float:
+        """Seconds that the lock counts; those of ours where it says none that make sense."""
+        told = self.holder.get("lease")
+        return float(told) if isinstance(told, int | float) and told <= 3600 else LEASE
+
 
 class Lease:
     """A held lock that a thread renews. Once it is lost, nothing more is written through it."""
@@ -163,7 +169,7 @@ class Lease:
             WorkspaceError: it was lost.
         """
         with self._guard:
-            if self._lost is None and _now() - self._renewed > LEASE:
+            if self._lost is None and _now() - self._renewed > LEASE / 2:
                 self._renew()  # this process stood still, and so did its thread
             if self._lost is not None:
                 raise self._lost
@@ -202,7 +208,7 @@ class Lease:
         return written
 
     def _is_stale(self, seen: Seen) -> bool:
-        return _is_gone(seen.holder) or self._age(seen) > float(seen.holder.get("lease", LEASE))
+        return _is_gone(seen.holder) or self._age(seen) > seen.lease
 
     def _age(self, seen: Seen) -> float:
         """Seconds since a lock was renewed, by the store's clock."""
@@ -214,7 +220,7 @@ class Lease:
         holder = seen.holder if seen else {}
         renewed = ""
         if seen is not None:
-            lease, age = float(holder.get("lease", LEASE)), self._age(seen)
+            lease, age = seen.lease, self._age(seen)
             renewed = (
                 f" Its lock, {self.url}, was renewed {age:.0f} s ago; if that process is dead, the same "
                 f"command takes the lock over in {max(0.0, lease - age) + 1:.0f} s"
@@ -393,7 +399,8 @@ def _born(pid: int) -> str | None:
 
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended. Of another one nothing is known."""
-    return holder.get("machine") == _machine() and _born(int(holder.get("pid", 0))) != holder.get("born")
+    pid = holder.get("pid")
+    return holder.get("machine") == _machine() and isinstance(pid, int) and _born(pid) != holder.get("born")
 
 
 def _told(holder: dict[str, Any]) -> str:

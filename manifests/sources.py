@@ -17,6 +17,7 @@ from manifests.layouts import LISTS, Found, Layout, Listing, Problem, list_sourc
 from manifests.schema import GOOD, Image
 from manifests.shots import choose_shots, missing_shots
 from manifests.splits import assign_splits, side
+from manifests.storage import Unreachable
 
 __all__ = ["Problem", "Scan", "SourceSettings", "assign_splits", "scan", "scan_textures"]
 
@@ -219,6 +220,8 @@ def _read(number: int, source: SourceSettings, found: Found) -> tuple[_Read | No
         _check_locations(found.path, roi, ignore, shape)
     except PictureError as error:
         return None, [_problem(found.path, error)]
+    except Unreachable:
+        raise  # a picture must not be left out of a run because its store did not answer for a while
     except OSError as error:
         what = f"cannot be read at the moment ({error})"
         return None, [Problem("error", found.path, what, "check the disk or the network and try again")]

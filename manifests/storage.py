@@ -253,15 +253,27 @@ def _part(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> byt
 # -- writing --------------------------------------------------------------------------------------------
 
 
-def put(fs: fsspec.AbstractFileSystem, path: str, url: str, data: bytes) -> None:
-    """One object, which appears whole or not at all.
+def put(
+    fs: fsspec.AbstractFileSystem,
+    path: str,
+    url: str,
+    data: bytes,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """One object, which appears whole or not at all. ``check`` is called before every try; what it raises
+    ends them.
 
     Raises:
         StorageError: there is no such bucket, and as :func:`steady`.
         Unreachable: see :func:`steady`.
     """
+
+    def once() -> None:
+        check()
+        fs.pipe_file(path, data)
+
     try:
-        steady(url, lambda: fs.pipe_file(path, data))
+        steady(url, once)
     except FileNotFoundError as error:
         raise no_bucket(url) from error
 

@@ -133,7 +133,7 @@ class Workspace:
         path = self.path(name)
         self._check_lock()
         if not self.is_local:
-            storage.put(self.fs, path, self.address(name), data)
+            storage.put(self.fs, path, self.address(name), data, self._check_lock)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         aside = f"{path}.{uuid.uuid4().hex}{ASIDE}"
@@ -145,6 +145,7 @@ class Workspace:
                 # What was written is not read again by this process; keeping a copy of every shard in
                 # memory cost more time than all other work of committing it (measured).
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._check_lock()  # writing may have taken long
             os.replace(aside, path)
         except BaseException:
             Path(aside).unlink(missing_ok=True)
@@ -174,11 +175,12 @@ class Workspace:
         return sink.tell()
 
     def read_table(self, name: str) -> pa.Table:
+        data = self.read_bytes(name)
         try:
-            table = pq.read_table(io.BytesIO(self.read_bytes(name)), page_checksum_verification=True)
+            table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
             table.validate(full=True)  # texts that are no text are found here and not where they are shown
             return as_declared(table, declared(name))
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # Parquet's reader calls damage an OSError
             raise WorkspaceError(
                 f"{self.address(name)} is damaged ({error}); `flawsmith verify` lists what is, "
                 "`flawsmith run` repairs it"

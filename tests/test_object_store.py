@@ -28,7 +28,7 @@ from tests.test_cli import flawsmith
 from tests.test_pipeline import config as pipeline_config
 from tests.test_pipeline import contents, draw_pictures, wait_for
 from training.loading import ShardFile, read_samples
-from workflows import rounds
+from workflows import probing, rounds
 from workflows.demo import write_drawn
 from workflows.detecting import _shards
 from workflows.replaying import replay
@@ -152,6 +152,8 @@ def test_a_run_through_failing_requests_makes_the_same_bytes(url, server, local,
 
 def test_every_command_works_on_an_object_store(url, monkeypatch, tmp_path):
     monkeypatch.setitem(protocol.BUILT_IN, NAME, PLACE)
+    monkeypatch.setattr(probing, "SHARD", 6)
+    monkeypatch.setattr(probing, "SIZE", 64)
     pictures = tmp_path / "pictures"
     write_drawn(pictures, train=8, good=6, each=3)
     shutil.rmtree(pictures / "cloth")

@@ -40,8 +40,8 @@ def pin(space: Workspace, round_: int, detector: str) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def load_critic(pinned: Pinned) -> Critic:
-    """The critic, ready; read once a process.
+def load_critic(pinned: Pinned, device: str) -> Critic:
+    """The critic, ready, where the samples are made; read once a process.
 
     Raises:
         WorkspaceError: its files are no longer those that the round began with.
@@ -50,10 +50,12 @@ def load_critic(pinned: Pinned) -> Critic:
     import tempfile
     from pathlib import Path
 
+    import torch
+
     from detectors.critic import as_critic
     from training import checkpoints
-    from workflows.stages import device
 
+    torch.set_num_threads(1)  # part of what makes bytes equal; generators without a model fix none
     files = _files(Workspace(pinned.workspace), pinned.folder)
     if (found := _sha256(files)) != pinned.sha256:
         raise WorkspaceError(
@@ -70,19 +72,22 @@ def load_critic(pinned: Pinned) -> Critic:
                 "generation.practice: a detector of tiles never sees a whole picture and cannot be practised "
                 "against; set detector.tiles to null, or leave practice out"
             )
-        return as_critic(checkpoints.load(aside, device()), notes["map_thresholds"])
+        return as_critic(checkpoints.load(aside, device), notes["map_thresholds"])
 
 
 def coached(
     generator: Generator, model: Any, pinned: Pinned | None, practice: Practice
 ) -> tuple[Any, Search | None]:
     """How a generator practises: its model with a guide, or a search over draws; neither without a critic."""
+    from workflows.stages import device_of
+
     if pinned is None:
         return model, None
+    device = device_of(generator)
     if generator.guide is not None and practice.guidance:
-        return generator.guide(model, load_critic(pinned), practice.guidance), None
+        return generator.guide(model, load_critic(pinned, device), practice.guidance), None
     if generator.guide is None and practice.candidates > 1:
-        return model, Search(load_critic(pinned), practice.candidates)
+        return model, Search(load_critic(pinned, device), practice.candidates)
     return model, None
 
 

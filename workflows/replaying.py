@@ -47,7 +47,10 @@ def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
         raise WorkspaceError(f"sample {sample_id} {state}; only accepted samples can be replayed")
     round_ = load_round(space.url, number, settings_hash(space, number))
     path = part("shards", number, shard, "tar")
-    stored = dict(shards.unpack(space.read_bytes(path), space.address(path)))[sample_id]
+    held = dict(shards.unpack(space.read_bytes(path), space.address(path)))
+    if sample_id not in held:
+        raise shards.ShardError(f"{space.address(path)} lacks the sample {sample_id}; `flawsmith verify`")
+    stored = held[sample_id]
     recipes = {recipe.sample_id: recipe for recipe in recipes_from(table)}
     members = _remake(round_, recipes, rows, sample_id)
     differ, largest = _compare(stored, members)

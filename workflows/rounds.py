@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
+import pyarrow as pa
 from distributed import Client
 
 from manifests.errors import FlawsmithError, UsageError
@@ -21,7 +22,7 @@ from manifests.schema import (
 )
 from manifests.sources import Scan, scan, scan_textures
 from manifests.verify import extra_files
-from manifests.workspace import Workspace, part, round_file
+from manifests.workspace import Workspace, WorkspaceError, part, round_file
 from workflows.cluster import make_round, measure
 from workflows.config import Cluster, Config, Generation, differences
 from workflows.console import progress, say
@@ -214,8 +215,9 @@ def generate(space: Workspace, number: int, cluster: Cluster) -> bool:
             f"round {number}: some shards were made by other versions of the packages (shards.parquet, "
             "column fingerprint); they are kept, and replay of their samples may differ"
         )
-    if todo or not space.exists(round_file(number, "shards.parquet")):
-        space.write_table(round_file(number, "shards.parquet"), to_table(records, SHARDS))
+    table = to_table(records, SHARDS)
+    if todo or not _holds(space, round_file(number, "shards.parquet"), table):
+        space.write_table(round_file(number, "shards.parquet"), table)
     sweep(space, number, round_.shard_count)
     if errors:
         listed = "\n  ".join(f"shard {shard}: {text}" for shard, text in sorted(errors.items()))
@@ -275,6 +277,14 @@ def _seconds(space: Workspace, number: int) -> dict[str, float]:
         count = sum(row["accepted"] + row["rejected"] + row["failed"] for row in mine)
         found[KINDS[section.gpu]] = sum(row["seconds"] for row in mine) / max(count, 1)
     return found
+
+
+def _holds(space: Workspace, name: str, table: pa.Table) -> bool:
+    """Whether a table is there, whole and with these rows."""
+    try:
+        return space.exists(name) and space.read_table(name).equals(table)
+    except WorkspaceError:
+        return False
 
 
 def damaged_shards(space: Workspace, number: int) -> set[int]:
