@@ -383,7 +383,8 @@ def filled(text: str) -> str:
     for name, table in printed().items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-        text, places = pattern.subn(lambda _, new=f"{start}{table}\n{end}": new, text)
+        new = f"{start}{table}\n{end}".replace("\\", r"\\")
+        text, places = pattern.subn(new, text)
         if places != 1:
             raise ValueError(
                 f"{places} places for the table {name}, expected 1: {start.strip()} … {end.strip()}"
