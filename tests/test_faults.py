@@ -207,7 +207,7 @@ def test_generators_for_gpus_run_where_a_gpu_is_and_the_others_beside_them(packa
 def test_a_generator_that_hangs_is_named_and_its_shard_made_by_the_next_run(
     package, pictures, undisturbed, tmp_path
 ):
-    package.say("hang")
+    package.say("hang 1")
     try:
         with pytest.raises(
             rounds.PartialResult, match=r"(?s)1 of 6 shards.*shard 1: generator faulty.*2 s .*time_limit"
