@@ -41,6 +41,7 @@ from manifests.workspace import part
 from tests.soak_faults import OK, SHARDS, Bench, Scene, bench, ended, kinds, workspace
 from tests.test_pipeline import contents, samples
 from workflows import rounds
+from workflows.console import console
 from workflows.upkeep import verify
 
 FAULTS = 100
@@ -237,6 +238,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server outlives this process
+    console.quiet = True  # what it says of every check
     tallies: dict[str, Tally] = {}
     folder = Path(tempfile.mkdtemp(prefix="flawsmith-soak-"))
     violation = None

@@ -31,7 +31,8 @@ from manifests.workspace import Workspace, part
 from tests import faults
 from tests.faults import wait_for
 from tests.faulty_store import BUCKET, Faults, s3_server
-from tests.test_pipeline import draw_pictures
+from tests.test_pipeline import draw_pictures, samples
+from workflows import rounds
 
 SAMPLES, SIZE, SHARDS = 96, 4, 24
 PATIENCE = 180  # seconds after which a run counts as one that never ends
@@ -147,6 +148,10 @@ class Scene:
         names = self.space.names("rounds/000/samples")
         return [int(name[5:10]) for name in names if name.endswith(".parquet")]
 
+    def unfinished(self) -> list[int]:
+        """In the order in which they are made."""
+        return sorted(set(range(SHARDS)) - set(self.finished()))
+
     def start(
         self, *, servers: bool = False, environment: dict[str, str] | None = None, **cluster: Any
     ) -> Any:
@@ -182,8 +187,12 @@ def ended(run: subprocess.Popen, *codes: int, says: str = "") -> str:
 
 
 def _workers_of(run: subprocess.Popen) -> list[int]:
-    children = psutil.Process(run.pid).children(recursive=True)
-    return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(run.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie by now
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 # -- processes ------------------------------------------------------------------------------------------
@@ -301,11 +310,9 @@ def _samples_failing(word: str, reason: str) -> Callable[[Scene], None]:
         try:
             with scene.struck(OK, servers=True):
                 scene.bench.package.say(word)
-                seen = len(scene.finished())
-                wait_for(lambda: len(scene.finished()) >= min(seen + 3, SHARDS), PATIENCE)
-                scene.bench.package.say("")
         finally:
             scene.bench.package.say("")
+        assert any(reason in row["reason"] for row in samples(scene.space)), f"no sample failed by {word}"
 
     return inject
 
@@ -313,26 +320,28 @@ def _samples_failing(word: str, reason: str) -> Callable[[Scene], None]:
 def generator_hangs(scene: Scene) -> None:
     try:
         with scene.struck(PARTIAL, says="time_limit", servers=True, time_limit=3):
-            left = sorted(set(range(SHARDS)) - set(scene.finished()))
-            scene.bench.package.say(f"hang {scene.rng.choice(left[SHARDS // 4 :])}")
+            scene.bench.package.say(f"hang {scene.rng.choice(scene.unfinished()[SHARDS // 4 :])}")
     finally:
         scene.bench.package.say("")
 
 
 def picture_poisoned(scene: Scene) -> None:
     """Cut or a bomb, before workers that have not read it yet begin."""
-    victim = scene.rng.choice(sorted(scene.bench.pictures.iterdir()))
-    data = victim.read_bytes()
     if not scene.space.rounds():  # pictures are counted when a workspace begins
         with scene.struck(-signal.SIGKILL) as run:
             faults.kill(run)
-    scene.excused.append(f"{victim}")
+    round_ = rounds.open_round(scene.space, 0)
+    used = {recipe.image_id for shard in scene.unfinished()[:-4] for recipe in round_.plan(shard)}
+    victim = Path(round_.images[scene.rng.choice(sorted(used))].path)
+    data = victim.read_bytes()
+    scene.excused.append(str(victim))
     scene.rng.choice([faults.truncate, faults.bomb])(victim)
     try:
         with scene.struck(OK):
             pass
     finally:
         victim.write_bytes(data)
+    assert any(str(victim) in row["reason"] for row in samples(scene.space)), "no sample tells of the picture"
 
 
 # -- workspaces -----------------------------------------------------------------------------------------
