@@ -182,8 +182,9 @@ def ended(run: subprocess.Popen, *codes: int, says: str = "") -> str:
     except subprocess.TimeoutExpired:
         raise AssertionError(f"the run did not end in {PATIENCE} s") from None
     assert run.returncode in codes, f"the run ended with {run.returncode}, not {codes}: {text[-2000:]}"
-    assert run.returncode == OK or says in text, f"the run does not say {says!r}: {text[-2000:]}"
-    return text
+    plain = " ".join(text.split()).lower()
+    assert run.returncode == OK or says.lower() in plain, f"the run does not say {says!r}: {text[-2000:]}"
+    return plain
 
 
 def _workers_of(run: subprocess.Popen) -> list[int]:
