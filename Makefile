@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench fuzz audit clean
+.PHONY: demo test check bench fuzz soak audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flawsmith demo demo
@@ -28,6 +28,11 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[fuzz]'
 	mkdir -p bench
 	$(BIN)/python -m tests.fuzz --json bench/fuzz.json --keep bench/fuzz
+
+# Faults injected into runs, each of which must end with what nobody disturbed; counts in bench/soak.json.
+soak: $(VENV)/.installed
+	mkdir -p bench
+	$(BIN)/python -m tests.soak --faults 100 --json bench/soak.json
 
 # Installed versions against the advisories of the Python Packaging Advisory Database.
 audit: $(VENV)/.installed

@@ -210,7 +210,9 @@ def draw(recipe, source, rng):
     settings = recipe.settings()
     time.sleep(settings["seconds"])
     word = fault()
-    if word == "hang" and recipe.shard == 1:
+    while fault() == "wait":
+        time.sleep(0.02)
+    if word == f"hang {recipe.shard}":
         time.sleep(3600)
     if word == "memory" or word == "batch" and settings["batch"] > 2:
         hoard = []
@@ -254,8 +256,8 @@ class Faulty:
     folder: Path
 
     def say(self, fault: str) -> None:
-        """From now on: hang, memory, batch (memory unless it is 2 or smaller), raise, nan, shape, dtype,
-        count; "" for nothing."""
+        """From now on: wait (until something else is said), hang N (shard N for good), memory, batch (memory
+        unless it is 2 or smaller), raise, nan, shape, dtype, count; "" for nothing."""
         file = self.folder / "fault"
         file.write_text(fault) if fault else file.unlink(missing_ok=True)
 
@@ -270,6 +272,49 @@ def write_package(folder: Path) -> Faulty:
         "[flawsmith.generators]\nfaulty = faulty:FAULTY\nlamp = faulty:LAMP\n"
     )
     return Faulty(folder)
+
+
+# -- clocks ---------------------------------------------------------------------------------------------
+
+SITE = """
+import os
+import time
+
+JUMP = os.path.join(os.path.dirname(__file__), "jump")
+told, told_ns = time.time, time.time_ns
+
+
+def jump():
+    try:
+        with open(JUMP) as file:
+            return int(file.read() or 0)
+    except OSError:
+        return 0
+
+
+time.time = lambda: told() + jump()
+time.time_ns = lambda: told_ns() + jump() * 10**9
+"""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """``time.time`` of every Python process that is started with ``folder`` in PYTHONPATH."""
+
+    folder: Path
+
+    def jump(self, seconds: int) -> None:
+        """From now on it is that much later than it was; 0: the true time."""
+        file = self.folder / "jump"
+        aside = file.with_suffix(".aside")
+        aside.write_text(str(seconds))
+        aside.rename(file)
+
+
+def write_clock(folder: Path) -> Clock:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(SITE)
+    return Clock(folder)
 
 
 # -- pictures -------------------------------------------------------------------------------------------

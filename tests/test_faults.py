@@ -207,7 +207,7 @@ def test_generators_for_gpus_run_where_a_gpu_is_and_the_others_beside_them(packa
 def test_a_generator_that_hangs_is_named_and_its_shard_made_by_the_next_run(
     package, pictures, undisturbed, tmp_path
 ):
-    package.say("hang")
+    package.say("hang 1")
     try:
         with pytest.raises(
             rounds.PartialResult, match=r"(?s)1 of 6 shards.*shard 1: generator faulty.*2 s .*time_limit"
@@ -247,12 +247,12 @@ def test_what_a_generator_gets_wrong_fails_its_own_samples_only(package, picture
 
 
 def test_memory_that_runs_out_gives_smaller_batches_and_in_the_end_a_clear_error(package, pictures, tmp_path):
-    """The nanny ends the worker; nothing in the process can react."""
+    """The nanny ends the worker; nothing in the process can react. Both shards are lost with it."""
     cluster = {"workers": 1, "memory_limit": "700MB"}
     try:
         with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
             package.say("batch")
-            settings = config(pictures, cluster, seconds=0).model_copy(update={"samples": SIZE})
+            settings = config(pictures, cluster, seconds=0).model_copy(update={"samples": 2 * SIZE})
             space = make(settings, tmp_path / "smaller")
             rows = [row for row in samples(space) if row["generator"] == "faulty"]
             assert {row["measures"] for row in rows} == {canonical_json({"batch": 2})}

@@ -148,7 +148,7 @@ def _submit_all(
         Lane(section.gpu, _jobs_of(section, space, round_.number, todo, digest))
         for section in round_.sections
     ]
-    threads, gpus, counted, joined, killed = 0, 0.0, 0.0, False, 0
+    threads, gpus, counted, joined = 0, 0.0, 0.0, False
 
     def count() -> None:
         nonlocal threads, gpus, counted, joined
@@ -177,12 +177,11 @@ def _submit_all(
 
     def judge(error: BaseException, job: Job) -> Job | str:
         """What to try again, or what to say."""
-        nonlocal killed
         if isinstance(error, KilledWorker):
-            before, killed = killed, _memory_kills(client)
-            if killed > before and (1 << job.halvings) < _largest_batch(round_, job):
+            short = _needed_memory(client, error.last_worker.address)
+            if short and (1 << job.halvings) < _largest_batch(round_, job):
                 return replace(job, halvings=job.halvings + 1)
-            return _died(error, settings, short=killed > before)
+            return _died(error, settings, short=short)
         if isinstance(error, HungShard):
             return str(error)
         if _is_fatal(error):
@@ -192,7 +191,6 @@ def _submit_all(
 
     try:
         count()
-        killed = _memory_kills(client)
         top_up()
         while running:
             try:
@@ -232,9 +230,10 @@ def _jobs_of(section: Section, space: Workspace, number: int, todo: list[int], d
     return (Job(space.url, number, shard, digest) for shard in todo if shard in section.shards)
 
 
-def _memory_kills(client: Client) -> int:
-    """How many workers were ended because they exceeded their memory limit."""
-    return len(client.get_events("worker-restart-memory"))
+def _needed_memory(client: Client, address: str) -> bool:
+    """Whether a worker was ended because it exceeded its memory limit. All shards that it held are lost then,
+    and which of them needed the memory is not known."""
+    return any(event["worker"] == address for _, event in client.get_events("worker-restart-memory"))
 
 
 def _largest_batch(round_: Round, job: Job) -> int:
