@@ -219,6 +219,8 @@ def test_shards_for_gpus_wait_for_another_gpu(package, pictures, tmp_path, monke
             later = lambda: holders.append(dask_servers.worker("--resources", "GPU=1", "--no-nanny"))  # noqa: E731
             threading.Timer(4, later).start()
 
+        with open_client(settings.cluster) as client:
+            client.wait_for_workers(1, timeout=60)
         space, result = disturbed(settings, tmp_path / "ws", replace_it)
     assert result.errors == {}
     made_by = {json.loads(row["measures"])["pid"] for row in samples(space)}
