@@ -1,25 +1,28 @@
 """Where shards are made: what a configuration may say, SLURM's job script and jobs, GPUs, Kubernetes."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from distributed import Nanny
+from distributed import KilledWorker, Nanny
 
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
 from tests import faults
 from tests.test_cli import flawsmith
 from tests.test_pipeline import contents, draw_pictures, make
-from workflows import machines, rounds
+from workflows import machines, rounds, stages
+from workflows.cluster import _ran_short
 from workflows.config import Cluster, Config, at_scheduler, parse_config
 from workflows.machines import job_script, lifetime, open_client
+from workflows.stages import load_round, settings_hash, without_device
 
 ROOT = Path(__file__).parent.parent
 JOBS = {"cores": 2, "memory": "4GB", "walltime": "0:05:00"}
@@ -180,6 +183,53 @@ def test_shards_are_small_enough_for_the_walltime_and_stay_so(pictures, tmp_path
     assert rounds._seconds(space, 0)["cpu"] > 0
 
 
+def test_seconds_of_the_last_round_count_only_where_samples_cost_the_same(pictures, tmp_path, monkeypatch):
+    slow = config(pictures, slurm=JOBS)
+    space = Workspace(str(tmp_path / "ws"))
+    rounds.begin(slow, space, new_round=False)
+    monkeypatch.setattr(rounds, "measure", lambda *_: {"cpu": 10.0})
+    monkeypatch.setattr(rounds, "open_round", lambda *_: load_round(space.url, 0, settings_hash(space, 0)))
+    first = space.read_yaml("rounds/000/settings.yaml")
+    rarer = {**first["generation"], "area": [0.01, 0.02]}
+    for changes, found, size in (
+        ({}, {"cpu": 5.0}, 4),
+        ({"critic": {"name": "onenip"}}, {"cpu": 5.0}, 2),
+        ({"generation": rarer}, {"cpu": 5.0}, 2),
+        ({}, {"gpu": 5.0}, 2),
+    ):
+        monkeypatch.setattr(rounds, "_seconds", lambda *_, found=found: found)
+        space.write_yaml("rounds/001/settings.yaml", {**first, "round": 1, **changes})
+        monkeypatch.setattr(
+            rounds, "open_round", lambda *_: load_round(space.url, 0, settings_hash(space, 0))
+        )
+        rounds._fit_walltime(space, 1, slow.cluster, client=None)  # type: ignore[arg-type]
+        assert space.read_yaml("rounds/001/settings.yaml")["shard_sizes"] == {"cpu": size}, changes
+
+
+# -- what became of a shard -----------------------------------------------------------------------------
+
+
+def test_every_shard_that_a_worker_took_with_it_for_lack_of_memory_is_told_so():
+    """Two in one worker's hands; another worker's, and one that had its address before, tell nothing."""
+    lost = [KilledWorker(f"shard-{n}", SimpleNamespace(address="tcp://h:1"), 3) for n in (1, 2)]  # type: ignore[arg-type]
+    kills = [(5.0, {"worker": "tcp://h:2"}), (6.0, {"worker": "tcp://h:1"})]
+    assert [_ran_short(error, 5.5, kills) for error in lost] == [True, True]
+    assert not _ran_short(lost[0], 6.5, kills)
+    assert not _ran_short(lost[0], 4.0, kills[:1])
+
+
+def test_the_device_is_that_of_the_shard_and_no_other_version(pictures, tmp_path, monkeypatch):
+    space = Workspace(str(tmp_path / "ws"))
+    rounds.begin(config(pictures), space, new_round=False)
+    round_ = rounds.open_round(space, 0)
+    here = round_.fingerprint()
+    monkeypatch.setattr(stages, "device_of", lambda generator: "cuda")
+    monkeypatch.setattr(stages, "_gpu_name", lambda: "a GPU")
+    there = round_.fingerprint(["scar"])
+    assert json.loads(here)["device"] == "cpu" and json.loads(there)["device"] == "a GPU"
+    assert without_device(here) == without_device(there)
+
+
 # -- GPUs of this machine -------------------------------------------------------------------------------
 
 
@@ -259,7 +309,9 @@ def test_workers_of_two_hosts_make_the_same_bytes(pictures, tmp_path, two_hosts)
 
 
 def test_the_kubernetes_manifest_holds_together():
-    documents = list(yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text()))
+    text = (ROOT / "deploy/kubernetes.yaml").read_text()
+    documents = list(yaml.safe_load_all(text))
+    assert "--labels app=flawsmith" in text  # those that the NetworkPolicy lets in
     by_name = {(d["kind"], d["metadata"]["name"]): d for d in documents}
     assert len(by_name) == len(documents)
     service = by_name["Service", "flawsmith-scheduler"]["spec"]
@@ -291,6 +343,7 @@ def test_the_kubernetes_manifest_holds_together():
         for flag in [word for word in command if word.startswith("--")]:
             assert flag in known.stdout, f"{name}: dask {command[1]} has no {flag}"
         if command[1] == "worker":
+            assert deployments[name]["template"]["spec"]["securityContext"]["fsGroup"] == 1000
             assert command[2] == f"tcp://flawsmith-scheduler:{service['ports'][0]['port']}"
 
 
@@ -298,4 +351,4 @@ def test_the_image_sets_what_a_local_cluster_sets():
     recipe = (ROOT / "deploy/Dockerfile").read_text()
     for name, value in machines.ENVIRONMENT.items():
         assert f"{name}={value}" in recipe
-    assert "USER flawsmith" in recipe
+    assert "USER flawsmith" in recipe and "--uid 1000" in recipe

@@ -1,8 +1,10 @@
 """Dask servers killed, stopped and starved in the middle of a run: what is left is what nobody disturbed."""
 
 import contextlib
+import json
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,10 @@ from manifests.shards import unpack
 from manifests.workspace import Workspace
 from tests import faults
 from tests.test_pipeline import contents, draw_pictures, make, samples
-from workflows import rounds
+from workflows import cluster, rounds
 from workflows.cluster import RoundResult, make_round
 from workflows.config import Config, parse_config
+from workflows.machines import open_client
 from workflows.replaying import replay
 from workflows.stages import Job, make_shard, settings_hash
 from workflows.upkeep import verify
@@ -201,6 +204,30 @@ def test_generators_for_gpus_run_where_a_gpu_is_and_the_others_beside_them(packa
     assert {row["measures"] for row in lamps} == {canonical_json({"pid": holder.pid})}
 
 
+def test_shards_for_gpus_wait_for_another_gpu(package, pictures, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(cluster, "REFRESH", 0.2)
+    raw = config(pictures).model_dump(mode="json")
+    raw["generation"]["generators"] = {"lamp": {"params": {"seconds": 0.05}}}
+    with faults.servers(tmp_path / "dask") as dask_servers:
+        dask_servers.scheduler()
+        holders = [dask_servers.worker("--resources", "GPU=1", "--no-nanny")]
+        settings = parse_config(raw | {"cluster": {"address": dask_servers.address}}, name="test")
+
+        def replace_it() -> None:
+            faults.kill(holders[0])
+            dask_servers.worker()
+            later = lambda: holders.append(dask_servers.worker("--resources", "GPU=1", "--no-nanny"))  # noqa: E731
+            threading.Timer(4, later).start()
+
+        with open_client(settings.cluster) as client:
+            client.wait_for_workers(1, timeout=60)
+        space, result = disturbed(settings, tmp_path / "ws", replace_it)
+    assert result.errors == {}
+    made_by = {json.loads(row["measures"])["pid"] for row in samples(space)}
+    assert made_by == {holder.pid for holder in holders}
+    assert capfd.readouterr().err.count("no worker with a GPU is left") == 1
+
+
 # -- generators -----------------------------------------------------------------------------------------
 
 
@@ -216,6 +243,17 @@ def test_a_generator_that_hangs_is_named_and_its_shard_made_by_the_next_run(
     finally:
         package.say("")
     assert finish(Workspace(str(tmp_path / "ws")), pictures) == undisturbed
+
+
+def test_measuring_gives_up_as_a_shard_does(package, pictures, tmp_path):
+    space = Workspace(str(tmp_path / "ws"))
+    settings = config(pictures, {"workers": 1, "time_limit": 0.2}, seconds=60)
+    rounds.begin(settings, space, new_round=False)
+    with (
+        open_client(settings.cluster) as client,
+        pytest.raises(FlawsmithError, match=r"cannot measure.*generator faulty.*0.2 s.*time_limit"),
+    ):
+        cluster.measure(client, space, 0, settings.cluster)
 
 
 @pytest.mark.parametrize(

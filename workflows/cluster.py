@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future as Outcome
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed import Client, Future, KilledWorker, WorkerPlugin
 
@@ -40,7 +40,10 @@ from workflows.stages import (
 
 RETRIES = 3  # of a shard that met an I/O error
 REFRESH = 10.0  # seconds after which workers are counted again
+MEMORY_KILLS = "worker-restart-memory"  # Dask's name for them, in its scheduler's events
 PROBE = 16  # samples that tell how long one takes
+
+T = TypeVar("T")
 
 
 class Prepare(WorkerPlugin):
@@ -142,21 +145,26 @@ def _submit_all(
     records: list[dict[str, Any]] = []
     errors: dict[int, str] = {}
     tries: dict[int, int] = {}
-    running: dict[Any, tuple[Lane, Job]] = {}
+    running: dict[Any, tuple[Lane, Job, float]] = {}  # with the time at which each was submitted
     done: SimpleQueue[Future] = SimpleQueue()
     lanes = [
         Lane(section.gpu, _jobs_of(section, space, round_.number, todo, digest))
         for section in round_.sections
     ]
-    threads, gpus, counted, joined = 0, 0.0, 0.0, False
+    threads, gpus, counted, joined, missed = 0, 0.0, 0.0, False, False
 
     def count() -> None:
-        nonlocal threads, gpus, counted, joined
+        nonlocal threads, gpus, counted, joined, missed
         workers = client.scheduler_info(n_workers=-1)["workers"]
         if joined and not workers:
             say("no worker is left; waiting for others to join")
         joined = bool(workers)
-        threads, gpus, counted = _threads(workers, settings), _offered(workers, settings), time.monotonic()
+        offered = _offered(workers, settings)
+        if gpus and not offered and not missed and any(lane.gpu and lane.running for lane in lanes):
+            missed = True
+            say("no worker with a GPU is left; the shards that want one wait for another (--resources GPU=1)")
+        # The most that were offered: a GPU that is away for a moment does not send its shards to a CPU.
+        threads, gpus, counted = _threads(workers, settings), max(gpus, offered), time.monotonic()
 
     def top_up() -> None:
         for lane in lanes:
@@ -171,17 +179,17 @@ def _submit_all(
                     priority=int(lane.gpu),  # these take longest
                     pure=False,
                 )
-                running[future.key] = lane, job
+                running[future.key] = lane, job, time.time()
                 lane.running += 1
                 future.add_done_callback(done.put)
 
-    def judge(error: BaseException, job: Job) -> Job | str:
+    def judge(error: BaseException, job: Job, submitted: float) -> Job | str:
         """What to try again, or what to say."""
         if isinstance(error, KilledWorker):
-            short = _needed_memory(client, error.last_worker.address)
+            short = _ran_short(error, submitted, client.get_events(MEMORY_KILLS))
             if short and (1 << job.halvings) < _largest_batch(round_, job):
                 return replace(job, halvings=job.halvings + 1)
-            return _died(error, settings, short=short)
+            return _died(error, settings, short)
         if isinstance(error, HungShard):
             return str(error)
         if _is_fatal(error):
@@ -199,7 +207,7 @@ def _submit_all(
                 count()
                 top_up()
                 continue
-            lane, job = running.pop(future.key)
+            lane, job, submitted = running.pop(future.key)
             lane.running -= 1
             if future.status == "finished":
                 record = future.result()
@@ -207,7 +215,7 @@ def _submit_all(
                 records.append(record)
                 progress(record)
             elif future.status == "error":
-                found = judge(future.exception(), job)
+                found = judge(future.exception(), job, submitted)
                 if isinstance(found, Job):
                     lane.again.append(found)
                 else:
@@ -230,10 +238,15 @@ def _jobs_of(section: Section, space: Workspace, number: int, todo: list[int], d
     return (Job(space.url, number, shard, digest) for shard in todo if shard in section.shards)
 
 
-def _needed_memory(client: Client, address: str) -> bool:
-    """Whether a worker was ended because it exceeded its memory limit. All shards that it held are lost then,
-    and which of them needed the memory is not known."""
-    return any(event["worker"] == address for _, event in client.get_events("worker-restart-memory"))
+def _ran_short(error: KilledWorker, submitted: float, kills: Iterable[tuple[float, Any]]) -> bool:
+    """Whether the last worker that a task had was ended because it exceeded its memory limit.
+
+    Args:
+        submitted: when the task was; an earlier worker may have had the same address.
+        kills: what the scheduler tells of :data:`MEMORY_KILLS`: (time, what), the latest.
+    """
+    address = error.last_worker.address
+    return any(at > submitted and what["worker"] == address for at, what in kills)
 
 
 def _largest_batch(round_: Round, job: Job) -> int:
@@ -266,16 +279,25 @@ def _run_job(job: Job, time_limit: float | None) -> dict[str, Any]:
     space = Workspace(job.workspace)
     if record := finished_record(space, job.round, job.shard):
         return record
-    made: Outcome[dict[str, Any]] = Outcome()
+    return _limited(lambda begun: make_shard(job, begun), time_limit)
+
+
+def _limited(make: Callable[[Callable[[str], None]], T], time_limit: float | None) -> T:
+    """What ``make`` gives, which tells of each generator as it begins.
+
+    Raises:
+        HungShard: it was not done in ``time_limit`` seconds.
+    """
+    made: Outcome[T] = Outcome()
     at = ["planning"]
 
     def work() -> None:
         try:
-            made.set_result(make_shard(job, at.append))
+            made.set_result(make(at.append))
         except BaseException as error:
             made.set_exception(error)
 
-    thread = threading.Thread(target=work, name=f"shard-{job.shard}", daemon=True)
+    thread = threading.Thread(target=work, name="shard", daemon=True)
     thread.start()
     thread.join(time_limit)
     if made.done():
@@ -289,32 +311,65 @@ def _run_job(job: Job, time_limit: float | None) -> dict[str, Any]:
     )
 
 
-def _measure(job: Job) -> float:
-    """Seconds that a sample of a shard takes once models are loaded; nothing is written."""
+def _measure(job: Job, time_limit: float | None) -> float:
+    """The task: seconds that a sample of a shard takes once models are loaded; nothing is written."""
     prepare_process()
+    return _limited(lambda begun: _seconds_a_sample(job, begun), time_limit)
+
+
+def _seconds_a_sample(job: Job, begun: Callable[[str], None]) -> float:
     round_ = load_round(job.workspace, job.round, job.settings)
     recipes = round_.plan(job.shard)[:PROBE]
     for recipe in recipes:
+        begun(recipe.generator)
         load_model(recipe.generator, recipe.params)
     started = time.perf_counter()
-    make_samples(round_, recipes)
+    make_samples(round_, recipes, begun=begun)
     return (time.perf_counter() - started) / len(recipes)
 
 
 def measure(client: Client, space: Workspace, number: int, settings: Cluster) -> dict[str, float]:
-    """Seconds a sample by kind of worker, of a few samples of each section on a worker of its kind."""
+    """Seconds a sample by kind of worker, of a few samples of each section on a worker of its kind.
+
+    Raises:
+        FlawsmithError: it took longer than ``time_limit``, its workers were lost, or an error stayed.
+    """
     digest = settings_hash(space, number)
     held = bool(settings.slurm and settings.slurm.gpu)
+    submitted = time.time()
     found = {
         KINDS[section.gpu]: client.submit(
             _measure,
             Job(space.url, number, section.first, digest),
+            settings.time_limit,
             resources={"GPU": 1} if held and section.gpu else {},
             pure=False,
         )
         for section in load_round(space.url, number, digest).sections
     }
-    return {kind: future.result() for kind, future in found.items()}
+    return {kind: _result(client, future, space, settings, submitted) for kind, future in found.items()}
+
+
+def _result(client: Client, future: Future, space: Workspace, settings: Cluster, submitted: float) -> float:
+    for left in reversed(range(RETRIES + 1)):
+        try:
+            return float(future.result())
+        except KilledWorker as error:
+            found = _died(error, settings, _ran_short(error, submitted, client.get_events(MEMORY_KILLS)))
+        except HungShard as error:
+            found = str(error)
+        except Exception as error:
+            if _is_fatal(error):
+                raise _explain(error, space) from error
+            found = f"{type(error).__name__}: {error}"
+            if left:
+                client.retry(future)
+                continue
+        break
+    raise FlawsmithError(
+        f"cannot measure how long a sample takes, which the size of shards follows from: {found}. "
+        "Nothing was made: mend it and run the same command again"
+    )
 
 
 def _is_fatal(error: BaseException) -> bool:

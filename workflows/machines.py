@@ -31,7 +31,7 @@ LOCAL = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
-    # Its logs of the last thousand events grow by 10 MB before they are full, and nobody reads them.
+    # Its logs of the last thousand events grow by 10 MB before they are full; only the latest are read.
     "distributed.admin.low-level-log-length": 100,
     "distributed.worker.memory.monitor-interval": "500ms",
     # Errors come back with the shard's result; a worker's own traceback tells a user nothing more.
@@ -143,7 +143,11 @@ def job_script(settings: Slurm) -> str:
 
 
 def lifetime(settings: Slurm) -> tuple[int, int]:
-    """Seconds after which a job's workers leave, give or take how many; a minute before its end at least."""
+    """Seconds after which a job's workers leave, give or take how many.
+
+    They count from a worker's own start. A tenth of the walltime (one minute at least, ten at most) is left
+    for what comes before, the prologue and the start, and for leaving.
+    """
     margin = min(max(settings.seconds // 10, 60), 600)
     return settings.seconds - margin * 3 // 2, margin // 2
 

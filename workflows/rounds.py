@@ -41,6 +41,7 @@ from workflows.stages import (
     round_from,
     settings_hash,
     traits_of,
+    without_device,
 )
 
 SHARE = 0.1  # of a worker's lifetime that a shard may take
@@ -210,7 +211,8 @@ def generate(space: Workspace, number: int, cluster: Cluster) -> bool:
                 )
             records, errors = records + result.records, result.errors
     records.sort(key=lambda record: record["shard"])
-    if {record["fingerprint"] for record in records} - {round_.fingerprint()}:
+    made = {record["fingerprint"] for record in records}
+    if {without_device(each) for each in made} - {without_device(round_.fingerprint())}:
         say(
             f"round {number}: some shards were made by other versions of the packages (shards.parquet, "
             "column fingerprint); they are kept, and replay of their samples may differ"
@@ -257,25 +259,34 @@ def _fit_walltime(space: Workspace, number: int, cluster: Cluster, client: Clien
     if cluster.slurm is None:
         return
     stored = space.read_yaml(round_file(number, "settings.yaml"))
-    seconds = _seconds(space, number - 1) if number > stored["first"] else {}
-    if not seconds:
+    round_ = open_round(space, number)
+    seconds = _seconds(space, number - 1) if number > stored["first"] and _is_alike(space, number) else {}
+    if {KINDS[section.gpu] for section in round_.sections} - set(seconds):
         seconds = measure(client, space, number, cluster)
     most = SHARE * lifetime(cluster.slurm)[0]
-    size = open_round(space, number).config.output.shard_size
+    size = round_.config.output.shard_size
     sizes = {kind: min(size, max(1, int(most / each))) for kind, each in seconds.items()}
     space.write_yaml(round_file(number, "settings.yaml"), {**stored, "shard_sizes": sizes})
     for kind, each in seconds.items():
         say(f"round {number}: {each:.3g} s a sample ({kind}): {sizes[kind]} samples a shard")
 
 
+def _is_alike(space: Workspace, number: int) -> bool:
+    """Whether a sample costs what it did in the round before: the same settings, and practice in both or
+    in neither."""
+    before, now = (space.read_yaml(round_file(each, "settings.yaml")) for each in (number - 1, number))
+    return before["generation"] == now["generation"] and bool(before.get("critic")) == bool(now.get("critic"))
+
+
 def _seconds(space: Workspace, number: int) -> dict[str, float]:
-    """Measured seconds a sample of a finished round, by kind of worker."""
+    """Measured seconds a sample of a finished round, by kind of worker; of those that made any."""
     rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
     found = {}
     for section in open_round(space, number).sections:
         mine = [row for row in rows if row["shard"] in section.shards]
         count = sum(row["accepted"] + row["rejected"] + row["failed"] for row in mine)
-        found[KINDS[section.gpu]] = sum(row["seconds"] for row in mine) / max(count, 1)
+        if count:
+            found[KINDS[section.gpu]] = sum(row["seconds"] for row in mine) / count
     return found
 
 

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import Any
@@ -136,8 +136,10 @@ class Round:
             for name in varied
         }
 
-    def fingerprint(self) -> str:
-        """What the bytes of a shard depend on besides the pictures, as canonical JSON."""
+    def fingerprint(self, generators: Iterable[str] = ()) -> str:
+        """What the bytes of a shard depend on besides the pictures, as canonical JSON; ``device`` is what
+        these generators run on in this process."""
+        on_gpu = any(device_of(registry.get(name)) == "cuda" for name in generators)
         names = [name for name, s in self.generation.generators.items() if s.share > 0]
         models = {
             name: registry.get(name).identify(self.generation.generators[name].params)
@@ -156,11 +158,18 @@ class Round:
                 **({"shard_sizes": self.sizes} if self.sizes else {}),
                 "generation": self.generation.model_dump(mode="json"),
                 "models": models,
-                "device": device() if any(registry.get(name).gpu for name in models) else "cpu",
+                "device": _gpu_name() if on_gpu else "cpu",
                 "threads": 1,
                 "packages": {name: _version(name) for name in packages},
             }
         )
+
+
+def without_device(fingerprint: str) -> str:
+    """The part of a fingerprint that whoever asks for a round can tell: its workers' GPUs are not here."""
+    return canonical_json(
+        {name: value for name, value in json.loads(fingerprint).items() if name != "device"}
+    )
 
 
 def traits_of(generation: Generation, stored: Mapping[str, Prompts] | None = None) -> dict[str, Trait]:
@@ -324,7 +333,7 @@ def make_shard(job: Job, begun: Callable[[str], None] = lambda generator: None) 
         "accepted": status.count("accepted"),
         "rejected": status.count("rejected"),
         "failed": status.count("failed"),
-        "fingerprint": round_.fingerprint(),
+        "fingerprint": round_.fingerprint({recipe.generator for recipe in recipes}),
         "host": socket.gethostname(),
         "lossy": round_.config.output.format == "jpg",
         "plan_seconds": planned - started,
@@ -559,6 +568,13 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def _gpu_name() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name())
 
 
 def device_of(generator: Generator) -> str:
