@@ -308,10 +308,11 @@ def gain(
 ) -> Estimate:
     """How much the score of one fold rises from ``before`` to ``maps``, by paired bootstrap over groups.
 
-    Categories with fewer than :data:`training.comparison.FEWEST` groups of defects (without masks: of either
-    kind) are left out: so few are no evidence. NaN if none is left.
+    NaN with fewer than :data:`training.comparison.FEWEST` groups of defects (or, without masks, of either
+    kind) in all categories together: so few are no evidence. A draw of groups in which a category's figure
+    is not defined is replaced by another of its draws.
     """
-    differences = []
+    differences, counted = [], np.zeros(2, int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for at, name in enumerate(sorted(set(maps) & set(before))):
@@ -319,7 +320,8 @@ def gain(
             groups = [group.groups[k] for k in chosen]
             labels = group.labels[chosen]
             kinds = (labels,) if group.masks is not None else (labels, ~labels)
-            if any(len({groups[k] for k in np.flatnonzero(kind)}) < FEWEST for kind in kinds):
+            present = [len({groups[k] for k in np.flatnonzero(kind)}) for kind in kinds]
+            if not all(present):
                 continue
             options: dict[str, Any] = {
                 "resamples": resamples,
@@ -336,8 +338,15 @@ def gain(
                 else:
                     highest = np.where(ignore, scores.min(), scores).max(axis=(1, 2))
                     both.append(evaluate_images(highest, labels, groups, **options)["image_ap"])
-            differences.append(Estimate(both[0].value - both[1].value, both[0].resamples - both[1].resamples))
-    return mean_estimate(differences)
+            resamples_ = both[0].resamples - both[1].resamples
+            undefined = np.isnan(resamples_)
+            if undefined.all():
+                continue
+            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(at, 1)))
+            resamples_[undefined] = rng.choice(resamples_[~undefined], undefined.sum())
+            differences.append(Estimate(both[0].value - both[1].value, resamples_))
+            counted += (present[0], present[-1])
+    return mean_estimate(differences if counted.min() >= FEWEST else [])
 
 
 def _mean(first: Estimate, second: Estimate) -> Estimate:

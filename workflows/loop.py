@@ -7,6 +7,7 @@ nothing any more, or when its time is spent.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +40,8 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
             _run_round(config, space, number)
             if number > first:
                 better = gained(space, best, number)
-                best, idle = (number, 0) if better else (best, idle + 1)
+                if better is not None:  # without anything to judge by, no round is idle
+                    best, idle = (number, 0) if better else (best, idle + 1)
             stop = why_stop(config, space, first, number, best, idle)
             if stop:
                 remember(space, number, "stop", {"reason": stop})
@@ -59,10 +61,10 @@ def _run_round(config: Config, space: Workspace, number: int) -> None:
     say(rounds_table(space))
 
 
-def gained(space: Workspace, best: int, number: int) -> bool:
+def gained(space: Workspace, best: int, number: int) -> bool | None:
     """Whether a round's detector beats that of the best round before it beyond chance on the feedback split:
     the interval of the difference of their pixel AP (image AP without masks), by paired bootstrap over
-    groups, lies above 0. Kept in the history, and not computed again."""
+    groups, lies above 0; None where there is no interval. Kept in the history, and not computed again."""
     from workflows import detecting
 
     stored = {
@@ -81,7 +83,7 @@ def gained(space: Workspace, best: int, number: int) -> bool:
             f"round {number} against round {best}: {stored['metric']} {difference:+.3f} "
             f"[{low:+.3f}, {high:+.3f}]{'' if low > 0 else ', no more than chance'}"
         )
-    return low > 0
+    return low > 0 if math.isfinite(low) else None
 
 
 def why_stop(config: Config, space: Workspace, first: int, number: int, best: int, idle: int) -> str | None:

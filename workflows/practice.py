@@ -39,7 +39,7 @@ def pin(space: Workspace, round_: int, detector: str) -> dict[str, str]:
     return {"folder": folder, "sha256": _sha256(_files(space, folder))}
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # of a GPU, and of generators that want none
 def load_critic(pinned: Pinned, device: str) -> Critic:
     """The critic, ready, where the samples are made; read once a process.
 

@@ -136,7 +136,7 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
     if not labelled:
         judged, images = _by_family([kin[r["generator"]] for r in recipes], recipes, residuals, small), {}
         together = np.concatenate(list(held.values()))
-        held = dict.fromkeys(judged, together)
+        held = dict.fromkeys(judged or ("",), together)
     output = round_.config.output.model_copy(update={"max_side": SIZE, "bits": 8})
     probed = replace(round_, config=round_.config.model_copy(update={"output": output}))
     return Ground(
@@ -233,8 +233,9 @@ def learned_from(
     if slow and len(probed) < len(used):
         evidence = proxy.joined(evidence, ground.evidence, slow)
         own = [ground.recipes[k] for k in slow]
+        drawn = ground.round_.generation
         generators += [recipe["generator"] for recipe in own]
-        weights = np.concatenate([weights, weights_at_hand(generation, own) / total])
+        weights = np.concatenate([weights, weights_at_hand(generation, drawn, own) / total])
     return evidence, weights, generators
 
 
@@ -254,14 +255,17 @@ def _shard(
     return ground.made[key]
 
 
-def weights_at_hand(generation: Generation, recipes: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """How much samples that were made with other settings weigh for these: float64 S.
+def weights_at_hand(
+    generation: Generation, drawn: Generation, recipes: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
+    """How much samples that were made with the settings ``drawn`` weigh for others: float64 S.
 
     A generator's samples weigh its share in all. Among them, one outside the ranges of area or severity
-    weighs ``OFF_RANGE`` for each, and each weighs as its category and its defect are drawn and, where its
-    generator's settings ``vary``, by a Gaussian of their distance to the settings (``NEAR`` of the limits).
+    weighs ``OFF_RANGE`` for each, and each weighs as much more as its category and its defect are drawn more
+    often and, where its generator's settings ``vary``, by a Gaussian of their distance to the settings
+    (``NEAR`` of the limits).
     """
-    weights = np.array([_weight(generation, recipe) for recipe in recipes], np.float64)
+    weights = np.array([_weight(generation, drawn, recipe) for recipe in recipes], np.float64)
     present = present_values(generation)
     for name, own in generation.generators.items():
         if own.share > 0 and own.vary > 0:
@@ -280,13 +284,19 @@ def weights_at_hand(generation: Generation, recipes: Sequence[Mapping[str, Any]]
     return weights
 
 
-def _weight(generation: Generation, recipe: Mapping[str, Any]) -> float:
+def _weight(generation: Generation, drawn: Generation, recipe: Mapping[str, Any]) -> float:
     own = generation.generators.get(recipe["generator"]) or GeneratorSettings()
-    weight = own.defects.get(recipe["defect"], 1.0) * generation.categories.get(recipe["category"], 1.0)
+    weight = _often(generation, recipe) / max(_often(drawn, recipe), 1e-9)
     for name in ("area", "severity"):
         low, high = getattr(own, name) or getattr(generation, name)
         weight *= 1.0 if low <= recipe[name] <= high else OFF_RANGE
     return weight
+
+
+def _often(generation: Generation, recipe: Mapping[str, Any]) -> float:
+    """How often settings draw a recipe's defect and category, beside others."""
+    own = generation.generators.get(recipe["generator"]) or GeneratorSettings()
+    return own.defects.get(recipe["defect"], 1.0) * generation.categories.get(recipe["category"], 1.0)
 
 
 def cost_of(generation: Generation) -> float:

@@ -121,8 +121,8 @@ def search(
             origin, fold = "sampler", (at - len(planned)) % 2
             values = _sampled(small, fold, space, present, (seed, round_, at))
         done = row(at, origin, fold, values, SMALL)
-        if at == 0 and not any(math.isfinite(found.score) for found in done.figures):
-            return []  # nothing to judge by
+        if at == 0 and not all(math.isfinite(found.score) for found in done.figures):
+            return []  # nothing to judge by, or to confirm by
         small.append(done)
         if any(_promising(small, done, k) for k in ((0, 1) if fold < 0 else (fold,))):
             row(at, origin, fold, values, LARGE)
@@ -137,9 +137,11 @@ def _promising(small: Sequence[Trial], done: Trial, fold: int) -> bool:
 def _moves(space: Mapping[str, Search], present: Point) -> list[Point]:
     """One setting at a time: a share doubled or so, a range shifted, either way; shares first."""
     result: list[Point] = []
-    for path in (path for path in space if path.endswith(".share")):
+    shares = [path for path in space if path.startswith("generators.") and path.endswith(".share")]
+    for path in shares:
         result.append({path: _moved(space[path], present[path], STEP)})
-    for path in (path for path in space if path.endswith(".low") and path.count(".") == 1):
+    ranges = [p for p in space if p.endswith(".low") and p.count(".") == 1 and f"{p[:-3]}high" in space]
+    for path in ranges:
         stem = path.removesuffix("low")
         for step in (-STEP, STEP):
             result.append({p: _moved(space[p], present[p], step) for p in (f"{stem}low", f"{stem}high")})
@@ -299,7 +301,9 @@ def verdict(rows: Sequence[Trial], confirm: Callable[[Point, int], Estimate]) ->
             f"trial {best.trial} ({best.origin}), the best of fold {fold}, gains {found.value:+.3f} on the "
             f"other fold's pictures (at least {low:+.3f} with 97.5 % confidence)"
         )
-        if low > 0:
+        if not resamples.size:
+            doubts.append(f"the other fold has too few parts with defects to confirm the best of fold {fold}")
+        elif low > 0:
             sure.append((low, best, words))
         else:
             doubts.append(f"{words}: no more than chance")

@@ -146,7 +146,7 @@ class Round:
             for name in names
             if registry.get(name).load is not None
         }
-        packages = PACKAGES + (MODEL_PACKAGES if models else ())
+        packages = PACKAGES + (MODEL_PACKAGES if models or self.critic else ())
         prompts = prompts_bytes(self.traits)
         return canonical_json(
             {

@@ -208,7 +208,7 @@ def decide(
     shares = [{n: s.share for n, s in g.generators.items() if s.share > 0} for g in (generation, after)]
     totals = [sum(part.values()) for part in shares]
     generators = {
-        name: settings.model_copy(update={"share": round(settings.share * totals[0] / totals[1], 4)})
+        name: settings.model_copy(update={"share": float(f"{settings.share * totals[0] / totals[1]:.4g}")})
         if settings.share > 0 and shares[0] != shares[1]
         else settings
         for name, settings in after.generators.items()
@@ -219,7 +219,7 @@ def decide(
     decisions = [Decision("search", *outcome, result.reason)]
     for setting in dict.fromkeys(_setting(path) for path in before_values):
         before, then = (_shown(setting, values_) for values_ in (before_values, after_values))
-        if setting.endswith(".share"):
+        if setting.startswith("generators.") and setting.endswith(".share"):
             name = setting.split(".")[1]
             before, then = (f"{part[name] / total:.4f}" for part, total in zip(shares, totals, strict=True))
         if before == then and setting not in reasons:
@@ -242,7 +242,7 @@ def _asked(setting: str, asked: Point, present: Point) -> str:
 def _setting(path: str) -> str:
     """The setting of a path: a range without its end."""
     stem, _, end = path.rpartition(".")
-    return stem if end in ENDS else path
+    return stem if end in ENDS and stem != "categories" else path
 
 
 def _shown(setting: str, values: Mapping[str, Any]) -> str:
@@ -304,7 +304,7 @@ def likeness(ground: Ground) -> dict[str, Likeness]:
     """What each generator's samples look like; see :class:`workflows.rules.Likeness`."""
     scale = ground.evidence.scale
     normal = np.concatenate([proxy.distances(r, scale).ravel() for r in ground.held.values()])
-    typical = float(normal.mean())
+    typical = max(float(normal.mean()), 1e-6)  # one normal compared with itself differs by nothing
     normal.sort()
     names = ground.generators
     kin = np.array([ground.kin[name] for name in names])
