@@ -278,16 +278,16 @@ def lease(root: str) -> Iterator[Lease]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """A shell starts what it puts into the background (`run … &`) with SIGINT ignored; here it is heard."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    """SIGINT is Python's ``KeyboardInterrupt``: a shell starts what it puts into the background (`run … &`)
+    with it ignored, and libraries leave handlers of their own behind."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _read(fs: fsspec.AbstractFileSystem, path: str) -> Seen | None:
