@@ -114,7 +114,7 @@ def s3_server() -> Iterator[Faults]:
         import s3fs
 
         s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir(BUCKET)
+        s3fs.S3FileSystem().makedirs(BUCKET, exist_ok=True)  # moto keeps its buckets as long as its process
         yield faults
     finally:
         fsspec.config.conf.pop("s3", None)

@@ -237,7 +237,7 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="workers are stopped for a minute")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server outlives this process
+    term = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server outlives this process
     console.quiet = True  # what it says of every check
     tallies: dict[str, Tally] = {}
     folder = Path(tempfile.mkdtemp(prefix="flawsmith-soak-"))
@@ -248,6 +248,8 @@ def main() -> int:
         violation = error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        console.quiet = False
+        signal.signal(signal.SIGTERM, term)
     show(tallies)
     if arguments.json:
         told = str(violation) if violation else None
