@@ -81,7 +81,7 @@ def gained(space: Workspace, best: int, number: int) -> bool | None:
         difference, high = float(stored["difference"]), float(stored["high"])
         say(
             f"round {number} against round {best}: {stored['metric']} {difference:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}]{'' if low > 0 else ', no more than chance'}"
+            f"[{low:+.3f}, {high:+.3f}]{'' if low > 0 or high < 0 else ', no more than chance'}"
         )
     return low > 0 if math.isfinite(low) else None
 
