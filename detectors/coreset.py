@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PROJECTED = 128  # dimensions in which a coreset is chosen (PatchCore, as released)
+
+
+def random_projection(channels: int) -> Tensor:
+    """float32 C×``PROJECTED`` from torch's global generator, which keeps distances in expectation."""
+    return torch.randn(channels, PROJECTED) / PROJECTED**0.5
+
 
 def k_centre(points: Tensor, count: int) -> list[int]:
     """Indices of the chosen points: each is the farthest from those before it.

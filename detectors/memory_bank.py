@@ -37,8 +37,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detectors.coreset import k_centre
-from detectors.patches import CHUNK, STRIDES, pack, tap_shapes, to_maps, unpack
+from detectors.coreset import k_centre, random_projection
+from detectors.patches import (
+    CHUNK,
+    STRIDES,
+    bank_rows,
+    neighbourhood_means,
+    normals_of,
+    on_one_grid,
+    pack,
+    tap_shapes,
+    to_maps,
+    unpack,
+)
 from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from manifests.errors import UsageError
@@ -49,7 +60,6 @@ FLOOR = (
     0.01  # of the variance over all places: the least noise, where one or two normals or equal ones show none
 )
 PLACES = 64  # whose decompositions are in memory at once
-PROJECTED = 128  # dimensions in which the coreset is chosen (as released)
 QUANTILE = 0.99  # of the scores of normals: the threshold
 
 
@@ -72,19 +82,6 @@ class MemoryBankSettings(Settings):
 
 
 PAPER = {"entries": "patches", "backbone": "wide_resnet50_2", "size": 224, "coreset": 20_000}
-
-
-def neighbourhood_means(taps: Sequence[Tensor]) -> list[Tensor]:
-    """Locally aware patch features: the mean of 3×3 neighbours, each N×C×h×w (PatchCore, section 3.1)."""
-    return [F.avg_pool2d(tap, 3, stride=1, padding=1, count_include_pad=False) for tap in taps]
-
-
-def on_one_grid(taps: Sequence[Tensor]) -> Tensor:
-    """Taps N×C×h×w, the finest first, on its grid: N×(h·w)×ΣC."""
-    grid = taps[0].shape[2:]
-    return (
-        torch.cat([F.interpolate(tap, grid, mode="bilinear") for tap in taps], 1).flatten(2).transpose(1, 2)
-    )
 
 
 # -- places ---------------------------------------------------------------------------------------------
@@ -231,13 +228,9 @@ class MemoryBank(nn.Module):
         """
         for buffer in (self.bank, self.directions):
             buffer.zero_()
-        projection = torch.randn(self.bank.shape[2], PROJECTED).to(self.bank.device) / PROJECTED**0.5
+        projection = random_projection(self.bank.shape[2]).to(self.bank.device)
         for row, category in enumerate(self.categories):
-            own = normals[[i for i, name in enumerate(categories) if name == category]]
-            if not len(own):
-                raise UsageError(
-                    f"category {category}: no normal picture in the train split to fill its bank"
-                )
+            own = normals_of(category, normals, categories)
             tokens = torch.cat([self._tokens(part).half() for part in own.split(CHUNK)])
             if self.settings.entries == "patches":
                 patches = tokens.flatten(0, 1)
@@ -265,7 +258,7 @@ class MemoryBank(nn.Module):
 
         Pictures are compared one by one, so that none depends on what it is scored with.
         """
-        rows = [self._rows(name) for name in batch.get("category") or [None] * len(batch["features"])]
+        rows = self._rows(batch)
         tokens = (self._tokens(row[None])[0] for row in batch["features"])
         if self.settings.entries == "places":
             found = map(self._to_places, tokens, rows)
@@ -278,7 +271,7 @@ class MemoryBank(nn.Module):
 
     def maps(self, batch: Batch) -> Tensor:
         """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
-        rows = [self._rows(name) for name in batch.get("category") or [None] * len(batch["features"])]
+        rows = self._rows(batch)
         found = []
         for features, own in zip(batch["features"], rows, strict=True):
             tokens = self._tokens(features[None])[0]
@@ -325,16 +318,10 @@ class MemoryBank(nn.Module):
         taps = unpack(features.to(self.bank.device).float(), self.shapes)
         return on_one_grid(neighbourhood_means(taps) if self.settings.entries == "patches" else taps)
 
-    def _rows(self, category: str | None) -> Sequence[int]:
-        """Of the bank: the category's, or all."""
-        if category is None:
-            return range(len(self.categories))
-        if category not in self.categories:
-            raise UsageError(
-                f"category {category!r}: the bank holds {', '.join(self.categories)}; name one of these, or "
-                "none to compare with all of them"
-            )
-        return [self.categories.index(category)]
+    def _rows(self, batch: Batch) -> list[Sequence[int]]:
+        """Of the bank, for each picture: its category's, or all."""
+        names = batch.get("category") or [None] * len(batch["features"])
+        return [bank_rows(name, self.categories) for name in names]
 
 
 def patches_in(mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generation.backbones import Backbone
+from manifests.errors import UsageError
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -59,3 +60,47 @@ def statistics_of(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         squares = squares.to(values) + values.square().sum(0)
     mean = total / count
     return mean.float(), (squares / count - mean**2).clamp_min(1e-12).sqrt().float()
+
+
+def neighbourhood_means(taps: Sequence[Tensor]) -> list[Tensor]:
+    """Locally aware patch features: the mean of 3×3 neighbours, each N×C×h×w (PatchCore, section 3.1)."""
+    return [F.avg_pool2d(tap, 3, stride=1, padding=1, count_include_pad=False) for tap in taps]
+
+
+def on_one_grid(taps: Sequence[Tensor]) -> Tensor:
+    """Taps N×C×h×w, the finest first, on its grid: N×(h·w)×ΣC."""
+    grid = taps[0].shape[2:]
+    return (
+        torch.cat([F.interpolate(tap, grid, mode="bilinear") for tap in taps], 1).flatten(2).transpose(1, 2)
+    )
+
+
+# -- banks of normal patches ----------------------------------------------------------------------------
+
+
+def normals_of(category: str, normals: Tensor, categories: Sequence[str]) -> Tensor:
+    """Those rows of ``normals`` (N×P, of the categories named) that are of one category.
+
+    Raises:
+        UsageError: there is none.
+    """
+    own = normals[[i for i, name in enumerate(categories) if name == category]]
+    if not len(own):
+        raise UsageError(f"category {category}: no normal picture in the train split to fill its bank")
+    return own
+
+
+def bank_rows(category: str | None, categories: Sequence[str]) -> Sequence[int]:
+    """Which rows of a bank with one a category to compare with: the category's, or all.
+
+    Raises:
+        UsageError: the bank has no such category.
+    """
+    if category is None:
+        return range(len(categories))
+    if category not in categories:
+        raise UsageError(
+            f"category {category!r}: the bank holds {', '.join(categories)}; name one of these, or none to "
+            "compare with all of them"
+        )
+    return [categories.index(category)]

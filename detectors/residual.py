@@ -25,10 +25,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detectors.coreset import k_centre
-from detectors.memory_bank import PROJECTED, neighbourhood_means, on_one_grid
+from detectors.coreset import k_centre, random_projection
 from detectors.onenip import dice_loss
-from detectors.patches import CHUNK, STRIDES, pack, statistics_of, tap_shapes, to_maps, unpack
+from detectors.patches import (
+    CHUNK,
+    STRIDES,
+    bank_rows,
+    neighbourhood_means,
+    normals_of,
+    on_one_grid,
+    pack,
+    statistics_of,
+    tap_shapes,
+    to_maps,
+    unpack,
+)
 from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from manifests.errors import UsageError
@@ -117,13 +128,9 @@ class Residual(nn.Module):
         mean, deviation = statistics_of(self._raw(part) for part in normals.split(CHUNK))
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
-        projection = torch.randn(self.bank.shape[2], PROJECTED).to(self.bank.device) / PROJECTED**0.5
+        projection = random_projection(self.bank.shape[2]).to(self.bank.device)
         for row, category in enumerate(self.categories):
-            own = normals[[i for i, name in enumerate(categories) if name == category]]
-            if not len(own):
-                raise UsageError(
-                    f"category {category}: no normal picture in the train split to fill its bank"
-                )
+            own = normals_of(category, normals, categories)
             patches = torch.cat([self._patches(part).flatten(0, 1).half() for part in own.split(CHUNK)])
             patches = patches[torch.randperm(len(patches))[:CANDIDATES].to(patches.device)]
             kept = k_centre(patches.float() @ projection, self.settings.coreset)
@@ -199,13 +206,7 @@ class Residual(nn.Module):
 
     def _bank(self, category: str | None) -> tuple[Tensor, Tensor]:
         """Patches of the category, or of all: float32 M×C, and the row of each: M."""
-        if category is not None and category not in self.categories:
-            raise UsageError(
-                f"category {category!r}: the bank holds {', '.join(self.categories)}; name one of these, or "
-                "none to compare with all of them"
-            )
-        known = range(len(self.categories)) if category is None else [self.categories.index(category)]
-        rows = torch.tensor(known, device=self.bank.device)
+        rows = torch.tensor(bank_rows(category, self.categories), device=self.bank.device)
         return self.bank[rows].flatten(0, 1).float(), rows.repeat_interleave(self.settings.coreset)
 
 

@@ -21,11 +21,10 @@ from detectors.memory_bank import (
     MemoryBankSettings,
     fit_gaussians,
     nearest_gaussian,
-    neighbourhood_means,
     novelty,
     principal_axes,
 )
-from detectors.patches import pack, unpack
+from detectors.patches import neighbourhood_means, pack, unpack
 from generation.backbones import load_backbone
 from manifests.errors import UsageError
 from training import checkpoints
