@@ -54,21 +54,22 @@ class Evidence:
     """What the head is solved from.
 
     Attributes:
-        squares: float32 S×D×D; sum of x·xᵀ over a sample's anomalous tokens (x ends in a constant 1).
-        sums: float32 S×D; sum of x over them.
+        sums: float32 S×D; sum of x over a sample's anomalous tokens (x ends in a constant 1).
         counts: float32 S; how many.
+        squares: float32 S×D×D; sum of x·xᵀ over them. Only a head with ``spread`` needs these, the largest of
+            all; None: left out.
         normal_square: float32 D×D; sum of x·xᵀ over all normal tokens together.
         normal_sum, normal_count: as ``sums`` and ``counts``.
         scale: float32 C; mean residual of normals a channel, by which residuals are divided.
     """
 
-    squares: np.ndarray
     sums: np.ndarray
     counts: np.ndarray
     normal_square: np.ndarray
     normal_sum: np.ndarray
     normal_count: float
     scale: np.ndarray
+    squares: np.ndarray | None = None
 
 
 def described(tokens: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -77,50 +78,51 @@ def described(tokens: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return np.concatenate([x, np.ones((*x.shape[:-1], 1), np.float32)], axis=-1)
 
 
-def gather(samples: Sequence[np.ndarray], masks: Sequence[np.ndarray], normals: np.ndarray) -> Evidence:
-    """Sums over synthetic samples and normals.
+def of_normals(normals: np.ndarray) -> Evidence:
+    """Sums over normals alone.
 
     Args:
-        samples, masks: as :func:`with_samples` takes them.
         normals: residuals of normal pictures, N×h×w×C.
     """
     scale = normals.reshape(-1, normals.shape[-1]).mean(axis=0) + 1e-6
     rest = described(normals.reshape(-1, normals.shape[-1]), scale)
     size = rest.shape[1]
-    nothing = np.empty((0, size, size), np.float32), np.empty((0, size), np.float32), np.empty(0, np.float32)
-    return with_samples(
-        Evidence(*nothing, rest.T @ rest, rest.sum(axis=0), float(len(rest)), scale), samples, masks
-    )
+    nothing = np.empty((0, size), np.float32), np.empty(0, np.float32)
+    return Evidence(*nothing, rest.T @ rest, rest.sum(axis=0), float(len(rest)), scale)
 
 
-def with_samples(evidence: Evidence, samples: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Evidence:
-    """The evidence with further synthetic samples after its own.
+def with_samples(
+    evidence: Evidence,
+    samples: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    *,
+    squares: bool = False,
+) -> Evidence:
+    """The evidence of normals alone with synthetic samples beside them.
 
     Args:
         samples: residuals of each, h×w×C.
         masks: bool H×W of each; a token is anomalous if a quarter of its place is, or the most covered one.
+        squares: whether to hold those, too.
     """
     size = len(evidence.normal_sum)
-    squares = np.empty((len(samples), size, size), np.float32)
     sums = np.empty((len(samples), size), np.float32)
     counts = np.empty(len(samples), np.float32)
+    scatter = np.empty((len(samples), size, size), np.float32) if squares else None
     for index, (sample, mask) in enumerate(zip(samples, masks, strict=True)):
         x = described(sample[_covered(mask, sample.shape)], evidence.scale)
-        squares[index], sums[index], counts[index] = x.T @ x, x.sum(axis=0), len(x)
-    return replace(
-        evidence,
-        squares=np.concatenate([evidence.squares, squares]),
-        sums=np.concatenate([evidence.sums, sums]),
-        counts=np.concatenate([evidence.counts, counts]),
-    )
+        sums[index], counts[index] = x.sum(axis=0), len(x)
+        if scatter is not None:
+            scatter[index] = x.T @ x
+    return replace(evidence, sums=sums, counts=counts, squares=scatter)
 
 
 def joined(evidence: Evidence, other: Evidence, chosen: Sequence[int]) -> Evidence:
-    """The evidence with some samples of another one of the same normals after its own."""
+    """The evidence with some samples of another one of the same normals after its own, without squares."""
     rows = list(chosen)
     return replace(
         evidence,
-        squares=np.concatenate([evidence.squares, other.squares[rows]]),
+        squares=None,
         sums=np.concatenate([evidence.sums, other.sums[rows]]),
         counts=np.concatenate([evidence.counts, other.counts[rows]]),
     )
@@ -152,22 +154,30 @@ def solve(evidence: Evidence, weights: np.ndarray, spread: float = 0.0) -> np.nd
     and ``spread`` times those of anomalous ones.
 
     Raises:
-        ValueError: no weight is positive.
+        ValueError: no weight is positive, or squares are missing.
     """
-    return np.linalg.solve(*system(evidence, weights, spread)).astype(np.float32)
+    square, moment, _ = system(evidence, weights, spread)
+    return np.linalg.solve(square, moment).astype(np.float32)
 
 
-def system(evidence: Evidence, weights: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray]:
-    """(A, b), float64 D×D and D: the head θ of :func:`solve` is that of A·θ = b."""
+def system(
+    evidence: Evidence, weights: np.ndarray, spread: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(A, b, M), float64 D×D, D and D×D: the head θ of :func:`solve` is that of A·θ = b; M are the second
+    moments of the weighted anomalous tokens, None without ``spread``."""
     total = float(weights @ evidence.counts)
     if total <= 0:
         raise ValueError("no sample has a positive weight")
     square = evidence.normal_square / evidence.normal_count
+    mean_square = None
     if spread:
-        square = square + spread * np.tensordot(weights, evidence.squares, axes=1) / total
+        if evidence.squares is None:
+            raise ValueError("a head with spread needs the squares of the samples")
+        mean_square = np.tensordot(weights, evidence.squares, axes=1) / total
+        square = square + spread * mean_square
     moment = weights @ evidence.sums / total - evidence.normal_sum / evidence.normal_count
     square = square + RIDGE * np.trace(square) / len(square) * np.eye(len(square), dtype=np.float32)
-    return square.astype(np.float64), moment.astype(np.float64)
+    return square.astype(np.float64), moment.astype(np.float64), mean_square
 
 
 def score_maps(residual: np.ndarray, scale: np.ndarray, head: np.ndarray) -> np.ndarray:

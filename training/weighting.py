@@ -50,8 +50,8 @@ class Labelled:
 def labelled(category: str, judged: Judged, scale: np.ndarray) -> list[Labelled]:
     """The tokens of a category's pictures; of a category without masks, none of its anomalous pictures.
 
-    A token is anomalous as in :func:`training.proxy.gather`; one that an anomaly only touches, or that does
-    not count, is neither.
+    A token is anomalous as in :func:`training.proxy.with_samples`; one that an anomaly only touches, or that
+    does not count, is neither.
 
     Args:
         category: its name, for groups of one name in two categories are two.
@@ -104,19 +104,20 @@ def loss(head: np.ndarray, pictures: Sequence[Labelled]) -> tuple[float, np.ndar
 
 def hypergradient(
     evidence: Evidence, weights: np.ndarray, pictures: Sequence[Labelled]
-) -> tuple[float, np.ndarray]:
-    """The loss of the head for ``weights`` (S, > 0), and its gradient in them: float64, S."""
-    square, moment = system(evidence, weights, SPREAD)
+) -> tuple[np.ndarray, np.ndarray]:
+    """The head for ``weights`` (S, > 0), and the gradient of its loss in them: float64, D and S."""
+    square, moment, mean_square = system(evidence, weights, SPREAD)
     head = np.linalg.solve(square, moment)
-    value, outer = loss(head, pictures)
+    _, outer = loss(head, pictures)
     u = np.linalg.solve(square, outer)
     total = float(weights @ evidence.counts)
     squares, sums, counts = evidence.squares, evidence.sums, evidence.counts
-    mean_square, mean_sum = np.tensordot(weights, squares, axes=1) / total, weights @ sums / total
+    assert squares is not None and mean_square is not None  # or there were no system
+    mean_sum = weights @ sums / total
     bent = (squares @ head) @ u - counts * float(u @ mean_square @ head)
     traces = np.trace(squares, axis1=1, axis2=2) - counts * float(np.trace(mean_square))
     ridge = RIDGE / len(head) * traces * float(u @ head)
-    return value, ((sums @ u - counts * float(mean_sum @ u)) - SPREAD * (bent + ridge)) / total
+    return head, ((sums @ u - counts * float(mean_sum @ u)) - SPREAD * (bent + ridge)) / total
 
 
 def learn(evidence: Evidence, pictures: Sequence[Labelled]) -> np.ndarray:
@@ -132,34 +133,32 @@ def learn(evidence: Evidence, pictures: Sequence[Labelled]) -> np.ndarray:
     )
     paths = [_path(evidence, own) for own in kept]
     losses = np.array(
-        [
-            [loss(np.linalg.solve(*system(evidence, weights, SPREAD)), own)[0] for weights in path]
-            for path, own in zip(paths, held, strict=True)
-        ]
+        [[loss(head, own)[0] for _, head in path] for path, own in zip(paths, held, strict=True)]
     )
     gain = losses[:, :1] - losses
     errors = gain.std(axis=0, ddof=1) / np.sqrt(FOLDS)
     best = int(gain.mean(axis=0).argmax())
     if gain[:, best].mean() <= max(ERRORS * errors[best], SHARE * losses[:, 0].mean(), SMALL):
         return even
-    return _bounded(np.mean([path[best] for path in paths], axis=0))
+    return _bounded(np.mean([path[best][0] for path in paths], axis=0))
 
 
-def _path(evidence: Evidence, pictures: Sequence[Labelled]) -> list[np.ndarray]:
-    """The weights before each step and after the last."""
+def _path(evidence: Evidence, pictures: Sequence[Labelled]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The weights before each step and after the last, each with its head."""
     weights = np.ones(len(evidence.counts))
-    found, scale = [weights], 0.0
+    found, scale = [], 0.0
     for _ in range(STEPS):
-        _, gradient = hypergradient(evidence, weights, pictures)
+        head, gradient = hypergradient(evidence, weights, pictures)
+        found.append((weights, head))
         slope = weights * gradient  # in log weight
         slope -= slope.mean()
         scale = scale or float(np.sqrt(np.mean(slope**2)))
         if scale == 0:
-            return [weights] * (STEPS + 1)
+            return [(weights, head)] * (STEPS + 1)
         moved = (1 - PULL) * np.log(weights) - RATE * slope / scale
         weights = _bounded(np.exp(moved))
-        found.append(weights)
-    return found
+    square, moment, _ = system(evidence, weights, SPREAD)
+    return [*found, (weights, np.linalg.solve(square, moment))]
 
 
 def _bounded(weights: np.ndarray) -> np.ndarray:

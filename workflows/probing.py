@@ -82,8 +82,13 @@ class Ground:
         return np.array([recipe["generator"] for recipe in self.recipes])
 
 
-def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> Ground:
+def prepare(
+    space: Workspace, round_: Round, advance: Callable[[int], None], *, squares: bool = False
+) -> Ground:
     """Features of normals, samples and feedback pictures, as distances to the nearest normal token.
+
+    Args:
+        squares: whether the samples' evidence holds those.
 
     Raises:
         FlawsmithError: no sample of the round is left.
@@ -123,8 +128,8 @@ def prepare(space: Workspace, round_: Round, advance: Callable[[int], None]) -> 
             f"round {round_.number}: the proxy can read none of its samples (rejected by hand, or features "
             "of another backbone); nothing to learn from"
         )
-    normals = proxy.gather([], [], np.concatenate(negatives))
-    evidence = proxy.with_samples(normals, residuals, masks)
+    normals = proxy.of_normals(np.concatenate(negatives))
+    evidence = proxy.with_samples(normals, residuals, masks, squares=squares)
     small = [proxy.shrink_mask(m, r.shape[:2]) for m, r in zip(masks, residuals, strict=True)]
     judged, images = _real(round_, backbone, banks, advance)
     labelled = any(group.labels.any() for group in judged.values())
@@ -317,12 +322,11 @@ def fresh(
     spawn = (round_.number, 2, stream)
     seed = np.random.SeedSequence(round_.config.seed, spawn_key=spawn).generate_state(1)[0]
     probe = generation.model_copy(update={"generators": dict(probed)})
-    prompts = {name: trait.prompts for name, trait in round_.traits.items() if trait.prompts is not None}
     asked = replace(
         round_,
         config=round_.config.model_copy(update={"seed": int(seed)}),
         generation=probe,
-        traits=traits_of(probe, prompts),
+        traits=traits_of(probe, round_.prompts),
     )
     section = Section(probe.generators, gpu=False, samples=SHARD * (shard + 1), shard_size=SHARD, first=0)
     recipes = asked.plan_section(section, shard)

@@ -38,7 +38,8 @@ class Found:
     ``group`` names the part it is on: defects of one part are no independent evidence. ``area`` is its share
     of the picture and ``contrast`` its difference to the surroundings in units of their local variation; both
     NaN where there is no mask. ``hit`` is in [0, 1]: the share of it above the alarm threshold. ``learned``
-    names the generators from which alone the proxy learns to find it; None if that was not tried.
+    names the generators from which alone the proxy learns to find it; empty if there is none, or if that was
+    not tried.
     """
 
     category: str

@@ -171,9 +171,8 @@ def judgeable(space: Mapping[str, Search], generation: Generation, round_: Round
 
 def _drawable(generation: Generation, values: Point, round_: Round) -> bool:
     changed = apply_values(generation, values)
-    prompts = {name: trait.prompts for name, trait in round_.traits.items() if trait.prompts is not None}
     try:
-        check_donors(changed.generators, traits_of(changed, prompts), round_.pool)
+        check_donors(changed.generators, traits_of(changed, round_.prompts), round_.pool)
     except UsageError:
         return False
     return True
@@ -267,6 +266,16 @@ def _with_learned(round_: Round, ground: Ground, rows: Sequence[dict[str, Any]])
     for at, row in enumerate(rows):
         if row["hit"] < MISSED:
             missed.setdefault(row["image_id"], []).append(at)
+    places: dict[int, np.ndarray | None] = {}  # of the missed defects; None: known by picture alone
+    for category, group in ground.judged.items():
+        for image in ground.images[category]:
+            for at in missed.get(image.image_id, []):
+                component = rows[at]["component"]
+                mask = truth(image, map_shape(image, size, max_side, tiles)) if component else None
+                places[at] = None
+                if mask is not None:
+                    labels, _ = label_components(mask)
+                    places[at] = proxy.shrink_mask(labels == component, group.residual.shape[1:3])
     learned: dict[int, set[str]] = {}
     for name in sorted(set(ground.generators.tolist())):
         weights = (ground.generators == name).astype(float)
@@ -280,15 +289,11 @@ def _with_learned(round_: Round, ground: Ground, rows: Sequence[dict[str, Any]])
             maps = proxy.score_maps(group.residual, ground.evidence.scale, head)
             for image, scores in zip(ground.images[category], maps, strict=True):
                 for at in missed.get(image.image_id, []):
-                    component = rows[at]["component"]
-                    shape = map_shape(image, size, max_side, tiles)
-                    mask = truth(image, shape) if component else None
-                    if mask is not None:
-                        labels, _ = label_components(mask)
-                        place = proxy.shrink_mask(labels == component, group.residual.shape[1:3])
-                        hit = scores[place].max(initial=-np.inf) > on_map
-                    else:
+                    place = places[at]
+                    if place is None:
                         hit = scores.max() > on_picture
+                    else:
+                        hit = scores[place].max(initial=-np.inf) > on_map
                     if hit:
                         learned.setdefault(at, set()).add(name)
     return [

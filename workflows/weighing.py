@@ -21,13 +21,14 @@ TABLE = "weights.parquet"
 def sample_weights(space: Workspace, round_: Round, *, write: bool) -> dict[str, float]:
     """By sample id, the weights of a round: those that are stored, or learned now; ``write`` stores them.
 
-    Samples that the proxy does not look at, such as those of features, are not among them and count 1.
+    Samples that the proxy does not look at (beyond 600 of a round, or features of another backbone) are not
+    among them and count 1.
     """
     name = round_file(round_.number, TABLE)
     if space.exists(name):
         return {row["sample_id"]: row["weight"] for row in space.read_table(name).to_pylist()}
     with progress(f"round {round_.number}: features to weigh samples by", None, "pictures") as advance:
-        ground = prepare(space, round_, advance)
+        ground = prepare(space, round_, advance, squares=True)
     pictures: list[Labelled] = []
     for category in ground.images:
         pictures += labelled(category, ground.judged[category], ground.evidence.scale)

@@ -83,7 +83,7 @@ def usefulness(case: Case, _unit: str) -> dict[str, Any]:
                 residuals += list(proxy.residuals(_features(backbone, pictures), banks[category]))
                 places[name] += [(category, at) for at in numbers]
         if residuals:
-            evidence[name] = proxy.gather(residuals, masks, normals)
+            evidence[name] = proxy.with_samples(proxy.of_normals(normals), residuals, masks, squares=True)
 
     spawned = [np.random.SeedSequence(case.seed, spawn_key=(k,)) for k in range(2 * len(categories))]
     drawn = {
