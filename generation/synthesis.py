@@ -187,7 +187,9 @@ def _settle(
                 if outcome.status != "rejected":
                     del loaded[recipes[i].sample_id]
         pending = [i for i in pending if outcomes[i].status == "rejected"]
-    for number in range(first, attempts if pending else first):
+    for number in range(first, attempts):
+        if not pending:
+            break
         for batch in _batches(recipes, pending, number):
             start = perf_counter()
             group = [recipes[i] for i in batch]
@@ -204,8 +206,6 @@ def _settle(
                 if outcome.status != "rejected":
                     del loaded[recipes[i].sample_id]
         pending = [i for i in pending if outcomes[i].status == "rejected"]
-        if not pending:
-            break
     return [outcomes[i] for i in range(len(recipes))]
 
 

@@ -320,9 +320,9 @@ def _measure(job: Job, time_limit: float | None) -> float:
 def _seconds_a_sample(job: Job, begun: Callable[[str], None]) -> float:
     round_ = load_round(job.workspace, job.round, job.settings)
     recipes = round_.plan(job.shard)[:PROBE]
-    for recipe in recipes:
-        begun(recipe.generator)
-        load_model(recipe.generator, recipe.params)
+    for name in sorted({recipe.generator for recipe in recipes}):
+        begun(name)
+        load_model(name, round_.traits[name].params)
     started = time.perf_counter()
     make_samples(round_, recipes, begun=begun)
     return (time.perf_counter() - started) / len(recipes)

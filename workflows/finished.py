@@ -47,10 +47,10 @@ def unfinished(
 
 def finished_record(space: Workspace, number: int, shard: int) -> Record | None:
     """The record of one shard, if it is finished."""
-    record, size = _record(space, number, shard), space.size(part("samples", number, shard, "parquet"))
+    record = _record(space, number, shard)
     if record is None or space.size(record["path"]) != record["bytes"]:
         return None
-    return {**record, "samples_bytes": size}
+    return {**record, "samples_bytes": space.size(part("samples", number, shard, "parquet"))}
 
 
 def _base(path: str) -> str:
@@ -64,10 +64,9 @@ def _table(shard: int) -> str:
 def _recorded(space: Workspace, number: int) -> list[Record]:
     """The rows of ``shards.parquet``, if it is there and can be read: the samples tables say the same."""
     try:
-        rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
+        return space.read_table(round_file(number, "shards.parquet")).to_pylist()
     except WorkspaceError:
         return []
-    return [row for row in rows if "samples_bytes" in row]
 
 
 def _from_tables(space: Workspace, number: int, shards: list[int]) -> Iterator[Record]:

@@ -76,14 +76,12 @@ def load_critic(pinned: Pinned, device: str) -> Critic:
 
 
 def coached(
-    generator: Generator, model: Any, pinned: Pinned | None, practice: Practice
+    generator: Generator, model: Any, pinned: Pinned | None, practice: Practice, device: str
 ) -> tuple[Any, Search | None]:
-    """How a generator practises: its model with a guide, or a search over draws; neither without a critic."""
-    from workflows.stages import device_of
-
+    """How a generator on ``device`` practises: its model with a guide, or a search over draws; neither
+    without a critic."""
     if pinned is None:
         return model, None
-    device = device_of(generator)
     if generator.guide is not None and practice.guidance:
         return generator.guide(model, load_critic(pinned, device), practice.guidance), None
     if generator.guide is None and practice.candidates > 1:

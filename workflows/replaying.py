@@ -18,6 +18,7 @@ from workflows.practice import coached
 from workflows.stages import (
     PictureCache,
     Round,
+    device_of,
     load_model,
     load_round,
     members_of,
@@ -78,7 +79,7 @@ def _remake(
     found = registry.get(generator)
     model = load_model(generator, round_.traits[generator].params)
     if found.guide is not None:  # a search over draws left its choice in the row, and needs no critic
-        model, _ = coached(found, model, round_.critic, round_.generation.practice)
+        model, _ = coached(found, model, round_.critic, round_.generation.practice, device_of(found))
     outcomes = attempt(
         [own[i] if smaller is None else with_batch(own[i], int(smaller)) for i in batch],
         cache.source,

@@ -83,6 +83,11 @@ class Round:
         """Decoded once a process, not once a shard."""
         return PictureCache(self)
 
+    @property
+    def prompts(self) -> dict[str, Prompts]:
+        """By generator, of those that draw from words."""
+        return {name: trait.prompts for name, trait in self.traits.items() if trait.prompts is not None}
+
     @cached_property
     def sections(self) -> tuple[Section, ...]:
         size = self.config.output.shard_size
@@ -385,7 +390,9 @@ def make_samples(
         batch = mine[0].settings().get("batch") if halvings else None
         smaller = batch and max(1, batch >> halvings)
         model = load_model(name, round_.traits[name].params)
-        model, search = coached(generator, model, round_.critic, round_.generation.practice)
+        model, search = coached(
+            generator, model, round_.critic, round_.generation.practice, device_of(generator)
+        )
         outcomes = synthesise(
             [with_batch(recipe, smaller) for recipe in mine] if smaller else mine,
             cache.source,
@@ -402,7 +409,7 @@ def make_samples(
                 measures = {"batch": smaller, **outcome.measures}
                 outcome = replace(outcome, recipe=recipe, measures=measures)
             members = members_of(outcome, round_, cache) if outcome.status == "accepted" else {}
-            light = Outcome(**{**vars(outcome), "pixels": None, "mask": None, "feature": None})
+            light = replace(outcome, pixels=None, mask=None, feature=None)
             made[outcome.recipe.sample_id] = Made(light, members, time.perf_counter() - started)
     return [made[recipe.sample_id] for recipe in recipes]
 
