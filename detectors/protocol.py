@@ -49,7 +49,7 @@ class Settings(BaseModel):
     patience: int | None = Field(
         None,
         ge=1,
-        description="stop when so many evaluations (20 in all steps) found no smaller loss on held-out "
+        description="stop when so many evaluations (about 20 in all steps) found no smaller loss on held-out "
         "synthetic samples, and keep the best weights; null: never",
     )
 

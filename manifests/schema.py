@@ -158,7 +158,7 @@ TRIALS = pa.schema(
     ]
 )
 
-# How much a sample counts in the training of its round's detector; the mean over the samples is 1.
+# How much a sample counts in the training of its round's detector; the mean over those weighed is 1.
 WEIGHTS = pa.schema(
     [
         ("round", pa.int32()),

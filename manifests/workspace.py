@@ -183,7 +183,7 @@ class Workspace:
         except (pa.ArrowException, OSError, ValueError) as error:  # Parquet's reader calls damage an OSError
             raise WorkspaceError(
                 f"{self.address(name)} is damaged ({error}); `flawsmith verify` lists what is, "
-                "`flawsmith run` repairs it"
+                "`flawsmith run` makes shards and detectors again; restore or remove another table"
             ) from error
 
     def append_table(self, name: str, table: pa.Table, replace: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import tarfile
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_hostile_inputs_are_read_or_refused_by_name(name, tmp_path):
         lambda: __import__("subprocess").run(["true"], check=True),
         lambda: __import__("pickle").loads(__import__("pickle").dumps(Canary())),
         lambda: __import__("socket").create_connection(("127.0.0.1", 9)),
-        lambda: Path("/tmp/flawsmith-escaped").write_text("x"),
+        lambda: Path(tempfile.gettempdir(), "flawsmith-escaped").write_text("x"),
         lambda: Path("/etc/hostname").read_text(),
     ],
 )

@@ -40,6 +40,9 @@ WorkspaceOption = Annotated[
     str, typer.Option("--workspace", "-w", metavar="DIR", help="folder or fsspec URL that holds the results")
 ]
 WorkspaceArgument = Annotated[str, typer.Argument(metavar="WORKSPACE", help="folder or fsspec URL of a run")]
+RoundsOption = Annotated[
+    int | None, typer.Option("--round", min=0, help="which round; default: all", show_default=False)
+]
 SchedulerOption = Annotated[
     str | None, typer.Option(metavar="URL", help="a running Dask scheduler, e.g. tcp://host:8786")
 ]
@@ -256,7 +259,7 @@ def show(
     workspace: WorkspaceArgument,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("contact.png"),
     samples: Annotated[int, typer.Option(min=1, max=500, help="how many")] = 24,
-    round_: RoundOption = None,
+    round_: RoundsOption = None,
 ) -> None:
     """Write a contact sheet: picture with mask outline, mask, normal, caption."""
     from workflows.contact import contact_sheet
@@ -334,7 +337,7 @@ def export(
     workspace: WorkspaceArgument,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="new or empty folder")],
     format_: Annotated[str, typer.Option("--format", help="mvtec, coco or yolo")] = "mvtec",
-    round_: RoundOption = None,
+    round_: RoundsOption = None,
 ) -> None:
     """Write pictures and masks as files that other tools read."""
     from workflows.export import export as export_samples
@@ -550,7 +553,7 @@ def doctor() -> None:
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="for pictures and results")] = Path("demo"),
 ) -> None:
-    """The whole loop on real solar cells and drawn parts: two rounds, a few minutes, no network."""
+    """The whole loop on real solar cells and drawn parts: two rounds, ten minutes or so, no network."""
     from workflows.config import load_config
     from workflows.contact import contact_sheet
     from workflows.demo import write_demo

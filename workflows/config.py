@@ -201,7 +201,9 @@ class Slurm(Settings):
 
 class Cluster(Settings):
     """Where shards are made: on this machine, by a running scheduler (``address``) or in jobs (``slurm``).
-    Changing this never changes what is made, so a workspace accepts any."""
+    Changing this never changes a round of which something was made, so a workspace accepts any. Settled by it
+    before that, and stored: the batch of ``cut`` that fits the memory and, with a walltime, the samples a
+    shard."""
 
     workers: int | None = Field(None, ge=1, description="worker processes of this machine; null: one a core")
     threads: int = Field(1, ge=1, description="shards a worker of this machine makes at a time")
@@ -267,7 +269,8 @@ class Training(Settings):
         default_factory=dict, description="weights of generators' samples; 1 if not named; 0 leaves them out"
     )
     weigh: bool = Field(
-        False, description="learn a weight of each sample from the labelled anomalies of the feedback split"
+        False,
+        description="learn weights of up to 600 samples from the masked anomalies of the feedback split",
     )
 
 

@@ -80,8 +80,8 @@ def train(space: Workspace, number: int) -> bool:
     """Trains the round's detector from its shards and the train split's normals; whether it did.
 
     Skipped if a detector is there that can be loaded and that no later veto concerns. A new detector makes
-    the old one's figures void, so they are removed. Of several processes (``accelerate launch``) each reads
-    its share of the samples, and the first alone writes.
+    the old one's figures void, so they are removed. Of several processes (``accelerate launch``) each works
+    on its share of the samples, and the first alone writes.
 
     Raises:
         UsageError: the settings are wrong, or there is nothing to train on.
