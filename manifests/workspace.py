@@ -11,9 +11,7 @@ import io
 import os
 import re
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +24,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from manifests import lock, storage
+from manifests.ahead import in_order
 from manifests.errors import WorkspaceError
 from manifests.plain import from_yaml
 from manifests.schema import as_declared, declared
@@ -110,20 +109,7 @@ class Workspace:
 
     def read_many(self, names: Iterable[Item], read: Callable[[Item], Read]) -> Iterator[Read]:
         """``read`` of each item, in order; on an object store :data:`READERS` at a time."""
-        if self.is_local:
-            yield from map(read, names)
-            return
-        waiting: deque[Any] = deque()
-        with ThreadPoolExecutor(READERS) as pool:
-            try:
-                for name in names:
-                    waiting.append(pool.submit(read, name))
-                    if len(waiting) > 2 * READERS:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        yield from map(read, names) if self.is_local else in_order(read, names, READERS)
 
     def _steady(self, name: str, work: Callable[[], Any]) -> Any:
         return work() if self.is_local else storage.steady(self.address(name), work)

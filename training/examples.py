@@ -22,8 +22,9 @@ from torch import Tensor
 
 from detectors.protocol import Batch, Detector, Settings
 from generation.backbones import square, to_batch
+from manifests.ahead import in_order
 from manifests.errors import UsageError
-from training.loading import FeatureSample, Sample, in_order, small_mask
+from training.loading import FeatureSample, Sample, small_mask
 
 CHUNK = 16  # pictures through the frozen part at once
 MEMORY_SHARE = 0.1  # of the free memory: what normals, samples and masks each may take before they go to disk

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import cv2
 import numpy as np
 from webdataset.tariterators import group_by_keys
 
+from manifests.ahead import in_order
 from manifests.pictures import decode, decode_mask, eight_bit
 from manifests.plain import from_json
 from manifests.shards import IMAGE_FORMATS, ShardError, check_plain
 from manifests.storage import read_file
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 _REMEDY = "`flawsmith verify` notes all that is damaged, then `flawsmith run` makes it again"
 
 
@@ -146,28 +143,6 @@ def read_all_samples(
     """
     chosen = _chosen(shards, excluded, wanted, features=True)
     return in_order(_either, islice(chosen, rank, None, ranks))
-
-
-def in_order(
-    work: Callable[[Item], Made], items: Iterable[Item], threads: int = 0, ahead: int = 0
-) -> Generator[Made, None, None]:
-    """``map`` with the work done ahead of time in ``threads`` (0: one a core), results and errors in order.
-
-    ``items`` are taken where the results are, ``ahead`` of them (0: two a thread).
-    """
-    threads = threads or len(os.sched_getaffinity(0))
-    ahead = ahead or 2 * threads
-    waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def small_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from detectors.protocol import Detector
 from generation.backbones import square
+from manifests.ahead import in_order
 from manifests.errors import FlawsmithError
 from manifests.pictures import load
 from manifests.schema import GOOD, METRICS, SCORES, Image, to_table
@@ -30,7 +31,6 @@ from training.loading import (
     FeatureSample,
     Sample,
     ShardFile,
-    in_order,
     read_all_samples,
     read_samples,
     small_mask,

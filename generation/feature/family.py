@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cv2
@@ -107,11 +107,10 @@ class FeatureDraw:
 
 def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[FeatureParams]) -> Model:
     """The frozen backbone, ready on ``device``, its statistics, and the operator's strengths on them."""
-    from generation.backbones import load_backbone
     from generation.feature.statistics import shipped, statistics, strengths_key
 
     settings = kind(**params)
-    backbone = load_backbone(settings.backbone, device=device)
+    backbone = _backbone(settings.backbone, device)
     stored = shipped(backbone).get(strengths_key(variant(operator, settings)))
     if operator.limit is None:
         found = MOVED
@@ -120,6 +119,14 @@ def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[
     else:
         found = calibrated(backbone, operator, settings)
     return Model(backbone, settings.size, statistics(backbone), found)
+
+
+@lru_cache(maxsize=2)
+def _backbone(name: str, device: str) -> Backbone:
+    """Once a process: models differ in their settings, one for each point that a search tries."""
+    from generation.backbones import load_backbone
+
+    return load_backbone(name, device=device)
 
 
 def calibrated(backbone: Backbone, operator: Operator, params: FeatureParams) -> tuple[float, float]:
