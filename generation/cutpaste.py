@@ -64,7 +64,7 @@ class CutPasteDraw:
 
 def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutPasteDraw:
     """Rectangles that together have the wanted area, each around an allowed place."""
-    params = CutPasteParams(**recipe.settings())
+    params = CutPasteParams.of(recipe)
     shape = source.allowed.shape
     if params.published:
         return _published(rng, source.allowed, params.jitter)

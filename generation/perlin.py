@@ -64,7 +64,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PerlinDraw
         UsageError: the recipe names no donor although its texture setting needs one.
         Undrawable: no room for the mask.
     """
-    params = PerlinParams(**recipe.settings())
+    params = PerlinParams.of(recipe)
     shape = source.allowed.shape
     if params.mask == "area":
         parts = [union([part], shape) for part in blob_parts(rng, source.allowed, recipe.area, recipe.count)]

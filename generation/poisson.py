@@ -80,7 +80,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> PoissonDra
         UsageError: the recipe names no donor.
         Undrawable: the picture is too small for a patch.
     """
-    params = PoissonParams(**recipe.settings())
+    params = PoissonParams.of(recipe)
     if not source.donors:
         raise UsageError(
             f"poisson needs another good picture, but recipe {recipe.sample_id} names no donor: "

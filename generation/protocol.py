@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -46,6 +46,16 @@ class Params(BaseModel):
     """Base of a generator's own settings. Unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """A recipe's settings. Recipes of one generator mostly have the same, which are checked once."""
+        return cast(Self, _checked(cls, recipe.params))
+
+
+@lru_cache(maxsize=256)
+def _checked(kind: type[Params], text: str) -> Params:
+    return kind.model_validate_json(text)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ BUILT_IN = {
     "perlin": "generation.perlin:GENERATOR",
     "cutpaste": "generation.cutpaste:GENERATOR",
     "scar": "generation.scar:GENERATOR",
+    "crack": "generation.crack:GENERATOR",
     "poisson": "generation.poisson:GENERATOR",
     "band": "generation.frequency.family:BAND",
     "fda": "generation.frequency.family:FDA",

@@ -83,7 +83,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ScarDraw |
 
     The lens shape and the slight bend are inference, for the look of a scratch.
     """
-    params = ScarParams(**recipe.settings())
+    params = ScarParams.of(recipe)
     allowed = source.allowed
     if params.published:
         return _published(rng, allowed, params.jitter)

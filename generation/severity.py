@@ -92,10 +92,11 @@ def proportional(after: np.ndarray, before: np.ndarray, wanted: float) -> float:
     step = -(-len(after) // ENOUGH)
     change = np.abs(after[::step] - before[::step])
     levels = change[:, 0] if change.shape[1] == 1 else np.maximum.reduce(list(change.T))
-    levels = np.maximum(255 * np.sort(levels)[::-1], 1e-6)
-    means = levels.cumsum() / np.arange(1, len(levels) + 1)
-    seen = np.flatnonzero((VISIBLE + 0.5) * means <= wanted * levels)
-    return wanted / float(means[seen[-1] if len(seen) else 0])
+    levels = 255 * np.sort(levels)[::-1]
+    sums, counts = levels.cumsum(), np.arange(1, len(levels) + 1)
+    seen = np.flatnonzero((VISIBLE + 0.5) * sums <= wanted * counts * levels)
+    last = seen[-1] if len(seen) else 0
+    return wanted * int(counts[last]) / max(float(sums[last]), 1e-6)
 
 
 def wanted_change(severity: float, variation: float, most: float = BOLD) -> float:

@@ -39,7 +39,7 @@ FREQUENCY = (
     "sharpen",
     "shift",
 )
-CLASSIC = ("perlin", "cutpaste", "scar", "poisson")
+CLASSIC = ("perlin", "cutpaste", "scar", "crack", "poisson")
 SIZES = [(16, 16), (15, 18), (33, 21), (24, 37)]
 
 

@@ -25,7 +25,7 @@ from generation.textures import KINDS, procedural
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe, canonical_json
 
-CLASSIC = ("perlin", "cutpaste", "scar", "poisson", "band")
+CLASSIC = ("perlin", "cutpaste", "scar", "crack", "poisson", "band")
 FREQUENCY = ("fda", "fact", "apr", "laplacian", "wavelet", "notch", "peak", "blur", "sharpen", "shift")
 FEATURE = tuple(
     f"feature-{name}"
@@ -235,6 +235,7 @@ GOLDEN = {
     "perlin": [(218, 10009), (219, 12866), (217, 12534), (222, 12937)],
     "cutpaste": [(228, 9544), (236, 13000), (230, 9730), (228, 10170)],
     "scar": [(114, 6424), (211, 9179), (147, 7976), (219, 11086)],
+    "crack": [(184, 10496), (239, 15042), (194, 11797), (285, 17730)],
     "poisson": [(209, 11758), (210, 11839), (226, 11778), (212, 10844)],
     "band": [(210, 7970), (217, 8910), (202, 8601), (215, 8899)],
 }

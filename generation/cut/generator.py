@@ -123,7 +123,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CutDraw:
         UsageError: the prompt holds no anomaly word.
         Undrawable: no room for a spot.
     """
-    settings = CutParams(**recipe.settings())
+    settings = CutParams.of(recipe)
     texts, word = texts_of(recipe)
     wanted = recipe.area * source.allowed.size / recipe.count
     narrow = recipe.defect in settings.lines

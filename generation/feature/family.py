@@ -153,7 +153,7 @@ def draw(
         UsageError: the recipe names no donor although the operator needs one.
         Undrawable: no room for the mask.
     """
-    params = kind(**recipe.settings())
+    params = kind.of(recipe)
     if operator.foreign and not source.donors:
         raise UsageError(
             f"{recipe.generator} needs a picture of another category, but recipe {recipe.sample_id} names "

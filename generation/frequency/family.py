@@ -240,7 +240,7 @@ def draw(
         UsageError: the recipe names no donor although the operator needs one.
         Undrawable: no room for the mask.
     """
-    params = kind(**recipe.settings())
+    params = kind.of(recipe)
     height, width = source.allowed.shape
     if min(height, width) < SMALLEST:
         raise PictureError(

@@ -4,9 +4,9 @@
 
 One thread, each side in a process of its own, the same pictures in memory; what counts is the CPU time of a
 sample, so that other work on the machine does not. The packages are pyimgano and defect-synthesis, at their
-defaults. Ours are the generators that imitate the same: ``scar`` for scratches; ``scar`` drawn out and bent
-for cracks (it does not branch); ``perlin`` with drawn textures for stains. A sample of ours has its severity
-solved for, is composed with its exact mask, gated, and drawn again where the gates reject it; all is timed.
+defaults. Ours are the generators that imitate the same: ``scar`` for scratches, ``crack`` for cracks,
+``perlin`` with drawn textures for stains. A sample of ours has its severity solved for, is composed with its
+exact mask, gated, and drawn again where the gates reject it; all is timed.
 
 The packages differ in how many defects a picture gets and how large they are, so each is met by samples like
 its own: of each of its samples the area, and as many regions as it draws (``COUNTS``). Beside them stands
@@ -53,7 +53,7 @@ COUNTS = {
 }
 PRESETS: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
     "scratch": ("scar", {}, (0.001, 0.01)),
-    "crack": ("scar", {"ratio_low": 30.0, "ratio_high": 100.0, "bend": 0.3}, (0.001, 0.01)),
+    "crack": ("crack", {}, (0.001, 0.01)),
     "stain": ("perlin", {"texture": "procedural"}, (0.005, 0.08)),
 }
 

@@ -78,6 +78,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], tuple[float, float], bool], ...] = 
     ("perlin, other normals", "perlin", {"texture": "normals"}, DEFAULT_AREA, False),
     ("cutpaste", "cutpaste", {}, DEFAULT_AREA, False),
     ("scar", "scar", {}, DEFAULT_AREA, False),
+    ("crack", "crack", {}, DEFAULT_AREA, False),
     ("poisson", "poisson", {}, DEFAULT_AREA, False),
     *((name, name, {}, DEFAULT_AREA, False) for name in FREQUENCY),
 )
