@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -205,22 +205,24 @@ def _difference(shard: ShardFile, data: bytes) -> str:
 def _members(path: str, data: bytes) -> Iterator[dict[str, Any]]:
     try:
         # The stream is opened here: webdataset's own opener would run the commands of "pipe:" addresses.
-        yield from group_by_keys(_files(io.BytesIO(data), path))
+        yield from group_by_keys(_files(data, path))
     except Exception as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path} cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
 
 
-def _files(stream: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
+def _files(shard: bytes, path: str) -> Iterator[dict[str, Any]]:
     """Name and bytes of every member, as webdataset's own reader gives them. That one also unpacks compressed
     and sparse tars, of which a few bytes can stand for more than fits into memory."""
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
+    with tarfile.open(fileobj=io.BytesIO(shard), mode="r:") as tar:
         for info in tar:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
             check_plain(info, path)
-            data = tar.extractfile(info)
-            yield {"fname": info.name, "data": data.read() if data else b"", "__url__": path}
+            data = shard[info.offset_data : info.offset_data + info.size]
+            if len(data) < info.size:
+                raise tarfile.ReadError("unexpected end of data")
+            yield {"fname": info.name, "data": data, "__url__": path}
 
 
 def _chosen(
