@@ -138,14 +138,14 @@ def write_settings(
     space: Workspace, number: int, config: Config, generation: Generation, *, first: int
 ) -> None:
     """``first`` is the round at which this configuration began. The settings of a later one that practises
-    name the detector of the round before as it is now.
+    name the detector of the round before as it is now, of which the round keeps a copy.
 
     Raises:
         FlawsmithError: there is none.
     """
     critic = None
     if generation.practice.wanted and number > first:
-        critic = pin(space, number - 1, config.detector.name)
+        critic = pin(space, number, config.detector.name)
     space.write_yaml(
         round_file(number, "settings.yaml"),
         {
