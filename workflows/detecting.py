@@ -18,7 +18,7 @@ from generation.backbones import square
 from manifests.ahead import in_order
 from manifests.errors import FlawsmithError
 from manifests.pictures import load
-from manifests.schema import GOOD, METRICS, SCORES, Image, to_table
+from manifests.schema import DECISIONS, GOOD, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import checkpoints
 from training.comparison import compare
@@ -39,7 +39,7 @@ from training.resuming import Slot
 from training.tiling import is_tiled, tile_normals, tile_samples
 from workflows.console import progress, say
 from workflows.heatmaps import remove_heatmaps, write_heatmaps
-from workflows.rounds import open_round, remember, vetoes
+from workflows.rounds import forget, open_round, remember, vetoes
 from workflows.stages import Round, device, read_settings
 
 STATE = "training.state"  # in a round's folder while its detector is trained
@@ -80,8 +80,8 @@ def train(space: Workspace, number: int) -> bool:
     """Trains the round's detector from its shards and the train split's normals; whether it did.
 
     Skipped if a detector is there that can be loaded and that no later veto concerns. A new detector makes
-    the old one's figures void, so they are removed. Of several processes (``accelerate launch``) each works
-    on its share of the samples, and the first alone writes.
+    void what rested on the old one, so that is removed. Of several processes (``accelerate launch``) each
+    works on its share of the samples, and the first alone writes.
 
     Raises:
         UsageError: the settings are wrong, or there is nothing to train on.
@@ -92,7 +92,8 @@ def train(space: Workspace, number: int) -> bool:
     mixed = [f"{earlier:03d}-" for earlier in _mixed_rounds(space, round_)]
     vetoed = sorted(sample_id for sample_id in vetoes(space) if sample_id[:4] in mixed)
     state = round_file(number, STATE)
-    if _is_current(space, number, vetoed):
+    before = _trained_without(space, number)
+    if before == vetoed:
         if first_process:
             space.remove(state)
         say(f"round {number}: {name} is trained")
@@ -133,9 +134,9 @@ def train(space: Workspace, number: int) -> bool:
         )
     if not first_process:
         return True
-    for stale in ("found.parquet", "alarms.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
-        space.remove(round_file(number, stale))
-    remove_heatmaps(space, number)
+    remove_results(space, number)
+    if before is not None:
+        _mark_decisions(space, number, vetoed)
     licences = [image.licence for image in round_.images.values() if image.licence]
     thresholds = alarm_thresholds(round_, detector, calibration)
     if tiles is not None:  # a picture scores as its worst tile; the detector was calibrated on single tiles
@@ -204,12 +205,45 @@ def _weight(sample: Sample | FeatureSample, round_: Round, learned: Mapping[str,
     return weight * learned.get(sample.recipe["sample_id"], 1.0)
 
 
-def _is_current(space: Workspace, number: int, vetoed: list[str]) -> bool:
+def _trained_without(space: Workspace, number: int) -> list[str] | None:
+    """The rejected samples that the round's detector knew of; None if there is none that can be loaded."""
     try:
         _, notes = load_detector(space, number)
     except FlawsmithError:
-        return False
-    return notes.get("vetoed") == vetoed
+        return None
+    return notes.get("vetoed")
+
+
+def remove_results(space: Workspace, number: int) -> None:
+    """Removes what rests on a round's detector: its figures, findings and gains, gains over it, what the next
+    round was judged beside (its heat maps show what this one had missed), and the trials for a next round
+    that has not begun."""
+    for name in ("found.parquet", "alarms.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
+        space.remove(round_file(number, name))
+    remove_heatmaps(space, number)
+    space.remove(round_file(number + 1, "found.parquet"))
+    if not space.exists(round_file(number + 1, "settings.yaml")):
+        space.remove(round_file(number, "trials.parquet"))
+        space.remove(round_file(number, "decisions.parquet"))
+    history = space.read_table("history.parquet").to_pylist() if space.exists("history.parquet") else []
+    over = {row["round"] for row in history if (row["name"], row["value"]) == ("against", str(number))}
+    forget(space, {(number, "metric"), *((each, "gain") for each in {number, *over})})
+
+
+def _mark_decisions(space: Workspace, number: int, vetoed: Sequence[str]) -> None:
+    """Says beside decisions that a begun round rests on that they knew a detector which is no more."""
+    name = round_file(number, "decisions.parquet")
+    if not space.exists(name):
+        return
+    row = {
+        "round": number,
+        "setting": "review",
+        "before": "as it was",
+        "after": f"{len(vetoed)} samples rejected",
+        "reason": "the round's detector was trained again without them after these decisions, which the next "
+        "round keeps",
+    }
+    space.append_table(name, to_table([row], DECISIONS), {"setting": "review"})
 
 
 def held_out(sample_id: str) -> bool:

@@ -15,7 +15,7 @@ from functools import partial
 from manifests.workspace import Workspace, round_file
 from workflows.config import Config
 from workflows.console import say
-from workflows.rounds import begin, damaged_shards, generate, open_round, remember, write_settings
+from workflows.rounds import begin, damaged_shards, forget, generate, open_round, remember, write_settings
 from workflows.space import present_values
 from workflows.stages import read_settings
 from workflows.tables import rounds_table
@@ -47,6 +47,7 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                 remember(space, number, "stop", {"reason": stop})
                 say(f"stopped after round {number}: {stop}")
                 break
+            forget(space, {(number, "stop")})
             _timed(space, number, "feedback", partial(next_round, config, space, number))
         say(f"report: {space.address(write_report(space))}")
 
