@@ -1,6 +1,7 @@
 """The whole loop on small drawn pictures: learning, resuming, vetoes, and what the test split may touch."""
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,6 +191,27 @@ def test_a_veto_is_honoured_by_training(finished, pictures, tmp_path):
     assert again[1] == weights[1]
     assert space.exists("rounds/000/found.parquet"), "and judged again"
     assert "2 samples rejected" in explain(space, 0) and "2 samples rejected" not in explain(finished, 0)
+
+
+def test_no_picture_is_scored_twice_in_an_evaluation(finished, tmp_path, monkeypatch):
+    space = Workspace(str(shutil.copytree(finished.url, tmp_path / "w")))
+    gain = [row for row in space.read_table("history.parquet").to_pylist() if row["kind"] == "gain"]
+    names = [f"rounds/001/{name}.parquet" for name in ("scores", "metrics", "alarms", "found")]
+    before = tables(space, *names)
+    for name in names:
+        space.remove(name)
+    rounds.forget(space, {(1, "gain")})
+    seen, real = Counter(), detecting.judge
+
+    def judge(detector, images, *more, **settings):
+        seen.update((detector, image.image_id) for image in images)
+        return real(detector, images, *more, **settings)
+
+    monkeypatch.setattr(detecting, "judge", judge)
+    assert detecting.evaluate(space, 1, 0)
+    assert set(seen.values()) == {1}
+    assert str(tables(space, *names)) == str(before), "as words: NaN equals NaN"
+    assert [row for row in space.read_table("history.parquet").to_pylist() if row["kind"] == "gain"] == gain
 
 
 def test_what_rests_on_a_detector_goes_with_it(tmp_path):

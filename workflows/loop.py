@@ -39,7 +39,7 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                 generate(space, earlier, config.cluster)
         best, idle = first, 0
         for number in range(first, first + config.rounds):
-            _run_round(config, space, number)
+            _run_round(config, space, number, best if number > first else None)
             if number > first:
                 better = gained(space, best, number)
                 if better is not None:  # without anything to judge by, no round is idle
@@ -54,13 +54,13 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
         say(f"report: {space.address(write_report(space))}")
 
 
-def _run_round(config: Config, space: Workspace, number: int) -> None:
+def _run_round(config: Config, space: Workspace, number: int, best: int | None) -> None:
     from workflows import detecting
 
     timed(space, number, "generate", lambda: generate(space, number, config.cluster))
     _remember_yield(space, number)
     timed(space, number, "train", lambda: detecting.train(space, number))
-    timed(space, number, "evaluate", lambda: detecting.evaluate(space, number))
+    timed(space, number, "evaluate", lambda: detecting.evaluate(space, number, best))
     say(rounds_table(space))
 
 
@@ -76,9 +76,7 @@ def gained(space: Workspace, best: int, number: int) -> bool | None:
         if row["round"] == number and row["kind"] == "gain"
     }
     if stored.get("against") != str(best):
-        found = detecting.compare_rounds(space, best, number)
-        stored = {"against": str(best), **{name: str(value) for name, value in found.items()}}
-        remember(space, number, "gain", stored)
+        stored = detecting.compare_rounds(space, best, number)
     low = float(stored.get("low", "nan"))
     if "metric" in stored:
         difference, high = float(stored["difference"]), float(stored["high"])
