@@ -43,7 +43,7 @@ class CrackParams(Params):
     ratio_low: Annotated[float, Search(10, 60, log=True), Field(gt=1)] = 30.0
     ratio_high: Annotated[float, Search(60, 200, log=True), Field(gt=1)] = 100.0
     kink: Annotated[float, Search(0, 0.6), Field(ge=0)] = 0.3
-    branches: Annotated[int, Search(0, 5), Field(ge=0, le=16)] = 3
+    branches: Annotated[int, Search(0, 5, whole=True), Field(ge=0, le=16)] = 3
 
 
 @dataclass(frozen=True)

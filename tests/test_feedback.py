@@ -1,10 +1,12 @@
 """Rules, search and verdict of the feedback, each with a planted truth; and the stop rule."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from manifests.errors import FlawsmithError
 from manifests.recipes import GeneratorSettings
 from manifests.schema import HISTORY, to_table
 from manifests.searching import Search
@@ -12,7 +14,7 @@ from manifests.workspace import Workspace
 from training.intervals import Estimate
 from training.proxy import Figures
 from workflows.config import Config, Generation
-from workflows.loop import why_stop
+from workflows.loop import spent, timed, why_stop
 from workflows.rules import Alarm, Found, Likeness, from_errors, from_likeness, hard_normals, synthetic_label
 from workflows.searching import search, verdict, winner
 from workflows.space import present_values, search_space
@@ -171,6 +173,7 @@ def test_the_search_finds_what_is_planted():
     rows = found(measure)
     result = verdict(rows, confirmed(measure, 0.01))
     assert result.values, result.reason
+    assert "mean of pixel AP and AUPRO" in result.reason and "one-sided test at 2.5%" in result.reason
     at = {**HERE, **result.values}
     assert at["area.low"] < 0.005 and abs(at["x0"] - 0.8) + abs(at["x1"] - 0.2) < 0.6
     assert measure(result.values, 99)[0][0].score > measure({}, 99)[0][0].score + 0.05
@@ -242,6 +245,29 @@ def test_a_run_stops_for_want_of_gain_of_time_or_of_rounds(tmp_path):
     assert "no significant gain over round 1 in 2 rounds" in reason(3, 1, 2, patience=2)
     assert reason(3, 1, 5, patience=None) is None
     assert "minutes" in reason(3, 2, 0, minutes=3) and reason(3, 2, 0, minutes=4) is None
+    assert "minutes" in reason(3, 2, 0, minutes=2) and reason(1, 1, 0, minutes=2) is None, "of later rounds"
     assert "all 6 rounds" in reason(6, 6, 0)
     same = [Config.model_validate({"source": "x", "feedback": {"minutes": m}}).identity() for m in (1, 2)]
     assert same[0] == same[1], "when a run ends decides nothing of what is made"
+
+
+def test_a_stage_that_was_broken_off_counts_all_its_tries(tmp_path):
+    space = Workspace(str(tmp_path / "ws"))
+
+    def work(seconds, done):
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+        if done is None:
+            raise FlawsmithError("broken off")
+        return done
+
+    with pytest.raises(FlawsmithError, match="broken off"):
+        timed(space, 0, "train", lambda: work(0.3, None))
+    timed(space, 0, "train", lambda: work(0.2, True))
+    timed(space, 0, "train", lambda: work(0.5, False))
+    timed(space, 1, "train", lambda: work(0.1, True))
+    for kind in ("seconds.", "cpu."):
+        assert spent(space, kind, range(1)) >= 0.5 - 1e-9, "a skipped stage took nothing"
+        assert spent(space, kind, range(2)) >= 0.6 - 1e-9
+    assert spent(space, "cpu.", range(1)) < 0.9

@@ -1,6 +1,7 @@
 """The whole loop on small drawn pictures: learning, resuming, vetoes, and what the test split may touch."""
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from typer.testing import CliRunner
 
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
+from tests.small_workspace import write_judgement, write_workspace
 from workflows import detecting, probing, rounds, weighing
 from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
 from workflows.loop import run
 from workflows.replaying import replay
+from workflows.steering import explain
 from workflows.upkeep import review, verify
 
 SMALL = {
@@ -187,6 +190,52 @@ def test_a_veto_is_honoured_by_training(finished, pictures, tmp_path):
     assert again[0] != weights[0], "a detector that learned from a rejected sample must be trained again"
     assert again[1] == weights[1]
     assert space.exists("rounds/000/found.parquet"), "and judged again"
+    assert "2 samples rejected" in explain(space, 0) and "2 samples rejected" not in explain(finished, 0)
+
+
+def test_no_picture_is_scored_twice_in_an_evaluation(finished, tmp_path, monkeypatch):
+    space = Workspace(str(shutil.copytree(finished.url, tmp_path / "w")))
+    gain = [row for row in space.read_table("history.parquet").to_pylist() if row["kind"] == "gain"]
+    names = [f"rounds/001/{name}.parquet" for name in ("scores", "metrics", "alarms", "found")]
+    before = tables(space, *names)
+    for name in names:
+        space.remove(name)
+    rounds.forget(space, {(1, "gain")})
+    seen, real = Counter(), detecting.judge
+
+    def judge(detector, images, *more, **settings):
+        seen.update((detector, image.image_id) for image in images)
+        return real(detector, images, *more, **settings)
+
+    monkeypatch.setattr(detecting, "judge", judge)
+    assert detecting.evaluate(space, 1, 0)
+    assert set(seen.values()) == {1}
+    assert str(tables(space, *names)) == str(before), "as words: NaN equals NaN"
+    assert [row for row in space.read_table("history.parquet").to_pylist() if row["kind"] == "gain"] == gain
+
+
+def test_what_rests_on_a_detector_goes_with_it(tmp_path):
+    """Round 0 is trained anew, then round 1: what a round has begun from stays, all else is derived again."""
+    space = write_workspace(tmp_path)
+    write_judgement(space)
+    for number in (0, 1):
+        rounds.remember(space, number, "gain", {"against": "0", "low": "0.1"})
+        rounds.remember(space, number, "metric", {"feedback.aupro": "0.5"})
+        space.write_bytes(f"rounds/00{number}/trials.parquet", b"")
+    trained, judged = {"seconds.train"}, {"gain", "metric", "seconds.train"}
+
+    def left(number):
+        rows = space.read_table("history.parquet").to_pylist()
+        names = {name for name in space.names(f"rounds/00{number}") if name.endswith(".parquet")}
+        return names - {"shards.parquet"}, {row["kind"] for row in rows if row["round"] == number}
+
+    assert left(1) == ({"found.parquet", "heatmaps.parquet", "metrics.parquet", "trials.parquet"}, judged)
+    detecting.remove_results(space, 0)
+    assert left(0) == ({"decisions.parquet", "trials.parquet"}, trained)
+    assert left(1) == ({"heatmaps.parquet", "metrics.parquet", "trials.parquet"}, {"metric", *trained})
+    assert not space.names("rounds/000/heatmaps")
+    detecting.remove_results(space, 1)
+    assert left(1) == (set(), trained)
 
 
 def test_a_damaged_detector_is_named_and_trained_again(finished, pictures, tmp_path):
@@ -293,3 +342,10 @@ def test_learned_weights_are_stored_and_reach_the_training(finished, tmp_path, m
     assert detecting._weight(sample, asking, {}) == 0.5
     names = [row for row in space.read_table("history.parquet").to_pylist() if row["kind"] == "weight"]
     assert {row["round"] for row in names} == {0, 1}
+    rejected = next(iter(learned))
+    review(space, [rejected])
+    monkeypatch.setattr(weighing, "learn", lambda evidence, _: np.full(len(evidence.counts), 2.0))
+    again = detecting._learned(space, asking, write=True)
+    assert set(again) == set(learned) - {rejected}
+    assert {again[name] for name in again if name[:4] == rejected[:4]} == {2.0}
+    assert all(again[name] == learned[name] for name in again if name[:4] != rejected[:4])

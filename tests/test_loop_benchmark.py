@@ -26,6 +26,7 @@ from tests.benchmarks.loop_cells import (
 )
 from tests.benchmarks.paired import packed
 from workflows.demo import write_drawn
+from workflows.loop import spent
 
 SETTINGS = {"size": 64, "steps": 4, "batch": 4, "coreset": 30, "width": 8}
 
@@ -90,6 +91,10 @@ def test_arms_run_in_small(plan, monkeypatch):
         assert set(cell["categories"]) == {"ring"}
         assert 0 < cell["samples"] <= 8 + len(plan.steering(small["ceiling"], 0))
     ours, chance = (workspace(plan, name, 0, 0) for name in ("ours", "chance"))
+    shared = spent(ours, "cpu.", range(1))
+    assert 0 < shared < 60 * found["ceiling"]["cpu_minutes"]
+    assert shared + spent(chance, "cpu.", range(2)) < 60 * found["chance"]["cpu_minutes"]
+    assert spent(ours, "cpu.", range(2)) < 60 * found["loop"]["cpu_minutes"], "with the round made before"
     assert ours.rounds() == chance.rounds() == [0, 1]
     for name in ("model.safetensors", "config.yaml"):
         file = f"rounds/000/detectors/residual/{name}"

@@ -30,6 +30,7 @@ from workflows.config import parse_config
 from workflows.practice import load_critic
 from workflows.replaying import replay
 from workflows.stages import Job, load_round, make_shard, settings_hash
+from workflows.upkeep import _damaged_files
 
 SMALL = {
     "onenip": {"size": 64, "hidden": 16, "depth": 1, "heads": 2, "ffn": 16, "refiner": 8, "bank": 2},
@@ -331,9 +332,34 @@ def test_a_round_that_practises_says_so_and_is_replayed(practising):
         assert replay(space, row["sample_id"])["identical"]
 
 
-def test_a_detector_that_changed_is_refused(practising):
+def test_a_detector_trained_anew_leaves_the_round_that_practised_against_it(practising):
+    """Round 1 makes its samples again, byte for byte, whatever has become of round 0's detector."""
+    space, _, rows = practising
+    before = Path(space.url) / "rounds/000/detectors/onenip"
+    whole = {path: path.read_bytes() for path in before.iterdir()}
+    try:
+        (before / "model.safetensors").unlink()
+        (before / "config.yaml").write_text("trained: anew\n")
+        load_critic.cache_clear()
+        load_round.cache_clear()
+        made = next(
+            row["sample_id"] for row in rows if (row["generator"], row["status"]) == ("cut", "accepted")
+        )
+        assert replay(space, made)["identical"]
+        shard = rounds.open_round(space, 1).shard_count - 1
+        tar = part("shards", 1, shard, "tar")
+        stored = space.read_bytes(tar)
+        space.remove(tar)
+        make_shard(Job(space.url, 1, shard, settings_hash(space, 1)))
+        assert space.read_bytes(tar) == stored
+    finally:
+        for path, data in whole.items():
+            path.write_bytes(data)
+
+
+def test_a_critic_that_changed_is_refused_and_named(practising):
     space, _, _ = practising
-    path = Path(space.url) / "rounds/000/detectors/onenip/config.yaml"
+    path = Path(space.url) / "rounds/001/critic/config.yaml"
     text = path.read_text()
     path.write_text(text + "# touched\n")
     try:
@@ -341,5 +367,6 @@ def test_a_detector_that_changed_is_refused(practising):
         load_round.cache_clear()
         with pytest.raises(WorkspaceError, match="no longer the detector"):
             make_shard(Job(space.url, 1, 0, settings_hash(space, 1)))
+        assert "rounds/001/critic" in {finding.path for finding in _damaged_files(space, 1)}
     finally:
         path.write_text(text)

@@ -108,6 +108,14 @@ def test_settings_that_vary_are_drawn_around_the_present_ones():
     assert "generators.cut.params.gamma" in space
 
 
+def test_ranges_that_vary_stay_in_order():
+    near = GeneratorSettings(vary=0.5, params={"period_low": 20.0, "period_high": 25.0})
+    mix = Generation(generators={"peak": near})
+    for seed in range(40):
+        drawn = vary(mix, ["peak"], np.random.default_rng(seed))["peak"]
+        assert registry.get("peak").params(**drawn).period_low == drawn["period_low"] <= drawn["period_high"]
+
+
 def test_unknown_paths_and_wrong_values_are_named():
     with pytest.raises(KeyError, match=r"generators\.perlin\.nothing"):
         apply_values(EVERYTHING, {"generators.perlin.nothing": 1})

@@ -1,11 +1,13 @@
 """A feedback step on drawn surfaces with planted defects: the settings move towards what the defects are."""
 
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
+from generation.backbones import load_backbone
 from manifests.schema import SHARDS, to_table
 from manifests.workspace import Workspace, round_file
 from workflows import probing, steering
@@ -143,6 +145,35 @@ def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
     again = steering.stored_trials(space, 0)
     assert [(t.trial, t.params, t.figures) for t in again] == [(t.trial, t.params, t.figures) for t in kept]
     assert space.read_table(round_file(0, "decisions.parquet")).to_pylist() == decisions
+
+
+def test_however_many_normals_alarm_each_picture_is_read_once(tmp_path, monkeypatch):
+    space = workspace(tmp_path, None, MIX, bad=0)
+    round_ = open_round(space, 0)
+    own = {
+        split: [i for i in round_.images.values() if i.split == split] for split in ("train", "calibration")
+    }
+    rows = [
+        {"category": "cloth", "excess": 9.0 - at, "y": 0.9, "x": 0.1 * at, "split": "calibration",
+         "image_id": image.image_id}
+        for at, image in enumerate(own["calibration"])
+    ]  # fmt: skip
+    assert len(rows) > 1
+    read = []
+
+    def features_of(backbone, images, *more):
+        read.extend(image.image_id for image in images)
+        return probing.features_of(backbone, images, *more)
+
+    def alarms(rows):
+        space.write_table(round_file(0, "alarms.parquet"), to_table(rows, ALARMS))
+        return steering._alarms(space, round_, SimpleNamespace(backbone=load_backbone()))
+
+    alone = [alarm for row in rows for alarm in alarms([row])]
+    monkeypatch.setattr(steering, "features_of", features_of)
+    assert alarms(rows) == alone
+    assert {alarm.image_id for alarm in alone} <= {image.image_id for image in own["train"]}
+    assert sorted(read) == sorted(image.image_id for images in own.values() for image in images)
 
 
 def test_without_anomalies_generators_that_teach_nothing_fade(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -132,11 +131,12 @@ def plan(
 def generate(config: ConfigPath, workspace: WorkspaceOption, scheduler: SchedulerOption = None) -> None:
     """Make the samples of the latest round that are not there yet."""
     from workflows import rounds
+    from workflows.loop import timed
 
     settings, space = _configure(config, scheduler=scheduler), _workspace(workspace)
     with space.writing():
         number = rounds.begin(settings, space, new_round=False)
-        rounds.generate(space, number, settings.cluster)
+        timed(space, number, "generate", lambda: rounds.generate(space, number, settings.cluster))
 
 
 @app.command(
@@ -150,11 +150,15 @@ def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
     """
     from training.fitting import processes
     from workflows import detecting
+    from workflows.loop import timed
 
     space = _existing(workspace)
-    rank, _ = processes()
-    with space.writing() if rank == 0 else nullcontext():  # the others only read
-        detecting.train(space, _round(space, round_))
+    number = _round(space, round_)
+    if processes()[0] > 0:  # the first process alone writes
+        detecting.train(space, number)
+        return
+    with space.writing():
+        timed(space, number, "train", lambda: detecting.train(space, number))
 
 
 @app.command(
@@ -173,6 +177,7 @@ def evaluate(
 ) -> None:
     """Judge a round's detector on the real feedback pictures, or every round on the test split (--final)."""
     from workflows import detecting
+    from workflows.loop import timed
     from workflows.tables import alarms_lines, figures_table, stress_table
 
     if final and stress:
@@ -183,7 +188,8 @@ def evaluate(
         if final:
             detecting.evaluate_final(space)
         else:
-            detecting.evaluate(space, _round(space, round_))
+            number = _round(space, round_)
+            timed(space, number, "evaluate", lambda: detecting.evaluate(space, number))
         typer.echo(figures_table(space, split))
         typer.echo(alarms_lines(space, split))
         if stress:
@@ -220,12 +226,13 @@ def feedback(
 ) -> None:
     """Decide the next round's settings from a round's figures."""
     from workflows import steering
+    from workflows.loop import timed
 
     space = _existing(workspace)
     number = _round(space, round_)
     if not explain:
         with space.writing():
-            steering.feedback(space, number)
+            timed(space, number, "feedback", lambda: steering.feedback(space, number))
     typer.echo(steering.explain(space, number))
 
 

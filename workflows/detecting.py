@@ -18,7 +18,7 @@ from generation.backbones import square
 from manifests.ahead import in_order
 from manifests.errors import FlawsmithError
 from manifests.pictures import load
-from manifests.schema import GOOD, METRICS, SCORES, Image, to_table
+from manifests.schema import DECISIONS, GOOD, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import checkpoints
 from training.comparison import compare
@@ -39,7 +39,7 @@ from training.resuming import Slot
 from training.tiling import is_tiled, tile_normals, tile_samples
 from workflows.console import progress, say
 from workflows.heatmaps import remove_heatmaps, write_heatmaps
-from workflows.rounds import open_round, remember, vetoes
+from workflows.rounds import forget, open_round, remember, vetoes
 from workflows.stages import Round, device, read_settings
 
 STATE = "training.state"  # in a round's folder while its detector is trained
@@ -80,8 +80,8 @@ def train(space: Workspace, number: int) -> bool:
     """Trains the round's detector from its shards and the train split's normals; whether it did.
 
     Skipped if a detector is there that can be loaded and that no later veto concerns. A new detector makes
-    the old one's figures void, so they are removed. Of several processes (``accelerate launch``) each works
-    on its share of the samples, and the first alone writes.
+    void what rested on the old one, so that is removed. Of several processes (``accelerate launch``) each
+    works on its share of the samples, and the first alone writes.
 
     Raises:
         UsageError: the settings are wrong, or there is nothing to train on.
@@ -92,7 +92,8 @@ def train(space: Workspace, number: int) -> bool:
     mixed = [f"{earlier:03d}-" for earlier in _mixed_rounds(space, round_)]
     vetoed = sorted(sample_id for sample_id in vetoes(space) if sample_id[:4] in mixed)
     state = round_file(number, STATE)
-    if _is_current(space, number, vetoed):
+    before = _trained_without(space, number)
+    if before == vetoed:
         if first_process:
             space.remove(state)
         say(f"round {number}: {name} is trained")
@@ -133,9 +134,9 @@ def train(space: Workspace, number: int) -> bool:
         )
     if not first_process:
         return True
-    for stale in ("found.parquet", "alarms.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
-        space.remove(round_file(number, stale))
-    remove_heatmaps(space, number)
+    remove_results(space, number)
+    if before is not None:
+        _mark_decisions(space, number, vetoed)
     licences = [image.licence for image in round_.images.values() if image.licence]
     thresholds = alarm_thresholds(round_, detector, calibration)
     if tiles is not None:  # a picture scores as its worst tile; the detector was calibrated on single tiles
@@ -204,12 +205,45 @@ def _weight(sample: Sample | FeatureSample, round_: Round, learned: Mapping[str,
     return weight * learned.get(sample.recipe["sample_id"], 1.0)
 
 
-def _is_current(space: Workspace, number: int, vetoed: list[str]) -> bool:
+def _trained_without(space: Workspace, number: int) -> list[str] | None:
+    """The rejected samples that the round's detector knew of; None if there is none that can be loaded."""
     try:
         _, notes = load_detector(space, number)
     except FlawsmithError:
-        return False
-    return notes.get("vetoed") == vetoed
+        return None
+    return notes.get("vetoed")
+
+
+def remove_results(space: Workspace, number: int) -> None:
+    """Removes what rests on a round's detector: its figures, findings and gains, gains over it, what the next
+    round was judged beside (its heat maps show what this one had missed), and the trials for a next round
+    that has not begun."""
+    for name in ("found.parquet", "alarms.parquet", "metrics.parquet", "scores.parquet", "stress.parquet"):
+        space.remove(round_file(number, name))
+    remove_heatmaps(space, number)
+    space.remove(round_file(number + 1, "found.parquet"))
+    if not space.exists(round_file(number + 1, "settings.yaml")):
+        space.remove(round_file(number, "trials.parquet"))
+        space.remove(round_file(number, "decisions.parquet"))
+    history = space.read_table("history.parquet").to_pylist() if space.exists("history.parquet") else []
+    over = {row["round"] for row in history if (row["name"], row["value"]) == ("against", str(number))}
+    forget(space, {(number, "metric"), *((each, "gain") for each in {number, *over})})
+
+
+def _mark_decisions(space: Workspace, number: int, vetoed: Sequence[str]) -> None:
+    """Says beside decisions that a begun round rests on that they knew a detector which is no more."""
+    name = round_file(number, "decisions.parquet")
+    if not space.exists(name):
+        return
+    row = {
+        "round": number,
+        "setting": "review",
+        "before": "as it was",
+        "after": f"{len(vetoed)} samples rejected",
+        "reason": "the round's detector was trained again without them after these decisions, which the next "
+        "round keeps",
+    }
+    space.append_table(name, to_table([row], DECISIONS), {"setting": "review"})
 
 
 def held_out(sample_id: str) -> bool:
@@ -295,8 +329,9 @@ def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, An
 # -- judging --------------------------------------------------------------------------------------------
 
 
-def evaluate(space: Workspace, number: int) -> bool:
-    """Judges a round's detector on the feedback split and on held-out samples; whether it did.
+def evaluate(space: Workspace, number: int, against: int | None = None) -> bool:
+    """Judges a round's detector on the feedback split and on held-out samples; whether it did. ``against``
+    is a round whose detector it is compared with too (:func:`compare_rounds`), while the scores are at hand.
 
     Writes ``scores.parquet``, ``metrics.parquet``, the aggregates to the history, and heat maps of the worst
     pictures; ``found.parquet`` (what was found of each defect) comes last and is the mark that the round was
@@ -309,7 +344,11 @@ def evaluate(space: Workspace, number: int) -> bool:
     judged = _judge(round_, detector, "feedback", f"round {number}: judging feedback pictures")
     alarms = notes["thresholds"]
     metric_rows = _write_figures(space, round_, judged, "feedback", alarms)
-    _write_figures(space, round_, _judge_samples(space, round_, detector), "heldout_synthetic", alarms)
+    normals = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
+    tiles, max_side = round_.config.detector.tiles, round_.config.output.max_side
+    calibration = judge(detector, normals, max_side, tiles=tiles)
+    held = _judge_samples(space, round_, detector)
+    _write_figures(space, round_, held + calibration, "heldout_synthetic", alarms)
     means = {
         row["metric"]: row["value"]
         for row in metric_rows
@@ -320,35 +359,49 @@ def evaluate(space: Workspace, number: int) -> bool:
     found = what_was_found(round_, judged, thresholds)
     before = round_file(number - 1, "found.parquet")
     earlier = space.read_table(before).to_pylist() if number and space.exists(before) else []
-    write_heatmaps(
-        space, number, "feedback", judged, found, thresholds, earlier, round_.config.output.max_side
-    )
-    alarms = false_alarms(round_, detector, thresholds)
-    space.write_table(round_file(number, "alarms.parquet"), to_table(alarms, ALARMS))
+    write_heatmaps(space, number, "feedback", judged, found, thresholds, earlier, max_side)
+    rows = false_alarms(round_, detector, thresholds, calibration)
+    space.write_table(round_file(number, "alarms.parquet"), to_table(rows, ALARMS))
+    if against is not None:
+        compare_rounds(space, against, number, judged)
     space.write_table(round_file(number, "found.parquet"), to_table(found, FOUND))
     return True
 
 
-def compare_rounds(space: Workspace, first: int, second: int) -> dict[str, Any]:
-    """How much better one round's detector is than another's on the feedback pictures of the later:
-    ``metric`` (pixel AP, image AP without masks), ``difference``, ``low`` and ``high`` of its interval, each
-    for the mean over categories. Empty where there is nothing to compare on.
+def compare_rounds(
+    space: Workspace, first: int, second: int, judged: Sequence[Judged] | None = None
+) -> dict[str, str]:
+    """How much better one round's detector is than another's on the feedback pictures of the later, as it is
+    kept in the history (kind ``gain``): ``against`` (the first round), ``metric`` (pixel AP, image AP without
+    masks), ``difference``, ``low`` and ``high`` of its interval, each for the mean over categories;
+    ``against`` alone where there is nothing to compare on.
+
+    Args:
+        judged: these pictures as the second detector has scored them; None: they are scored again.
     """
     round_ = open_round(space, second)
-    one, other = (
-        _judge(round_, load_detector(space, number)[0], "feedback", f"round {number}: scoring again")
-        for number in (first, second)
-    )
+
+    def again(number: int) -> list[Judged]:
+        return _judge(round_, load_detector(space, number)[0], "feedback", f"round {number}: scoring again")
+
+    one, other = again(first), judged if judged is not None else again(second)
+    found = {"against": str(first)} | _difference(one, other, round_.config.evaluation.resamples)
+    remember(space, second, "gain", found)
+    return found
+
+
+def _difference(one: Sequence[Judged], other: Sequence[Judged], resamples: int) -> dict[str, str]:
+    """The part of a gain that :func:`compare_rounds` works out."""
     if not any(entry.anomalous for entry in one):
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined figures give no row
-        rows = compare(one, other, resamples=round_.config.evaluation.resamples)
+        rows = compare(one, other, resamples=resamples)
     for metric in ("pixel_ap", "image_ap"):
         own = {row["category"]: row for row in rows if row["metric"] == metric}
         row = own.get("mean") or next(iter(own.values()), None)
         if row is not None:
-            return {"metric": metric, **{name: float(row[name]) for name in ("difference", "low", "high")}}
+            return {"metric": metric} | {name: str(row[name]) for name in ("difference", "low", "high")}
     return {}
 
 
@@ -395,7 +448,7 @@ def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Ju
 
 
 def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[Judged]:
-    """The samples kept from training beside the calibration normals: synthetic figures, labelled so."""
+    """The samples kept from training, labelled by their generators."""
     tiles = round_.config.detector.tiles
     held = list(samples_of(space, round_.number, lambda recipe: held_out(recipe["sample_id"])))
     found = predict(detector, [s.image for s in held], [s.category for s in held], tiles)
@@ -410,8 +463,7 @@ def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[
             }
         )
         judged.append(Judged(image, score, scores, small_mask(sample.mask, scores.shape), None))
-    normals = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
-    return judged + judge(detector, normals, round_.config.output.max_side, tiles=tiles)
+    return judged
 
 
 def _write_figures(
@@ -461,39 +513,56 @@ def alarm_thresholds(
 
 
 def false_alarms(
-    round_: Round, detector: Detector, thresholds: Mapping[str, tuple[float, float]]
+    round_: Round,
+    detector: Detector,
+    thresholds: Mapping[str, tuple[float, float]],
+    calibration: Sequence[Judged],
 ) -> list[dict[str, Any]]:
     """One row for each normal of the train and calibration splits (at most ``MOST_NORMALS`` a category) that
-    has more places above its category's map threshold than the quantile says."""
+    has more places above its category's map threshold than the quantile says.
+
+    Args:
+        calibration: the calibration normals, as the detector has scored them.
+    """
+    tiles, max_side = round_.config.detector.tiles, round_.config.output.max_side
+    normals = [i for i in round_.images.values() if i.split == "train" and i.defect == GOOD]
+    quantile = round_.config.evaluation.quantile
     rows = []
-    for split in ("train", "calibration"):
-        for category in round_.pool.normals:
-            own = [
-                image
-                for image in round_.images.values()
-                if (image.split, image.category, image.defect) == (split, category, GOOD)
-            ]
-            own = own[:: max(1, -(-len(own) // MOST_NORMALS))]
-            tiles, max_side = round_.config.detector.tiles, round_.config.output.max_side
-            for entry in judge(detector, own, max_side, tiles=tiles):
-                above = entry.map > thresholds[category][1]
-                if entry.ignore is not None:
-                    above &= ~entry.ignore
-                excess = float(above.mean()) / (1 - round_.config.evaluation.quantile)
-                if excess <= 1:
-                    continue
-                y, x = np.unravel_index(np.where(above, entry.map, -np.inf).argmax(), above.shape)
-                rows.append(
-                    {
-                        "image_id": entry.image.image_id,
-                        "category": category,
-                        "split": split,
-                        "excess": excess,
-                        "y": (y + 0.5) / above.shape[0],
-                        "x": (x + 0.5) / above.shape[1],
-                    }
-                )
+    for category in round_.pool.normals:
+        own = _evenly([image for image in normals if image.category == category])
+        rows += _alarming(judge(detector, own, max_side, tiles=tiles), thresholds[category][1], quantile)
+    for category in round_.pool.normals:
+        judged = _evenly([entry for entry in calibration if entry.image.category == category])
+        rows += _alarming(judged, thresholds[category][1], quantile)
     return rows
+
+
+def _alarming(judged: Sequence[Judged], threshold: float, quantile: float) -> list[dict[str, Any]]:
+    """Rows of the normals with more places above a threshold than its quantile says."""
+    rows = []
+    for entry in judged:
+        above = entry.map > threshold
+        if entry.ignore is not None:
+            above &= ~entry.ignore
+        excess = float(above.mean()) / (1 - quantile)
+        if excess <= 1:
+            continue
+        y, x = np.unravel_index(np.where(above, entry.map, -np.inf).argmax(), above.shape)
+        rows.append(
+            {
+                "image_id": entry.image.image_id,
+                "category": entry.image.category,
+                "split": entry.image.split,
+                "excess": excess,
+                "y": (y + 0.5) / above.shape[0],
+                "x": (x + 0.5) / above.shape[1],
+            }
+        )
+    return rows
+
+
+def _evenly(own: list[Any]) -> list[Any]:
+    return own[:: max(1, -(-len(own) // MOST_NORMALS))]
 
 
 def what_was_found(

@@ -8,14 +8,16 @@ nothing any more, or when its time is spent.
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from manifests.workspace import Workspace, round_file
 from workflows.config import Config
 from workflows.console import say
-from workflows.rounds import begin, damaged_shards, generate, open_round, remember, write_settings
+from workflows.rounds import begin, damaged_shards, forget, generate, open_round, remember, write_settings
 from workflows.space import present_values
 from workflows.stages import read_settings
 from workflows.tables import rounds_table
@@ -37,7 +39,7 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                 generate(space, earlier, config.cluster)
         best, idle = first, 0
         for number in range(first, first + config.rounds):
-            _run_round(config, space, number)
+            _run_round(config, space, number, best if number > first else None)
             if number > first:
                 better = gained(space, best, number)
                 if better is not None:  # without anything to judge by, no round is idle
@@ -47,17 +49,18 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                 remember(space, number, "stop", {"reason": stop})
                 say(f"stopped after round {number}: {stop}")
                 break
-            _timed(space, number, "feedback", partial(next_round, config, space, number))
+            forget(space, {(number, "stop")})
+            timed(space, number, "feedback", partial(next_round, config, space, number))
         say(f"report: {space.address(write_report(space))}")
 
 
-def _run_round(config: Config, space: Workspace, number: int) -> None:
+def _run_round(config: Config, space: Workspace, number: int, best: int | None) -> None:
     from workflows import detecting
 
-    _timed(space, number, "generate", lambda: generate(space, number, config.cluster))
+    timed(space, number, "generate", lambda: generate(space, number, config.cluster))
     _remember_yield(space, number)
-    _timed(space, number, "train", lambda: detecting.train(space, number))
-    _timed(space, number, "evaluate", lambda: detecting.evaluate(space, number))
+    timed(space, number, "train", lambda: detecting.train(space, number))
+    timed(space, number, "evaluate", lambda: detecting.evaluate(space, number, best))
     say(rounds_table(space))
 
 
@@ -73,9 +76,7 @@ def gained(space: Workspace, best: int, number: int) -> bool | None:
         if row["round"] == number and row["kind"] == "gain"
     }
     if stored.get("against") != str(best):
-        found = detecting.compare_rounds(space, best, number)
-        stored = {"against": str(best), **{name: str(value) for name, value in found.items()}}
-        remember(space, number, "gain", stored)
+        stored = detecting.compare_rounds(space, best, number)
     low = float(stored.get("low", "nan"))
     if "metric" in stored:
         difference, high = float(stored["difference"]), float(stored["high"])
@@ -97,13 +98,9 @@ def why_stop(config: Config, space: Workspace, first: int, number: int, best: in
         return f"all {config.rounds} rounds are done"
     if patience is not None and idle >= patience:
         return f"no significant gain over round {best} in {idle} rounds (feedback.patience)"
-    spent = sum(
-        float(row["value"])
-        for row in space.read_table("history.parquet").to_pylist()
-        if row["round"] >= first and row["kind"].startswith("seconds.")
-    )
-    if minutes is not None and spent >= 60 * minutes:
-        return f"{spent / 60:.1f} minutes are spent (feedback.minutes: {minutes:g})"
+    seconds = spent(space, "seconds.", range(first, number + 1))
+    if minutes is not None and seconds >= 60 * minutes:
+        return f"{seconds / 60:.1f} minutes are spent (feedback.minutes: {minutes:g})"
     return None
 
 
@@ -120,12 +117,46 @@ def next_round(config: Config, space: Workspace, number: int) -> bool:
     return True
 
 
-def _timed(space: Workspace, number: int, stage: str, work: Callable[[], bool]) -> None:
-    """Runs a stage and keeps its seconds in the history, unless the stage was skipped."""
-    started = time.perf_counter()
-    if work():
-        seconds = time.perf_counter() - started
-        remember(space, number, f"seconds.{stage}", {stage: f"{seconds:.1f}"})
+def timed(space: Workspace, number: int, stage: str, work: Callable[[], bool]) -> None:
+    """Runs a stage and adds what it took, broken off or not, to the stage's seconds in the history: by the
+    clock (``seconds.STAGE``), and of CPU (``cpu.STAGE``), this process's and its ended children's.
+
+    A stage that was skipped adds nothing; the last try of one that is killed outright is lost.
+    """
+    started, used = time.perf_counter(), _cpu_seconds()
+
+    def add() -> None:
+        took = {"seconds": time.perf_counter() - started, "cpu": _cpu_seconds() - used}
+        for kind, seconds in took.items():
+            name = stage if kind == "seconds" else f"{kind}.{stage}"
+            total = spent(space, f"{kind}.{stage}", range(number, number + 1)) + seconds
+            remember(space, number, f"{kind}.{stage}", {name: f"{total:.1f}"})
+
+    try:
+        done = work()
+    except BaseException:
+        with suppress(
+            Exception
+        ):  # what broke the stage off is told, even where it keeps this from being written
+            add()
+        raise
+    if done:
+        add()
+
+
+def spent(space: Workspace, kind: str, rounds: range) -> float:
+    """The sum of what the history says of some rounds under kinds that begin with ``kind``: ``seconds.`` of
+    all stages, ``cpu.train`` of one."""
+    if not space.exists("history.parquet"):
+        return 0.0
+    rows = space.read_table("history.parquet").to_pylist()
+    return sum(float(row["value"]) for row in rows if row["round"] in rounds and row["kind"].startswith(kind))
+
+
+def _cpu_seconds() -> float:
+    """User and system time of this process and of those that it started and saw end."""
+    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _remember_yield(space: Workspace, number: int) -> None:

@@ -1,7 +1,8 @@
 """The detector of the round before as the critic of a round's samples: named by its hash, loaded once.
 
-A round that practises says in its settings which detector it began with. A file that is no longer the same
-is refused: samples would not be what their recipes say.
+A round that practises keeps a copy of the detector that it began with, for a veto may train the round before
+anew, and says in its settings which one it is. A copy that is no longer the same is refused: samples would
+not be what their recipes say.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from generation.critic import Critic, Search
 from generation.protocol import Generator
 from manifests.errors import FlawsmithError
-from manifests.workspace import Workspace, WorkspaceError
+from manifests.workspace import Workspace, WorkspaceError, round_file
 
 if TYPE_CHECKING:
     from workflows.config import Practice
@@ -29,14 +30,33 @@ class Pinned:
     sha256: str
 
 
-def pin(space: Workspace, round_: int, detector: str) -> dict[str, str]:
-    """How the settings of the next round name the detector of a round.
+def pin(space: Workspace, number: int, detector: str) -> dict[str, str]:
+    """Copies the detector of the round before into round ``number``; how that round's settings name it.
 
     Raises:
         FlawsmithError: it is not there.
     """
-    folder = f"rounds/{round_:03d}/detectors/{detector}"
-    return {"folder": folder, "sha256": _sha256(_files(space, folder))}
+    files = _files(space, f"rounds/{number - 1:03d}/detectors/{detector}")
+    folder = round_file(number, "critic")
+    for name, data in files.items():
+        space.write_bytes(f"{folder}/{name}", data)
+    return {"folder": folder, "sha256": _sha256(files)}
+
+
+def pinned_files(pinned: Pinned) -> dict[str, bytes]:
+    """The files of a critic by name.
+
+    Raises:
+        WorkspaceError: they are no longer those that the round began with.
+    """
+    files = _files(Workspace(pinned.workspace), pinned.folder)
+    if (found := _sha256(files)) != pinned.sha256:
+        raise WorkspaceError(
+            f"{pinned.folder} is no longer the detector that the round began to practise against (sha256 "
+            f"{found[:12]}, its settings say {pinned.sha256[:12]}): restore it, or delete the round that "
+            "practises and run again"
+        )
+    return files
 
 
 @lru_cache(maxsize=2)  # of a GPU, and of generators that want none
@@ -56,13 +76,7 @@ def load_critic(pinned: Pinned, device: str) -> Critic:
     from training import checkpoints
 
     torch.set_num_threads(1)  # part of what makes bytes equal; generators without a model fix none
-    files = _files(Workspace(pinned.workspace), pinned.folder)
-    if (found := _sha256(files)) != pinned.sha256:
-        raise WorkspaceError(
-            f"{pinned.folder} is no longer the detector that the round began to practise against (sha256 "
-            f"{found[:12]}, its settings say {pinned.sha256[:12]}): restore it, or delete the round that "
-            "practises and run again"
-        )
+    files = pinned_files(pinned)
     with tempfile.TemporaryDirectory() as aside:
         for name, data in files.items():
             (Path(aside) / name).write_bytes(data)

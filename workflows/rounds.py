@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from contextlib import ExitStack
 from typing import Any
 
@@ -138,14 +139,14 @@ def write_settings(
     space: Workspace, number: int, config: Config, generation: Generation, *, first: int
 ) -> None:
     """``first`` is the round at which this configuration began. The settings of a later one that practises
-    name the detector of the round before as it is now.
+    name the detector of the round before as it is now, of which the round keeps a copy.
 
     Raises:
         FlawsmithError: there is none.
     """
     critic = None
     if generation.practice.wanted and number > first:
-        critic = pin(space, number - 1, config.detector.name)
+        critic = pin(space, number, config.detector.name)
     space.write_yaml(
         round_file(number, "settings.yaml"),
         {
@@ -335,3 +336,13 @@ def remember(space: Workspace, number: int, kind: str, facts: dict[str, Any]) ->
     """Writes facts of a round to ``history.parquet``, in place of earlier ones of the same kind."""
     rows = [{"round": number, "kind": kind, "name": name, "value": str(v)} for name, v in facts.items()]
     space.append_table("history.parquet", to_table(rows, HISTORY), {"round": number, "kind": kind})
+
+
+def forget(space: Workspace, stale: Container[tuple[int, str]]) -> None:
+    """Removes facts from ``history.parquet``, by round and kind."""
+    if not space.exists("history.parquet"):
+        return
+    rows = space.read_table("history.parquet").to_pylist()
+    kept = [row for row in rows if (row["round"], row["kind"]) not in stale]
+    if len(kept) < len(rows):
+        space.write_table("history.parquet", to_table(kept, HISTORY))

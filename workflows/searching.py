@@ -36,7 +36,9 @@ ALARMS, COST = (
     (1.25, 0.01),
     2.0,
 )  # false positives (factor, and a little more) and cost that a winner may have
-SURE = 0.025  # quantile of the confirmed gain's resamples that must be above 0
+SURE = 0.025  # level of the one-sided test of either fold's winner: of both together, twice that
+
+QUANTITY = "the mean of pixel AP and AUPRO (image AP without masks)"  # of training.proxy.gain, in words
 
 Point = Mapping[str, Any]
 
@@ -280,6 +282,9 @@ class Verdict:
 def verdict(rows: Sequence[Trial], confirm: Callable[[Point, int], Estimate]) -> Verdict:
     """The winner to apply, or none.
 
+    Each fold's winner is tested once, one-sided: its gain must be above 0 in all but ``SURE`` of the
+    resamples.
+
     Args:
         confirm: ``(values, fold)`` to the gain over the present settings on that fold's pictures, with fresh
             samples.
@@ -298,8 +303,9 @@ def verdict(rows: Sequence[Trial], confirm: Callable[[Point, int], Estimate]) ->
         resamples = found.resamples[~np.isnan(found.resamples)]
         low = float(np.quantile(resamples, SURE)) if resamples.size else -math.inf
         words = (
-            f"trial {best.trial} ({best.origin}), the best of fold {fold}, gains {found.value:+.3f} on the "
-            f"other fold's pictures (at least {low:+.3f} with 97.5 % confidence)"
+            f"trial {best.trial} ({best.origin}), the best of fold {fold}, gains {found.value:+.3f} in "
+            f"{QUANTITY} on the other fold's pictures (at least {low:+.3f} by a one-sided test at "
+            f"{SURE:.1%}, one for either fold)"
         )
         if not resamples.size:
             doubts.append(f"the other fold has too few parts with defects to confirm the best of fold {fold}")

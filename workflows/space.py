@@ -93,7 +93,8 @@ def random_values(space: Mapping[str, Search], rng: np.random.Generator) -> dict
 def vary(
     generation: Generation, generators: Sequence[str], rng: np.random.Generator
 ) -> dict[str, dict[str, Any]]:
-    """By generator: its searched numbers, each drawn evenly within ``vary`` of its place now."""
+    """By generator: its searched numbers, each drawn evenly within ``vary`` of its place now; a pair
+    ``NAME_low`` and ``NAME_high`` is put in order."""
     present = present_values(generation)
     result: dict[str, dict[str, Any]] = {name: {} for name in generators}
     for name in generators:
@@ -101,6 +102,9 @@ def vary(
         for path, search in numbers_of(generation, name).items():
             place = place_of(search, present[path]) + rng.uniform(-reach, reach)
             result[name][path.rpartition(".")[2]] = at_place(search, min(max(place, 0.0), 1.0))
+        result[name] = _in_order(
+            result[name], registry.get(name).params(**generation.generators[name].params)
+        )
     return result
 
 

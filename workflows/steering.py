@@ -344,31 +344,35 @@ def _alarms(space: Workspace, round_: Round, ground: Ground) -> list[Alarm]:
     calibration normal that did (calibration pictures are for thresholds; nothing is made from them)."""
     name = round_file(round_.number, "alarms.parquet")
     rows = space.read_table(name).to_pylist() if space.exists(name) else []
-    alarms = []
-    for row in rows:
-        words = f"false alarms on this {row['category']}"
-        image_id = row["image_id"]
-        if row["split"] == "calibration":
-            words = (
-                f"of the train normals of {row['category']} the most like a false alarm on a calibration one"
-            )
-            image_id = _most_alike(round_, ground, row)
-        alarms.append(Alarm(image_id, row["excess"], words))
+    alarms = [
+        Alarm(row["image_id"], row["excess"], f"false alarms on this {row['category']}")
+        for row in rows
+        if row["split"] == "train"
+    ]
+    for category in round_.pool.normals:
+        own = [row for row in rows if (row["split"], row["category"]) == ("calibration", category)]
+        words = f"of the train normals of {category} the most like a false alarm on a calibration one"
+        alike = _most_alike(round_, ground, category, own) if own else []
+        alarms += [Alarm(name, row["excess"], words) for name, row in zip(alike, own, strict=True)]
     return alarms
 
 
-def _most_alike(round_: Round, ground: Ground, row: Mapping[str, Any]) -> str:
-    """The train normal that holds the token nearest to the alarming place of another picture."""
-    image = round_.images[row["image_id"]]
+def _most_alike(round_: Round, ground: Ground, category: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each alarming place of other pictures of a category, the train normal that holds the token nearest
+    to it."""
     nothing: Callable[[int], None] = lambda _count: None  # noqa: E731
     max_side = round_.config.output.max_side
-    own = evenly(round_.pool.normals[row["category"]], MOST_NORMALS)
-    alarming = features_of(ground.backbone, [image], max_side, nothing)[0]
-    height, width = alarming.shape[1:]
-    token = alarming[:, min(int(row["y"] * height), height - 1), min(int(row["x"] * width), width - 1)]
+    own = evenly(round_.pool.normals[category], MOST_NORMALS)
     tokens = features_of(ground.backbone, own, max_side, nothing)
-    nearest = torch.linalg.vector_norm(tokens - token[None, :, None, None], dim=1).amin(dim=(1, 2))
-    return own[int(nearest.argmin())].image_id
+    images = [round_.images[row["image_id"]] for row in rows]
+    found = []
+    for row, alarming in zip(rows, features_of(ground.backbone, images, max_side, nothing), strict=True):
+        height, width = alarming.shape[1:]
+        y, x = min(int(row["y"] * height), height - 1), min(int(row["x"] * width), width - 1)
+        differences = tokens - alarming[:, y, x][None, :, None, None]
+        nearest = torch.linalg.vector_norm(differences, dim=1).amin(dim=(1, 2))
+        found.append(own[int(nearest.argmin())].image_id)
+    return found
 
 
 def _trial_row(number: int, trial: Trial) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from workflows.config import Config
 from workflows.console import progress
 from workflows.detecting import load_detector
 from workflows.machines import job_script
+from workflows.practice import pinned_files
 from workflows.room import fitted
 from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
 from workflows.rounds import sweep as sweep_round
@@ -52,7 +53,7 @@ def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
 
 
 def _damaged_files(space: Workspace, number: int) -> list[Finding]:
-    """Tables and detectors of a round that cannot be read."""
+    """Tables and detectors of a round that cannot be read, and a critic that is not the one it names."""
     findings = []
     tables = [name for name in space.names(f"rounds/{number:03d}") if name.endswith(".parquet")]
     for name in tables:
@@ -65,6 +66,11 @@ def _damaged_files(space: Workspace, number: int) -> list[Finding]:
             load_detector(space, number)
         except FlawsmithError as error:
             findings.append(Finding(number, -1, f"rounds/{number:03d}/detectors", str(error)))
+    if critic := open_round(space, number).critic:
+        try:
+            pinned_files(critic)
+        except WorkspaceError as error:
+            findings.append(Finding(number, -1, critic.folder, str(error)))
     return findings
 
 

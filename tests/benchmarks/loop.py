@@ -37,7 +37,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -112,23 +111,17 @@ def key(seed: int, part: int) -> str:
 
 
 def measure(arguments: argparse.Namespace, name: str, seed: int, part: int) -> dict[str, Any]:
-    """One cell, in a process of its own, and the minutes of CPU time that it and all its workers took."""
+    """One cell, in a process of its own."""
     module = [sys.executable, "-m", "tests.benchmarks.loop", "--cell", name, "--seeds", str(seed)]
     given = ["--part", str(part), "--data", arguments.data, "--json", arguments.json, *passed_on(arguments)]
-    before = children_seconds()
-    found = run_timed([*module, *given], 1)
-    return {**plain(found), "cpu_minutes": (children_seconds() - before) / 60}
+    found: dict[str, Any] = plain(run_timed([*module, *given], 1))
+    return found
 
 
 def passed_on(arguments: argparse.Namespace) -> list[str]:
     given = ["--detector", arguments.detector, "--samples", str(arguments.samples)]
     given += ["--settings", json.dumps(arguments.settings)]
     return [*given, *(["--final"] if arguments.final else [])]
-
-
-def children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 # -- figures --------------------------------------------------------------------------------------------

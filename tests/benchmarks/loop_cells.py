@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from training.intervals import Estimate, evaluate_pixels
 from training.loading import Sample, small_mask
 from workflows.config import Config, parse_config
 from workflows.detecting import calibration_normals, held_out, load_detector, samples_of
-from workflows.loop import run
+from workflows.loop import run, spent
 from workflows.rounds import accepted_samples, open_round, write_settings
 from workflows.space import apply_values, random_values, search_space
 from workflows.stages import device, read_settings
@@ -223,11 +224,16 @@ def config_of(plan: Plan, arm: Arm, seed: int, source: Path, rounds: int, opacit
     )
 
 
+def first_of(arm: Arm) -> Arm:
+    """The arm whose round is the first one of settings drawn by chance."""
+    return replace(arm, base="few" if arm.few else "ours")
+
+
 def run_by_chance(plan: Plan, arm: Arm, seed: int, part: int) -> Workspace:
     """Rounds whose settings are drawn from the search space; the first is that of our generators."""
     space = workspace(plan, arm.base, seed, part)
     if not space.exists(round_file(0, "found.parquet")):
-        first = run_rounds(plan, replace(arm, base="few" if arm.few else "ours"), seed, part, 1)
+        first = run_rounds(plan, first_of(arm), seed, part, 1)
         aside = space.path("000.part")  # whole or not at all
         shutil.copytree(first.path("rounds/000"), aside, dirs_exist_ok=True)
         shutil.copy(first.path("images.parquet"), space.path("images.parquet"))
@@ -303,19 +309,26 @@ def measure(plan: Plan, arm: Arm, seed: int, part: int) -> dict[str, Any]:
     """Everything of one cell; plain values of JSON.
 
     ``round`` is the one that was judged, ``standings`` how each did on the pictures that steer, ``opacity``
-    the standard recipe's that did best there with the first seed.
+    the standard recipe's that did best there with the first seed, ``cpu_minutes`` the CPU time that the cell
+    would take alone: of the stages of every round that it stands on, whichever cell ran them and in however
+    many tries, and of what it did beside them.
     """
     sets = {category: plan.case.data_set(category) for category in plan.categories(arm)}
     note: dict[str, Any] = {}
     if arm.standard:
-        tried = {str(o): standing(run_rounds(plan, arm, 0, part, 1, o), 0, sets) for o in OPACITIES}
+        tuned = [run_rounds(plan, arm, 0, part, 1, o) for o in OPACITIES]
+        tried = {str(o): standing(each, 0, sets) for o, each in zip(OPACITIES, tuned, strict=True)}
         opacity = max(OPACITIES, key=lambda o: tried[str(o)])
         space = run_rounds(plan, arm, seed, part, 1, opacity)
         note = {"opacity": opacity, "tried": tried}
+        stood_on = dict.fromkeys([*tuned, space], 1)
     elif arm.chance:
         space = run_by_chance(plan, arm, seed, part)
+        stood_on = {workspace(plan, first_of(arm).base, seed, part): 1, space: arm.rounds}
     else:
         space = run_rounds(plan, arm, seed, part, arm.rounds)
+        stood_on = {space: arm.rounds}
+    started = time.process_time()
     if arm.real:
         detector, count = ceiling(plan, arm, seed, part, space)
     else:
@@ -327,7 +340,12 @@ def measure(plan: Plan, arm: Arm, seed: int, part: int) -> dict[str, Any]:
     max_side = open_round(space, 0).config.output.max_side
     judged = judge(detector, plan.judging(arm, part), max_side)
     resized = [at_side(one.image, one.score, one.map) for one in judged]
-    return {**note, "samples": count, "categories": figures(plan.case.categories, resized, part)}
+    categories = figures(plan.case.categories, resized, part)
+    cpu = sum(
+        spent(each, "cpu.", range(arm.rounds)) for each in {each.url: each for each in stood_on}.values()
+    )
+    minutes = (cpu + time.process_time() - started) / 60
+    return {**note, "samples": count, "categories": categories, "cpu_minutes": minutes}
 
 
 def figures(categories: Sequence[str], judged: Sequence[Judged], part: int) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _outcomes(space: Workspace, number: int) -> list[Row]:
 
 
 def _seconds(space: Workspace) -> dict[tuple[str, int], float]:
-    """Of the last run of each stage."""
+    """Of each stage, all its tries together."""
     if not space.exists("history.parquet"):
         return {}
     return {
