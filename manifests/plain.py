@@ -7,11 +7,14 @@ its aliases make a few bytes mean billions of values, for which whoever walks or
 from __future__ import annotations
 
 import json
+import re
+from itertools import accumulate
 from typing import Any
 
 import yaml
 
 MOST_VALUES = 1_000_000
+DEEPEST = 100  # brackets within brackets; the parser's time grows with the square of their number
 
 
 def from_yaml(text: str | bytes) -> Any:
@@ -20,6 +23,8 @@ def from_yaml(text: str | bytes) -> Any:
     Raises:
         ValueError: not YAML, nested too deeply, a value that contains itself, or more than ``MOST_VALUES``.
     """
+    if _depth(text) > DEEPEST:
+        raise ValueError("it is nested too deeply")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -44,6 +49,12 @@ def from_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _depth(text: str | bytes) -> int:
+    """The most brackets that are open at once, wherever they stand."""
+    found = re.findall(r"[][{}]", text if isinstance(text, str) else text.decode("latin-1"))
+    return max(accumulate((1 if bracket in "[{" else -1 for bracket in found), initial=0))
 
 
 def _count(value: Any, known: dict[int, int]) -> int:

@@ -130,6 +130,13 @@ def test_yaml_that_its_parser_or_a_reader_would_choke_on(text, tmp_path):
         space.read_yaml("x.yaml")
 
 
+def test_brackets_nest_to_a_bound():
+    """The parser takes seconds for a line of open brackets, long before its stack is full."""
+    assert from_yaml("[" * 100 + "]" * 100 + "\n")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        from_yaml("[" * 101 + "]" * 101 + "\n")
+
+
 def test_tags_make_no_objects():
     for text in ("!!python/object/apply:os.system [x]", "!!python/name:os.system", "!!python/module:os"):
         with pytest.raises(ValueError, match="python"):
