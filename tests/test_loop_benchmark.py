@@ -8,25 +8,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from detectors.protocol import get
 from manifests.schema import GOOD
+from manifests.searching import Search
 from manifests.workspace import Workspace
 from tests.benchmarks import loop, loop_cells
 from tests.benchmarks.detectors import read_case
-from tests.benchmarks.loop import ARMS, estimates, key
+from tests.benchmarks.loop import ARMS, EFFICIENCY, estimates, key, samples_in_all
 from tests.benchmarks.loop_cells import (
+    FAMILIES,
     FOLDS,
     OPACITIES,
     WHOLE,
+    Arm,
     Plan,
     config_of,
+    figures,
     fold_of,
     measure,
+    near,
+    own_worker,
     real_samples,
+    run_rounds,
     workspace,
 )
 from tests.benchmarks.paired import packed
+from training.evaluation import Judged
+from workflows import probing
 from workflows.demo import write_drawn
-from workflows.loop import spent
+from workflows.searching import REACH
 
 SETTINGS = {"size": 64, "steps": 4, "batch": 4, "coreset": 30, "width": 8}
 
@@ -80,57 +90,135 @@ def test_a_real_anomaly_as_a_sample(plan):
 
 
 def test_arms_run_in_small(plan, monkeypatch):
-    """The ceiling and the loop share a workspace here; chance begins with a copy of its first round."""
+    """Chance is the loop but for the settings of its second round; the ceiling stands on ours."""
     monkeypatch.setattr(loop_cells, "THREADS", 1)
-    small = {"ceiling": replace(ARMS["ceiling"], without="cut")}
-    small |= {name: replace(ARMS[name], without="cut", rounds=2) for name in ("chance", "loop")}
-    small["loop"] = replace(small["loop"], base="ours", settings={})
-    found = {name: measure(plan, arm, 0, 0) for name, arm in small.items()}
+    monkeypatch.setattr(probing, "SHARD", 6)  # samples a trial
+    short = {**loop.STEERED, "feedback": {"trials": 16}}
+    small = {
+        name: replace(ARMS[name], without="cut", rounds=2, settings=short) for name in ("chance", "loop")
+    }
+    small["ceiling"] = replace(ARMS["ceiling"], without="cut")
+    with own_worker() as cluster:
+        found = {name: measure(replace(plan, cluster=cluster), arm, 0, 0) for name, arm in small.items()}
     for cell in found.values():
         json.dumps(cell)
         assert set(cell["categories"]) == {"ring"}
         assert 0 < cell["samples"] <= 8 + len(plan.steering(small["ceiling"], 0))
-    ours, chance = (workspace(plan, name, 0, 0) for name in ("ours", "chance"))
-    shared = spent(ours, "cpu.", range(1))
-    assert 0 < shared < 60 * found["ceiling"]["cpu_minutes"]
-    assert shared + spent(chance, "cpu.", range(2)) < 60 * found["chance"]["cpu_minutes"]
-    assert spent(ours, "cpu.", range(2)) < 60 * found["loop"]["cpu_minutes"], "with the round made before"
-    assert ours.rounds() == chance.rounds() == [0, 1]
-    for name in ("model.safetensors", "config.yaml"):
-        file = f"rounds/000/detectors/residual/{name}"
-        assert ours.read_bytes(file) == chance.read_bytes(file)
-    first, drawn = (chance.read_yaml(f"rounds/00{n}/settings.yaml") for n in (0, 1))
-    assert first["generation"] != drawn["generation"] and first["config"] == drawn["config"]
-    assert ours.exists("rounds/000/decisions.parquet") and not chance.exists("rounds/000/decisions.parquet")
-    judged = {image.image_id for image in plan.judging(small["loop"], 0)}
-    for space in (ours, chance):
-        assert not judged & set(space.read_table("images.parquet")["image_id"].to_pylist())
+    steered, chance = (workspace(plan, name, 0, 0) for name in ("loop", "chance"))
+    assert steered.rounds() == chance.rounds() == [0, 1]
+    detector = "detectors/residual/model.safetensors"
+    for name in ("shards/part-00000.tar", detector, "weights.parquet"):
+        first = [space.read_bytes(f"rounds/000/{name}") for space in (steered, chance)]
+        assert first[0] == first[1]
+        assert chance.exists(f"rounds/001/{name}")
     assert found["loop"]["standings"][0] == found["chance"]["standings"][0]
+    before, after = (chance.read_yaml(f"rounds/00{n}/settings.yaml") for n in (0, 1))
+    chosen = steered.read_yaml("rounds/001/settings.yaml")
+    assert after["config"] == before["config"] and after["critic"]["sha256"] == chosen["critic"]["sha256"]
+    assert after["generation"]["practice"] == chosen["generation"]["practice"]
+    assert after["generation"]["generators"] != before["generation"]["generators"]
+    assert steered.exists("rounds/000/decisions.parquet") and not chance.exists(
+        "rounds/000/decisions.parquet"
+    )
+    judged = {image.image_id for image in plan.judging(small["loop"], 0)}
+    for space in (steered, chance):
+        assert not judged & set(space.read_table("images.parquet")["image_id"].to_pylist())
+
+
+def test_what_is_lent_is_what_would_have_been_made(plan, tmp_path):
+    """Samples of a first round, and a detector without weights, are those of the other fold; of one with
+    weights only the samples are."""
+    files = ("rounds/000/shards/part-00000.tar", "rounds/000/detectors/residual/model.safetensors")
+
+    def made(where, arm, part):
+        space = run_rounds(where, arm, 5, part, 1)
+        stages = {row["kind"] for row in space.read_table("history.parquet").to_pylist()}
+        return [space.read_bytes(file) for file in files], stages
+
+    arm = Arm("plain", without="cut")
+    with own_worker() as cluster:
+        shared = replace(plan, cluster=cluster, case=replace(plan.case, work=tmp_path / "shared"))
+        apart = replace(shared, case=replace(plan.case, work=tmp_path / "apart"))
+        for one in (shared, apart):
+            one.case.work.mkdir()
+        made(shared, arm, 0)
+        lent, stages = made(shared, arm, 1)
+        assert not {"seconds.generate", "seconds.train"} & stages
+        alone, stages = made(apart, arm, 1)
+        assert {"seconds.generate", "seconds.train"} <= stages
+        assert lent == alone
+        weighed = replace(arm, base="weighed", settings=loop.STEERED)
+        (samples, _), stages = made(shared, weighed, 0)
+    assert samples == alone[0]
+    assert "seconds.generate" not in stages and "seconds.train" in stages
+
+
+def test_chance_draws_evenly_from_what_a_trial_can_reach():
+    rng = np.random.default_rng(0)
+    wide = Search(0, 10)
+    drawn = np.array([near(wide, 5.0, rng) for _ in range(2000)])
+    assert drawn.min() == pytest.approx(5 - 10 * REACH, abs=0.05)
+    assert drawn.max() == pytest.approx(5 + 10 * REACH, abs=0.05)
+    assert np.histogram(drawn, 4)[0].min() > 400
+    assert {near(wide, 0.0, rng) for _ in range(50)} & {0.0}  # at a limit, not beyond it
+    names = [near(Search(choices=("a", "b")), "a", rng) for _ in range(400)]
+    assert 150 < names.count("a") < 250
+
+
+def changed(one: dict, other: dict, path: str = "") -> set[str]:
+    """Dotted paths of what differs."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return set() if one == other else {path}
+    keys = one.keys() | other.keys()
+    return set().union(*(changed(one.get(k), other.get(k), f"{path}.{k}".strip(".")) for k in keys))
 
 
 def test_arms_differ_in_what_they_are_named_for(plan):
-    """And in nothing else: samples, seed and detector are equal."""
+    """And in nothing else."""
 
     def config(name, opacity=None):
         return config_of(plan, ARMS[name], 1, Path("/a.csv"), 3, opacity).model_dump(mode="json")
 
-    ours, faint, strong = config("loop"), *(config("standard", o) for o in (OPACITIES[0], OPACITIES[2]))
-    for other in (faint, config("ours"), config("chance"), config("few-loop-no-cut")):
-        for part in ("samples", "seed", "detector", "output"):
-            assert other[part] == ours[part]
-    assert ours["training"] == config("few-loop-no-cut")["training"] != config("chance")["training"]
-    assert not config("few-loop-no-guidance")["generation"]["practice"]["guidance"]
+    mix = "generation.generators"
+    practice = {"generation.practice.candidates", "generation.practice.guidance"}
+    lacks = {
+        "few-loop-no-feedback": {"feedback.enabled"},
+        "few-loop-no-guidance": practice,
+        "few-loop-no-weights": {"training.weigh"},
+        "few-loop-no-cut": {f"{mix}.cut"},
+        "few-loop-no-frequency": {f"{mix}.band", f"{mix}.wavelet"},
+    }
+    assert set(lacks) == {name for name in ARMS if name.startswith("few-loop-no-")}
+    for name, parts in lacks.items():
+        assert changed(config("few-loop"), config(name)) == parts, name
+    features = {f"{mix}.{name}" for name in FAMILIES["feature"]}
+    assert changed(config("few-onenip-loop"), config("few-onenip-loop-no-feature")) == features
+    assert changed(config("loop"), config("chance")) == set()
+    assert ARMS["chance"] == replace(ARMS["loop"], base="chance", chance=True)
+    assert changed(config("loop"), config("ours")) == {f"{mix}.cut.vary", "training.weigh", *practice}
+    assert config("loop")["generation"]["generators"]["cut"]["vary"] > 0
+    size = config("few-onenip-loop")["generation"]["generators"]["feature-ascent"]["params"]["size"]
+    assert size == get("onenip").settings().size
+    faint, strong = (config("standard", opacity) for opacity in (OPACITIES[0], OPACITIES[2]))
     weights = [one["generation"]["generators"]["perlin"]["params"]["opacity"] for one in (faint, strong)]
     assert weights == [[0.1, 0.5], [0.5, 1.0]]
     assert set(faint["generation"]["generators"]) == {"perlin", "cutpaste", "scar"}
-    left = set(ours["generation"]["generators"]) - set(config("few-loop-no-cut")["generation"]["generators"])
-    assert left == {"cut"}
-    assert config("few-loop-sixth")["samples"] * 6 == pytest.approx(ours["samples"], abs=3)
+    assert {path.split(".")[0] for path in changed(faint, config("ours"))} == {"generation"}
+
+
+def test_samples_are_those_of_all_rounds(data, tmp_path):
+    """The loop and the run that it is compared with make as many; the smaller loops are whole loops."""
+    plan = Plan(read_case(data, tmp_path, "feedback", 0.0), "residual", SETTINGS, 24)
+    assert samples_in_all(plan, "few-ours") == samples_in_all(plan, "few-loop") == 72
+    assert [samples_in_all(plan, name) for name in EFFICIENCY] == [12, 24, 36, 72]
+    for name in EFFICIENCY:
+        arm = ARMS[name]
+        assert replace(arm, base="few-loop", samples=1.0) == ARMS["few-loop"]
 
 
 def cell(level: float) -> dict:
     row = {"value": level, "resamples": packed(np.full(loop.RESAMPLES, level))}
-    return {"samples": 8, "categories": {c: {"pixel_ap": row, "aupro": row} for c in ("ring",)}}
+    return {"samples": 8, "categories": {"ring": {"groups": 4, "pixel_ap": row, "aupro": row}}}
 
 
 def test_the_command_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsys):
@@ -153,8 +241,43 @@ def test_the_command_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, c
     assert loop.main(given) == 0
     assert len(ran) == 2 * len(levels) + 1
     text = " ".join(capsys.readouterr().out.split())
-    assert "gap closed 0.750 [0.750, 0.750]; no gap: none" in text
+    assert "gap closed 0.750 [0.750, 0.750], each data set once 0.750 [0.750, 0.750]; no gap: none" in text
     assert "significantly behind chance: nowhere" in text
+
+
+def test_cells_of_another_code_or_another_arm_are_refused(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "run_timed", lambda *_: cell(0.5))
+    file = tmp_path / "figures.json"
+    given = ["--data", str(data), "--json", str(file), "--seeds", "0", "--arms", "ours"]
+    assert loop.main(given) == 0
+    assert loop.main([*given[:-1], "standard"]) == 0
+    with monkeypatch.context() as other:
+        other.setattr(loop, "code", lambda: "other")
+        assert loop.main(given) == 2
+    with monkeypatch.context() as other:
+        other.setitem(ARMS, "ours", replace(ARMS["ours"], samples=2.0))
+        assert loop.main(given) == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert "figures of another code" in text
+    assert "cells of other arms of the name ours" in text
+    assert loop.main(given) == 0
+
+
+def test_a_category_of_one_group_is_left_out(plan):
+    """It would have no spread, and any lead there would look sure."""
+    images = plan.judging(ARMS["ours"], 0)
+    rng = np.random.default_rng(0)
+    masks = [rng.random((32, 32)) < (0.1 if image.defect != GOOD else 0) for image in images]
+    maps = [rng.random((32, 32), np.float32) for _ in images]
+
+    def judged(group):
+        return [
+            Judged(replace(image, group=group(k)), 0.0, scores, mask, None)
+            for k, (image, scores, mask) in enumerate(zip(images, maps, masks, strict=True))
+        ]
+
+    assert figures(["ring"], judged(lambda k: "one"), 0) == {}
+    assert figures(["ring"], judged(lambda k: str(k % 3)), 0)["ring"]["groups"] == 3
 
 
 def test_a_look_at_the_test_split_is_noted_before_it(data, tmp_path, monkeypatch):

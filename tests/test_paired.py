@@ -27,20 +27,27 @@ def linear_runs(seeds: np.ndarray, groups: np.ndarray, resamples: int = RESAMPLE
     """Runs of a metric that is the mean over groups of (a seed's level + a group's): one part."""
     counts = draw_counts(len(groups), resamples, 7) / len(groups)
     drawn = seeds[:, None] + counts @ groups
-    return Runs((seeds + groups.mean())[:, None], drawn[:, None])
+    return Runs((seeds + groups.mean())[:, None], drawn[:, None], np.array([len(groups)]))
 
 
 def flat(value: float, resamples: int = 8) -> Estimate:
     return Estimate(value, np.full(resamples, value))
 
 
-def test_the_variance_is_that_of_seeds_plus_that_of_groups():
+def test_the_variance_is_the_unbiased_one_of_seeds_plus_that_of_groups():
+    """s²/n each, with the n − 1 of a sample's variance: neither three seeds nor four groups look surer."""
     rng = np.random.default_rng(0)
-    seeds, groups = rng.normal(0, 0.02, 3), rng.normal(0.5, 0.1, 12)
-    found = over_seeds(linear_runs(seeds, groups))
+    seeds, groups = rng.normal(0, 0.02, 3), rng.normal(0.5, 0.05, 4)
+    found = over_seeds(linear_runs(seeds, groups, 20_000))
     assert found.value == pytest.approx(seeds.mean() + groups.mean())
-    expected = seeds.var() / len(seeds) + groups.var() / len(groups)
-    assert found.resamples.var() == pytest.approx(expected, rel=0.1)
+    expected = seeds.var(ddof=1) / len(seeds) + groups.var(ddof=1) / len(groups)
+    assert found.resamples.var() == pytest.approx(expected, rel=0.05)
+
+
+def test_one_seed_has_the_spread_of_its_groups_alone():
+    groups = np.array([0.2, 0.4, 0.9])
+    found = over_seeds(linear_runs(np.zeros(1), groups, 20_000))
+    assert found.resamples.var() == pytest.approx(groups.var(ddof=1) / 3, rel=0.05)
 
 
 def test_what_arms_share_cancels():
@@ -55,7 +62,8 @@ def test_what_arms_share_cancels():
 
 def test_parts_are_averaged():
     halves = [linear_runs(np.zeros(2), groups) for groups in (np.full(4, 0.2), np.full(4, 0.6))]
-    both = Runs(*(np.concatenate([getattr(h, n) for h in halves], axis=1) for n in ("values", "resamples")))
+    joined = (np.concatenate([getattr(h, n) for h in halves], axis=1) for n in ("values", "resamples"))
+    both = Runs(*joined, np.array([4, 4]))
     assert over_seeds(both).value == pytest.approx(0.4)
     np.testing.assert_allclose(over_seeds(both).resamples, 0.4)
 
@@ -79,6 +87,17 @@ def test_gap_closed_by_hand():
     assert without == ["c"]
     uncertain = Estimate(0.6, np.linspace(0.1, 1.1, 100))  # above on average, not surely
     assert gap_closed({"a": flat(0.2, 100)}, {"a": flat(0.5, 100)}, {"a": uncertain})[1] == ["a"]
+
+
+def test_near_identical_categories_close_the_gap_once():
+    low = {name: flat(0.0) for name in ("paper1", "paper2", "nut")}
+    high = {name: flat(0.4) for name in low}
+    arm = {"paper1": flat(0.1), "paper2": flat(0.1), "nut": flat(0.4)}
+    sets = {"paper1": "papers", "paper2": "papers", "nut": "nuts"}
+    assert gap_closed(low, arm, high)[0].value == pytest.approx(0.6 / 1.2)
+    ratio, _ = gap_closed(low, arm, high, sets)
+    assert ratio.value == pytest.approx((0.1 + 0.4) / (0.4 + 0.4))
+    np.testing.assert_allclose(ratio.resamples, ratio.value)
 
 
 def test_the_ends_of_the_gap_close_none_and_all_of_it():
@@ -119,6 +138,14 @@ def test_behind_needs_more_than_one_unlucky_category():
     assert behind({**even, "unlucky": unlucky}) == []
     late = Estimate(-0.1, rng.normal(-0.1, 0.02, 1000))
     assert behind({**even, "late": late}) == ["late"]
+
+
+def test_too_few_resamples_for_so_many_tests_are_refused():
+    """The least p-value of 99 resamples is 0.01: of five tests, none could ever be significant."""
+    late = {f"c{k}": Estimate(-0.1, np.full(99, -0.1)) for k in range(5)}
+    assert behind(dict(list(late.items())[:4])) == ["c0", "c1", "c2", "c3"]
+    with pytest.raises(ValueError, match="99 resamples are too few for 5 tests"):
+        behind(late)
 
 
 @given(share=st.floats(0.05, 0.95), slope=st.floats(0.01, 0.2))

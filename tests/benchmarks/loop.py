@@ -6,20 +6,31 @@
 DIR holds data sets: folders of categories in the layout of MVTec AD; DIR/textures, if it is there, textures.
 A cell is an arm with one seed and one part of the pictures, in a process of its own. FILE is written after
 every cell: the same command goes on where it was stopped, within a cell too, and what is not measured is
-printed as missing. FILE.work/ keeps the workspaces; they hold pictures derived from those of DIR: keep them
-out of the repository.
+printed as missing. Cells of another code, of other settings or of an arm that is now another are refused.
+FILE.work/ keeps the workspaces; they hold pictures derived from those of DIR: keep them out of the
+repository.
 
 The arms (one multi-category model each; equal recipes a round, steps and settings of the detector):
 
-* standard: Perlin textures and CutPaste as published, the textures' weight chosen once on what steers;
-* ours: one round of our generators at their default settings;
-* chance: as many rounds as the loop, their settings drawn at random from the declared search space;
-* loop: the product's rounds;
-* ceiling: ours, and the real anomalies of the pictures that steer, as half of what is drawn;
-* few-…: the same on four categories, and the loop there without one of its parts, or with fewer samples.
+* A standard: Perlin textures and CutPaste as published, the textures' weight chosen once on what steers;
+* B ours: one round of our generators at their default settings;
+* C loop: the product's rounds with all that it steers by: weights of samples, practice against the detector
+  of the round before, and settings of `cut` that vary between shards, for no trial makes samples of it;
+* C0 chance: the loop in everything (rounds, samples, first round, weights, practice, the round that is
+  judged) but one: each later round's settings are drawn evenly from those that the loop's search can reach
+  from the present ones, in place of being chosen, and no normal picture counts as hard. A pick at random
+  from as many such settings as the loop tries is one such setting, so no trials are run;
+* D ceiling: ours, and the real anomalies of the pictures that steer, as half of what is drawn;
+* few-loop, few-loop-no-…: the loop on four categories, and the same without feedback, practice (few-loop-
+  no-guidance), weights, `cut` or frequency. Without the feature level: few-onenip-loop-no-feature against
+  few-onenip-loop, for `onenip` alone learns from features that a generator made;
+* few-ours, few-loop-half, -third, -sixth: ours in one round of as many samples as all rounds of few-loop
+  have together, and the loop with that share of them in as many rounds.
 
-Of the rounds of chance and loop, that which does best on the pictures that steer is judged. All but CPU time
-for making samples and steering is equal; it is told beside the figures.
+Of the rounds of an arm, that which does best on the pictures that steer is judged. Its detector learned from
+that round's samples alone. All but CPU time for making samples and steering is equal; it is told beside the
+figures, but what several cells have in common (samples of a first round, and a detector trained on them) is
+made, and counted, in the first of them.
 
 Development is on the feedback split, cross-fitted: its groups are dealt to two folds, one steers (is the
 ``feedback`` split of the workspace, and the ceiling's), the other judges, both ways round. --final steers by
@@ -27,9 +38,12 @@ the whole feedback split and judges on the test split; every such look is noted 
 file.
 
 Figures: pixel AP and AUPRO at 256 px, each way round a fold, averaged over both, over seeds, over the
-categories of a data set, and over data sets. Intervals: paired bootstrap (95 %) over seeds and groups of
-pictures. Gap closed: Σ(loop − standard) / Σ(ceiling − standard) over the categories where the interval of
-ceiling − standard lies above 0. Behind: one-sided, Holm over categories.
+categories of a data set, and over data sets; a category whose judging pictures are of one group has no
+interval and is left out. Intervals: paired bootstrap (95 %) over seeds and groups of pictures. Gap closed:
+Σ(loop − standard) / Σ(ceiling − standard) over the categories where the interval of ceiling − standard lies
+above 0; the others are listed as no gap, those where it lies below 0 once more. Behind: one-sided, Holm over
+categories. Fewer samples: those of all rounds of few-ours by those that the loop needs, in all its rounds,
+to reach the AUPRO of few-ours, read between its four sizes.
 """
 
 from __future__ import annotations
@@ -37,9 +51,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +63,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from manifests.errors import FlawsmithError
-from tests.benchmarks import loop_cells, paired
+from manifests.errors import FlawsmithError, UsageError
+from tests.benchmarks import detector_cells, loop_cells, paired
 from tests.benchmarks.detector_cells import SIDE, mean_of_data_sets
 from tests.benchmarks.detectors import TITLES, note_look, read_case
-from tests.benchmarks.loop_cells import METRICS, PARTS, RESAMPLES, Arm, Plan
+from tests.benchmarks.loop_cells import METRICS, PARTS, RESAMPLES, Arm, Plan, recipes
 from tests.benchmarks.paired import Runs, difference
 from tests.benchmarks.peers import run_timed
 from tests.benchmarks.pocket_case import described, shown, table
@@ -62,33 +77,40 @@ from workflows.stages import prepare_process
 
 ROUNDS = 3
 # What the arms that are steered by the product set beyond its defaults, by section.
+PRACTICE: dict[str, dict[str, Any]] = {"generation": {"practice": {"candidates": 4, "guidance": 0.3}}}
 WEIGHED: dict[str, dict[str, Any]] = {"training": {"weigh": True}}
-STEERED = {**WEIGHED, "generation": {"practice": {"candidates": 4, "guidance": 0.3}}}
+STEERED = {**WEIGHED, **PRACTICE}
+UNFED: dict[str, dict[str, Any]] = {"feedback": {"enabled": False}}
 FEW_LOOP = Arm("few-loop", rounds=ROUNDS, few=True, settings=STEERED)
+ONENIP: dict[str, dict[str, Any]] = {"detector": {"name": "onenip", "settings": {}}}
+FEW_ONENIP = replace(FEW_LOOP, base="few-onenip", settings={**STEERED, **ONENIP})
 ARMS = {
     "ours": Arm("ours"),
     "standard": Arm("standard", standard=True),
     "ceiling": Arm("ours", real=True),
     "loop": Arm("loop", rounds=ROUNDS, settings=STEERED),
-    "chance": Arm("chance", rounds=ROUNDS, chance=True),
-    "few-ours": Arm("few", few=True),  # the loop without feedback
+    "chance": Arm("chance", rounds=ROUNDS, chance=True, settings=STEERED),
+    "few-ours": Arm("few-ours", few=True, samples=ROUNDS),
     "few-loop": FEW_LOOP,
     "few-loop-half": replace(FEW_LOOP, base="few-half", samples=1 / 2),
     "few-loop-third": replace(FEW_LOOP, base="few-third", samples=1 / 3),
     "few-loop-sixth": replace(FEW_LOOP, base="few-sixth", samples=1 / 6),
+    "few-loop-no-feedback": replace(FEW_LOOP, base="few-no-feedback", settings={**STEERED, **UNFED}),
     "few-loop-no-guidance": replace(FEW_LOOP, base="few-no-guidance", settings=WEIGHED),
-    "few-loop-no-weights": replace(
-        FEW_LOOP, base="few-no-weights", settings={"generation": STEERED["generation"]}
-    ),
+    "few-loop-no-weights": replace(FEW_LOOP, base="few-no-weights", settings=PRACTICE),
     "few-loop-no-cut": replace(FEW_LOOP, base="few-no-cut", without="cut"),
     "few-loop-no-frequency": replace(FEW_LOOP, base="few-no-frequency", without="frequency"),
+    "few-onenip-loop": FEW_ONENIP,
+    "few-onenip-loop-no-feature": replace(FEW_ONENIP, base="few-onenip-no-feature", without="feature"),
 }
 EFFICIENCY = ("few-loop-sixth", "few-loop-third", "few-loop-half", "few-loop")
-ABLATED = ("few-ours", *(name for name in ARMS if "-no-" in name))
+WHOLES = ("few-loop", "few-onenip-loop")  # each is followed by itself without a part
 MAIN = ("standard", "ours", "chance", "loop", "ceiling")
 SEEDS = (0, 1, 2)
 DETECTOR = "residual"
 SAMPLES = 24  # recipes a category and round
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("manifests", "generation", "detectors", "training", "workflows")
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -103,7 +125,48 @@ def identity(plan: Plan) -> dict[str, Any]:
         "side": SIDE,
         "resamples": RESAMPLES,
         "torch": torch.__version__,
+        "code": code(),
+        "final": plan.final,
     }
+
+
+def code() -> str:
+    """Of the product, with its data, and of the cells; not of the report and the tables."""
+    files = [
+        file
+        for name in PACKAGES
+        for file in (ROOT / name).rglob("*")
+        if file.is_file() and not {"__pycache__", "report"} & set(file.relative_to(ROOT).parts)
+    ]
+    files += [Path(module.__file__ or "") for module in (loop_cells, detector_cells)]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size} ".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def workplace(folder: Path, own: Mapping[str, Any]) -> Path:
+    """Where cells of this identity work: what others left behind is never gone on with."""
+    named = folder / hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    named.mkdir(parents=True, exist_ok=True)
+    return named
+
+
+def told_arm(name: str) -> dict[str, Any]:
+    """An arm's definition, as the file of figures keeps it."""
+    return json.loads(json.dumps(asdict(ARMS[name])))
+
+
+def check_arms(path: Path, result: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UsageError: the file holds cells of an arm that is now defined otherwise.
+    """
+    if other := [name for name, own in result["arms"].items() if name in ARMS and own != told_arm(name)]:
+        raise UsageError(
+            f"{path} holds cells of other arms of the name {', '.join(other)}: name another file"
+        )
 
 
 def key(seed: int, part: int) -> str:
@@ -111,17 +174,23 @@ def key(seed: int, part: int) -> str:
 
 
 def measure(arguments: argparse.Namespace, name: str, seed: int, part: int) -> dict[str, Any]:
-    """One cell, in a process of its own."""
+    """One cell, in a process of its own, and the minutes of CPU time that it and all its workers took."""
     module = [sys.executable, "-m", "tests.benchmarks.loop", "--cell", name, "--seeds", str(seed)]
     given = ["--part", str(part), "--data", arguments.data, "--json", arguments.json, *passed_on(arguments)]
-    found: dict[str, Any] = plain(run_timed([*module, *given], 1))
-    return found
+    before = children_seconds()
+    found = run_timed([*module, *given], 1)
+    return {**plain(found), "cpu_minutes": (children_seconds() - before) / 60}
 
 
 def passed_on(arguments: argparse.Namespace) -> list[str]:
     given = ["--detector", arguments.detector, "--samples", str(arguments.samples)]
     given += ["--settings", json.dumps(arguments.settings)]
     return [*given, *(["--final"] if arguments.final else [])]
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 # -- figures --------------------------------------------------------------------------------------------
@@ -137,6 +206,7 @@ def runs_of(
         c: Runs(
             np.array([[one[c][metric]["value"] for one in row] for row in rows]),
             np.array([[paired.unpacked(one[c][metric]["resamples"]) for one in row] for row in rows]),
+            np.array([one[c]["groups"] for one in rows[0]]),
         )
         for c in shared
     }
@@ -182,8 +252,7 @@ def means_table(plan: Plan, known: Mapping[str, Figures], result: Mapping[str, A
             continue
         cells: list[str] = []
         for metric in METRICS:
-            sets = {c: plan.case.data_set(c) for c in known[name][metric]}
-            cells.append(told(mean_of_data_sets(known[name][metric], sets)))
+            cells.append(told(mean(plan, known[name], metric)))
             for other in ("standard", "chance"):
                 there = other in known and other != name
                 cells.append(signed(lead(plan, known[name], known[other], metric)) if there else "")
@@ -212,15 +281,18 @@ def category_table(plan: Plan, known: Mapping[str, Figures], metric: str) -> Tab
     return rows
 
 
-def verdicts(known: Mapping[str, Figures]) -> list[str]:
+def verdicts(plan: Plan, known: Mapping[str, Figures]) -> list[str]:
     """Gap closed, and where the loop is behind; a line a metric and question."""
     lines = []
     for metric in METRICS:
         if all(name in known for name in ("standard", "loop", "ceiling")):
-            arms = [known[name][metric] for name in ("standard", "loop", "ceiling")]
-            ratio, without = paired.gap_closed(*arms)
+            low, arm, high = (known[name][metric] for name in ("standard", "loop", "ceiling"))
+            ratio, without = paired.gap_closed(low, arm, high)
+            by_sets, _ = paired.gap_closed(low, arm, high, {c: plan.case.data_set(c) for c in low})
+            below = [c for c in without if paired.above_zero(difference(low[c], high[c]))]
             lines.append(
-                f"{TITLES[metric]}: gap closed {told(ratio)}; no gap: {', '.join(without) or 'none'}"
+                f"{TITLES[metric]}: gap closed {told(ratio)}, each data set once {told(by_sets)}; no gap: "
+                f"{', '.join(without) or 'none'}; below standard: ceiling in {', '.join(below) or 'none'}"
             )
         for other in ("standard", "chance"):
             if "loop" in known and other in known:
@@ -233,32 +305,60 @@ def verdicts(known: Mapping[str, Figures]) -> list[str]:
 
 
 def few_table(plan: Plan, known: Mapping[str, Figures]) -> Table:
-    rows = table("four categories: the loop, and without a part of it", "arm", *(TITLES[m] for m in METRICS))
-    for name in ("few-loop", *ABLATED):
-        if name not in known:
-            rows.add_row(name, *["–"] * len(METRICS))
-            continue
-        cells = []
-        for metric in METRICS:
-            sets = {c: plan.case.data_set(c) for c in known[name][metric]}
-            own = told(mean_of_data_sets(known[name][metric], sets))
-            less = name != "few-loop" and "few-loop" in known
-            cells.append(
-                own + (f" ({signed(lead(plan, known[name], known['few-loop'], metric))})" if less else "")
+    rows = table(
+        "four categories: the loop, and without a part of it (its lead over the whole)",
+        "arm",
+        *(TITLES[m] for m in METRICS),
+    )
+    for whole in WHOLES:
+        for name in (whole, *(name for name in ARMS if name.startswith(f"{whole}-no-"))):
+            if name not in known:
+                rows.add_row(name, *["–"] * len(METRICS))
+                continue
+            less = name != whole and whole in known
+            rows.add_row(
+                name,
+                *(
+                    told(mean(plan, known[name], metric))
+                    + (f" ({signed(lead(plan, known[name], known[whole], metric))})" if less else "")
+                    for metric in METRICS
+                ),
             )
-        rows.add_row(name, *cells)
+    return rows
+
+
+def mean(plan: Plan, own: Figures, metric: str) -> Estimate:
+    """Over data sets."""
+    return mean_of_data_sets(own[metric], {c: plan.case.data_set(c) for c in own[metric]})
+
+
+def samples_in_all(plan: Plan, name: str) -> int:
+    """Recipes of all rounds of an arm together."""
+    arm = ARMS[name]
+    return arm.rounds * recipes(plan, arm)
+
+
+def efficiency_table(plan: Plan, known: Mapping[str, Figures]) -> Table:
+    rows = table(
+        "four categories: samples in all rounds of a run", "arm", "samples", *(TITLES[m] for m in METRICS)
+    )
+    for name in (*EFFICIENCY, "few-ours"):
+        own = [told(mean(plan, known[name], m)) if name in known else "–" for m in METRICS]
+        rows.add_row(name, str(samples_in_all(plan, name)), *own)
     return rows
 
 
 def efficiency(plan: Plan, known: Mapping[str, Figures]) -> str:
-    """How many times fewer samples the loop needs to reach the AUPRO of ``few-ours``."""
+    """How many times fewer samples, in all rounds, the loop needs to reach the AUPRO of ``few-ours``."""
     if any(name not in known for name in (*EFFICIENCY, "few-ours")):
         return "samples needed: missing"
-    sets = {c: plan.case.data_set(c) for c in known["few-ours"]["aupro"]}
-    curve = [mean_of_data_sets(known[name]["aupro"], sets) for name in EFFICIENCY]
-    counts = [max(1, round(1000 * ARMS[name].samples)) for name in EFFICIENCY]
-    times = paired.fewer_samples(counts, curve, mean_of_data_sets(known["few-ours"]["aupro"], sets))
-    return f"samples needed for the AUPRO of few-ours: {shown(described(times), '.1f')} times fewer"
+    counts = [samples_in_all(plan, name) for name in EFFICIENCY]
+    curve = [mean(plan, known[name], "aupro") for name in EFFICIENCY]
+    times = paired.fewer_samples(counts, curve, mean(plan, known["few-ours"], "aupro"))
+    return (
+        f"samples of few-ours by those that the loop needs for its AUPRO: {shown(described(times), '.1f')} "
+        f"(0: not reached with as many; at most {counts[-1] / counts[0]:.1f}, the smallest loop measured)"
+    )
 
 
 def show(plan: Plan, result: Mapping[str, Any], seeds: Sequence[int], console: Console) -> None:
@@ -268,9 +368,10 @@ def show(plan: Plan, result: Mapping[str, Any], seeds: Sequence[int], console: C
     if any(name in known for name in MAIN):
         for metric in METRICS:
             console.print(category_table(plan, known, metric))
-    for line in verdicts(known):
+    for line in verdicts(plan, known):
         console.print(line, highlight=False)
     console.print(few_table(plan, known))
+    console.print(efficiency_table(plan, known))
     console.print(efficiency(plan, known), highlight=False)
     for name in ARMS:
         cells = result["cells"].get(name, {})
@@ -308,13 +409,18 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         case = read_case(arguments.data, work, "test" if arguments.final else "feedback", 0.0)
         plan = Plan(case, arguments.detector, arguments.settings, arguments.samples, arguments.final)
+        own = identity(plan)
+        plan = replace(plan, case=replace(case, work=workplace(work, own)))
         if arguments.cell:
             prepare_process()
             torch.set_num_threads(1)
-            found = loop_cells.measure(plan, ARMS[arguments.cell], arguments.seeds[0], arguments.part)
+            with loop_cells.own_worker() as cluster:
+                plan = replace(plan, cluster=cluster)
+                found = loop_cells.measure(plan, ARMS[arguments.cell], arguments.seeds[0], arguments.part)
             print(json.dumps(found))
             return 0
-        result = open_file(arguments.json, {**identity(plan), "final": plan.final}, cells={})
+        result = open_file(arguments.json, own, arms={}, cells={})
+        check_arms(arguments.json, result)
     except FlawsmithError as error:
         console.print(str(error), style="bold", markup=False)
         return 2
@@ -332,6 +438,7 @@ def main(given: Sequence[str] | None = None) -> int:
                     failed = True
                     console.print(f"{name}, {key(seed, part)}: {error}", style="bold", markup=False)
                     continue
+                result["arms"][name] = told_arm(name)
                 result["cells"].setdefault(name, {})[key(seed, part)] = found
                 write_file(arguments.json, result)
                 console.print(f"{name}, {key(seed, part)}: {found['cpu_minutes']:.1f} min", highlight=False)

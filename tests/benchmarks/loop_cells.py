@@ -2,26 +2,31 @@
 another; in a process of its own.
 
 Every arm but the ceiling is a configuration of the product, run in a workspace: what the product learns to
-steer by enters here by its settings alone.
+steer by enters here by its settings alone. What cells have in common of their first rounds is made once.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cv2
+import dask
 import numpy as np
+from distributed import LocalCluster
 
 from detectors.protocol import Detector, get
 from manifests.pictures import load, load_mask
-from manifests.schema import GOOD, Image
+from manifests.schema import GOOD, Image, canonical_json
+from manifests.searching import Search
 from manifests.workspace import Workspace, round_file
 from tests.benchmarks.detector_cells import (
     THREADS,
@@ -37,16 +42,22 @@ from training.evaluation import Judged, judge
 from training.fitting import train
 from training.intervals import Estimate, evaluate_pixels
 from training.loading import Sample, small_mask
-from workflows.config import Config, parse_config
-from workflows.detecting import calibration_normals, held_out, load_detector, samples_of
-from workflows.loop import run, spent
-from workflows.rounds import accepted_samples, open_round, write_settings
-from workflows.space import apply_values, random_values, search_space
-from workflows.stages import device, read_settings
+from workflows.config import Config, Generation, parse_config
+from workflows.detecting import calibration_normals, checkpoint_folder, held_out, load_detector, samples_of
+from workflows.loop import run
+from workflows.machines import LOCAL
+from workflows.probing import Ground
+from workflows.rounds import accepted_samples, begin, open_round, write_settings
+from workflows.searching import REACH, Verdict
+from workflows.space import at_place, place_of, present_values, search_space
+from workflows.stages import Round, device, read_settings
+from workflows.steering import decide, judgeable, spelled_out
+from workflows.weighing import TABLE as WEIGHTS
 
 METRICS = ("pixel_ap", "aupro")
-RESAMPLES = 400
-SHARD = 64
+RESAMPLES = 1000
+SHARD = 8  # so that a round has several of `cut`, whose settings vary between shards
+VARY = 0.25  # of cut's searched numbers, in arms of several rounds: no trial makes samples of it
 FEW = 4  # categories of the arms that are measured on few
 FOLDS = (0, 1)  # of the feedback split: one steers, the other judges
 WHOLE = 2  # the part that steers in place of them under --final: all of the feedback split
@@ -64,7 +75,9 @@ OURS: dict[str, dict[str, Any]] = {
     "wavelet": {},
     "cut": {},
 }
-FAMILIES = {"cut": ("cut",), "frequency": ("band", "wavelet")}
+FEATURES = ("feature-noise", "feature-ascent")  # beside them, where the detector reads features
+READS_FEATURES = ("onenip",)
+FAMILIES = {"cut": ("cut",), "frequency": ("band", "wavelet"), "feature": FEATURES}
 # Of the standard recipe's textures, from faint to strong; the second is published.
 OPACITIES = ((0.1, 0.5), (0.2, 1.0), (0.5, 1.0))
 
@@ -75,13 +88,12 @@ class Arm:
 
     Attributes:
         base: name of the workspace it works in; arms of one base share its rounds.
-        rounds: how many at most; judged is the one that is best on the pictures that steer.
-        chance: the first round is that of ``ours``; the settings of the others are drawn at random from the
-            declared search space.
+        rounds: how many; judged is the one that is best on the pictures that steer.
+        chance: the settings of the rounds after the first are drawn at random; see :func:`drawn_by_chance`.
         standard: the standard recipe, in place of our generators.
         real: the real anomalies of the pictures that steer are trained on, too.
         few: on four categories, one a data set.
-        samples: share of a round's recipes.
+        samples: a round's recipes, as a share of the plan's.
         without: families of generators that are left out.
         settings: of the product, by section, that differ from the defaults.
     """
@@ -105,6 +117,7 @@ class Plan:
         samples: recipes a category and round.
         detector: name in the registry; ``settings`` are its own, with the steps.
         final: steered by the whole feedback split, judged on ``test``.
+        cluster: where samples are made; a section of the product's configuration.
     """
 
     case: Case
@@ -112,6 +125,7 @@ class Plan:
     settings: Mapping[str, Any]
     samples: int
     final: bool = False
+    cluster: Mapping[str, Any] = field(default_factory=lambda: {"workers": THREADS})
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -179,7 +193,13 @@ def run_rounds(plan: Plan, arm: Arm, seed: int, part: int, rounds: int, opacity:
     space = workspace(plan, name, seed, part)
     source = plan.case.work / f"{'few' if arm.few else 'all'}-{PARTS[part]}.csv"
     write_list(source, [*plan.normals(arm), *plan.steering(arm, part)])
-    run(config_of(plan, arm, seed, source, rounds, opacity), space)
+    config = config_of(plan, arm, seed, source, rounds, opacity)
+    if not space.rounds():
+        with space.writing():
+            begin(config, space, new_round=False)
+    lend(plan, arm, part, space)
+    run(config, space)
+    lend(plan, arm, part, space, back=True)
     return space
 
 
@@ -197,25 +217,21 @@ def write_list(path: Path, images: Sequence[Image]) -> None:
 
 
 def config_of(plan: Plan, arm: Arm, seed: int, source: Path, rounds: int, opacity: Any) -> Config:
-    left_out = FAMILIES[arm.without] if arm.without else ()
-    generation: dict[str, Any] = {"generators": {k: v for k, v in OURS.items() if k not in left_out}}
-    if arm.standard:
-        perlin = {"texture": "folder", "mask": "threshold", "lattice": [1, 5], "rotation": 5}
-        paste = {"share": 0.5, "params": {"published": True, "jitter": 0.4}}
-        mix = {"perlin": {"params": {**perlin, "opacity": list(opacity)}}, "cutpaste": paste, "scar": paste}
-        generation = {"preset": "onenip", "generators": mix, "textures": str(textures_folder(plan.case))}
     sections: dict[str, dict[str, Any]] = {
-        "generation": generation,
         "detector": {"name": plan.detector, "settings": dict(plan.settings)},
         "output": {"shard_size": SHARD},
-        "cluster": {"workers": THREADS},
+        "evaluation": {"resamples": 0},  # of figures that nobody reads here
+        "feedback": {"patience": None},
+        "cluster": dict(plan.cluster),
     }
     for name, own in arm.settings.items():
         sections[name] = {**sections.get(name, {}), **own}
+    made = standard_mix(plan, opacity) if arm.standard else {"generators": our_mix(arm, sections["detector"])}
+    sections["generation"] = {**made, **sections.get("generation", {})}
     return parse_config(
         {
             "source": [{"path": str(source), "layout": "list", "group": "group"}],
-            "samples": max(1, round(arm.samples * plan.samples * len(plan.categories(arm)))),
+            "samples": recipes(plan, arm),
             "rounds": rounds,
             "seed": seed,
             **sections,
@@ -224,29 +240,128 @@ def config_of(plan: Plan, arm: Arm, seed: int, source: Path, rounds: int, opacit
     )
 
 
-def first_of(arm: Arm) -> Arm:
-    """The arm whose round is the first one of settings drawn by chance."""
-    return replace(arm, base="few" if arm.few else "ours")
+def recipes(plan: Plan, arm: Arm) -> int:
+    """Of a round."""
+    return max(1, round(arm.samples * plan.samples * len(plan.categories(arm))))
+
+
+def standard_mix(plan: Plan, opacity: Any) -> dict[str, Any]:
+    """The section ``generation`` of the standard recipe."""
+    perlin = {"texture": "folder", "mask": "threshold", "lattice": [1, 5], "rotation": 5}
+    paste = {"share": 0.5, "params": {"published": True, "jitter": 0.4}}
+    mix = {"perlin": {"params": {**perlin, "opacity": list(opacity)}}, "cutpaste": paste, "scar": paste}
+    return {"preset": "onenip", "generators": mix, "textures": str(textures_folder(plan.case))}
+
+
+def our_mix(arm: Arm, detector: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Our generators, by name; of features at the detector's input size."""
+    mix = {name: dict(own) for name, own in OURS.items()}
+    if arm.rounds > 1:
+        mix["cut"]["vary"] = VARY
+    if detector["name"] in READS_FEATURES:
+        size = get(detector["name"]).settings.model_validate(detector["settings"]).size
+        mix |= {name: {"params": {"size": size}} for name in FEATURES}
+    return {name: own for name, own in mix.items() if name not in FAMILIES.get(arm.without or "", ())}
+
+
+@contextmanager
+def own_worker() -> Iterator[dict[str, Any]]:
+    """A worker in a thread of this process, which then imports nothing and loads no model a second time, as
+    a section ``cluster``. One that is named so is also asked for no memory: the batch of `cut` stays as it is
+    set, in every cell."""
+    with (
+        dask.config.set(LOCAL),
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=THREADS,
+            processes=False,
+            dashboard_address="127.0.0.1:0",
+            memory_limit=0,
+        ) as cluster,
+    ):
+        yield {"address": cluster.scheduler_address}
+
+
+# -- what cells have in common --------------------------------------------------------------------------
+
+
+def lend(plan: Plan, arm: Arm, part: int, space: Workspace, *, back: bool = False) -> None:
+    """Copies what another cell made of the same first round into a workspace or, with ``back``, keeps what
+    this one made for others: its samples and, if nothing of it depends on the pictures that steer but
+    through the weights, its detector. Each is kept under everything that decides it."""
+    round_ = open_round(space, 0)
+    made = made_of(round_)
+    learned: list[Any] = [round_.config.detector.model_dump(), round_.config.training.model_dump()]
+    if round_.config.training.weigh:
+        learned.append(sorted(image.image_id for image in plan.steering(arm, part)))
+    trained = checkpoint_folder(0, round_.config.detector.name)
+    samples = [round_file(0, name) for name in ("recipes", "shards", "samples", "shards.parquet")]
+    weights = [round_file(0, WEIGHTS)] if round_.config.training.weigh else []
+    for what, names in ((made, samples), ([made, learned], [*weights, trained])):
+        kept = plan.case.work / "made" / hashlib.sha256(canonical_json(what).encode()).hexdigest()[:16]
+        source, target = (Path(space.path("")), kept) if back else (kept, Path(space.path("")))
+        if all((source / name).exists() for name in names):
+            copy_once(source, target, names)
+
+
+def made_of(round_: Round) -> list[Any]:
+    """What decides the samples of a first round, which practises against nothing."""
+    told = json.loads(round_.fingerprint())
+    del told["generation"]["practice"]
+    normals = [image.image_id for own in round_.pool.normals.values() for image in own]
+    return [told, normals, [texture.image_id for texture in round_.pool.textures]]
+
+
+def copy_once(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Files and folders that ``target`` lacks, each whole or not at all."""
+    for name in names:
+        if (target / name).exists():
+            continue
+        aside = target / f"{name}.part"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(source / name, aside)
+        else:
+            shutil.copy(source / name, aside)
+        aside.rename(target / name)
+
+
+# -- chance ---------------------------------------------------------------------------------------------
 
 
 def run_by_chance(plan: Plan, arm: Arm, seed: int, part: int) -> Workspace:
-    """Rounds whose settings are drawn from the search space; the first is that of our generators."""
-    space = workspace(plan, arm.base, seed, part)
-    if not space.exists(round_file(0, "found.parquet")):
-        first = run_rounds(plan, first_of(arm), seed, part, 1)
-        aside = space.path("000.part")  # whole or not at all
-        shutil.copytree(first.path("rounds/000"), aside, dirs_exist_ok=True)
-        shutil.copy(first.path("images.parquet"), space.path("images.parquet"))
-        Path(space.path("rounds")).mkdir(exist_ok=True)
-        Path(aside).rename(space.path("rounds/000"))
+    """The arm's rounds; before each but the first its settings are drawn."""
     for number in range(1, arm.rounds):
+        space = run_rounds(plan, arm, seed, part, number)
         if not space.exists(round_file(number, "settings.yaml")):
-            config, generation, began = read_settings(space, 0)
+            config, _, began = read_settings(space, 0)
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(CHANCE, part, number)))
-            drawn = apply_values(generation, random_values(search_space(generation), rng))
-            write_settings(space, number, config, drawn, first=began)
-        run_rounds(plan, arm, seed, part, number + 1)
-    return space
+            write_settings(space, number, config, drawn_by_chance(space, number - 1, rng), first=began)
+    return run_rounds(plan, arm, seed, part, arm.rounds)
+
+
+def drawn_by_chance(space: Workspace, number: int, rng: np.random.Generator) -> Generation:
+    """The settings of the round after ``number``, as if one of the search's trials were applied whatever it
+    is worth: every setting that the search may change is drawn evenly from where a trial may lie, numbers
+    within its reach of their present place, choices from all. Drawing as many as the loop tries and picking
+    one without asking the real pictures would be the same draw, so none of them is measured."""
+    round_ = open_round(space, number)
+    shown = SimpleNamespace(banks=round_.pool.normals, recipes=accepted_samples(space, number))
+    generation = spelled_out(round_.generation, cast(Ground, shown))  # it asks for no more
+    present = present_values(generation)
+    settings = judgeable(search_space(generation), generation, round_)
+    values = {path: near(search, present[path], rng) for path, search in settings.items()}
+    after, _ = decide(generation, values, {}, {}, Verdict(values, "drawn at random", "drawn at random"))
+    return after
+
+
+def near(search: Search, value: Any, rng: np.random.Generator) -> Any:
+    """A value drawn evenly from those that a trial may have beside this one."""
+    if search.choices:
+        return at_place(search, rng.random())
+    place = place_of(search, value) + rng.uniform(-REACH, REACH)
+    return at_place(search, min(max(place, 0.0), 1.0))
 
 
 def standing(space: Workspace, number: int, data_set: Mapping[str, str]) -> float:
@@ -309,26 +424,19 @@ def measure(plan: Plan, arm: Arm, seed: int, part: int) -> dict[str, Any]:
     """Everything of one cell; plain values of JSON.
 
     ``round`` is the one that was judged, ``standings`` how each did on the pictures that steer, ``opacity``
-    the standard recipe's that did best there with the first seed, ``cpu_minutes`` the CPU time that the cell
-    would take alone: of the stages of every round that it stands on, whichever cell ran them and in however
-    many tries, and of what it did beside them.
+    the standard recipe's that did best there with the first seed.
     """
     sets = {category: plan.case.data_set(category) for category in plan.categories(arm)}
     note: dict[str, Any] = {}
     if arm.standard:
-        tuned = [run_rounds(plan, arm, 0, part, 1, o) for o in OPACITIES]
-        tried = {str(o): standing(each, 0, sets) for o, each in zip(OPACITIES, tuned, strict=True)}
+        tried = {str(o): standing(run_rounds(plan, arm, 0, part, 1, o), 0, sets) for o in OPACITIES}
         opacity = max(OPACITIES, key=lambda o: tried[str(o)])
         space = run_rounds(plan, arm, seed, part, 1, opacity)
         note = {"opacity": opacity, "tried": tried}
-        stood_on = dict.fromkeys([*tuned, space], 1)
     elif arm.chance:
         space = run_by_chance(plan, arm, seed, part)
-        stood_on = {workspace(plan, first_of(arm).base, seed, part): 1, space: arm.rounds}
     else:
         space = run_rounds(plan, arm, seed, part, arm.rounds)
-        stood_on = {space: arm.rounds}
-    started = time.process_time()
     if arm.real:
         detector, count = ceiling(plan, arm, seed, part, space)
     else:
@@ -340,34 +448,30 @@ def measure(plan: Plan, arm: Arm, seed: int, part: int) -> dict[str, Any]:
     max_side = open_round(space, 0).config.output.max_side
     judged = judge(detector, plan.judging(arm, part), max_side)
     resized = [at_side(one.image, one.score, one.map) for one in judged]
-    categories = figures(plan.case.categories, resized, part)
-    cpu = sum(
-        spent(each, "cpu.", range(arm.rounds)) for each in {each.url: each for each in stood_on}.values()
-    )
-    minutes = (cpu + time.process_time() - started) / 60
-    return {**note, "samples": count, "categories": categories, "cpu_minutes": minutes}
+    return {**note, "samples": count, "categories": figures(plan.case.categories, resized, part)}
 
 
 def figures(categories: Sequence[str], judged: Sequence[Judged], part: int) -> dict[str, Any]:
-    """By category and metric, the value and its packed resamples. A category's draws of groups are the same
-    in every cell of that part; one group alone has no spread."""
+    """By category the number of ``groups``, and by metric the value and its packed resamples. A category's
+    draws of groups are the same in every cell of that part; one whose pictures are of one group is left
+    out."""
     found: dict[str, Any] = {}
     for number, category in enumerate(categories):
         own = [entry for entry in judged if entry.image.category == category]
         masks = [entry.mask for entry in own if entry.mask is not None]
-        if not any(mask.any() for mask in masks):
+        groups = [entry.image.group for entry in own]
+        if not any(mask.any() for mask in masks) or len(set(groups)) < 2:
             continue
         estimates = evaluate_pixels(
             [entry.map for entry in own],
             masks,
-            [entry.image.group for entry in own],
+            groups,
             [entry.ignore for entry in own],
             resamples=RESAMPLES,
             seed=np.random.SeedSequence(0, spawn_key=(number, part)),
         )
-        found[category] = {}
+        found[category] = {"groups": len(set(groups))}
         for metric in METRICS:
-            resamples = redrawn(estimates[metric]).resamples
-            known = np.where(np.isnan(resamples), estimates[metric].value, resamples)
-            found[category][metric] = {"value": estimates[metric].value, "resamples": packed(known)}
+            drawn = packed(redrawn(estimates[metric]).resamples)
+            found[category][metric] = {"value": estimates[metric].value, "resamples": drawn}
     return found

@@ -4,17 +4,23 @@ A cell keeps, for each category and metric, the value and its resamples: the met
 groups in every arm and seed (:func:`packed`, two bytes each). From these alone come intervals of means, of
 differences and of what is made of them: the seeds of an arm are drawn with replacement too, the same ones in
 every arm, and everything is linear up to the ratios.
+
+Seeds are three and groups often four. Drawing n of n spreads a mean by (n − 1)/n of its variance, so one
+seed less is drawn (Rao & Wu 1988), and what groups spread is widened by √(n/(n − 1)). What is left is that
+percentiles know no t-distribution: of a mean over four normal groups, a 95 % interval covers the truth in
+85 %, without widening in 80 % (simulated).
 """
 
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from training.intervals import Estimate, draw_counts
+from training.intervals import Estimate
 
 LEVELS = 65535  # of a packed value, over [0, 1]
 SEEDS = 1  # spawn key of the draws of seeds
@@ -38,19 +44,25 @@ class Runs:
     Attributes:
         values: float64, S×F: seeds, and the parts in which the pictures were judged.
         resamples: float64, S×F×R. A part's draws of groups are those of every seed and arm.
+        groups: F; how many were drawn, 2 at least.
     """
 
     values: np.ndarray
     resamples: np.ndarray
+    groups: np.ndarray
 
 
 def over_seeds(runs: Runs) -> Estimate:
-    """The mean over seeds and parts. Each resample draws as many seeds as there are, with replacement: the
+    """The mean over seeds and parts. Each resample draws one seed less than there are, with replacement: the
     same ones in every arm and category, so that estimates may be subtracted and averaged."""
     seeds, parts, resamples = runs.resamples.shape
-    counts = draw_counts(seeds, resamples, np.random.SeedSequence(0, spawn_key=(SEEDS,))) / seeds
-    drawn = np.einsum("rs,sfr->r", counts, runs.resamples) / parts
-    return Estimate(float(runs.values.mean()), drawn)
+    centre = runs.resamples.mean(axis=2, keepdims=True)
+    wider = np.sqrt(runs.groups / (runs.groups - 1))[:, None]
+    drawn = max(1, seeds - 1)
+    rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(SEEDS,)))
+    counts = rng.multinomial(drawn, np.full(seeds, 1 / seeds), size=resamples) / drawn
+    means = np.einsum("rs,sfr->r", counts, centre + wider * (runs.resamples - centre)) / parts
+    return Estimate(float(runs.values.mean()), means)
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
@@ -63,9 +75,16 @@ def above_zero(estimate: Estimate) -> bool:
 
 
 def gap_closed(
-    low: Mapping[str, Estimate], arm: Mapping[str, Estimate], high: Mapping[str, Estimate]
+    low: Mapping[str, Estimate],
+    arm: Mapping[str, Estimate],
+    high: Mapping[str, Estimate],
+    data_set: Mapping[str, str] | None = None,
 ) -> tuple[Estimate, list[str]]:
-    """Σ(arm − low) / Σ(high − low) over the categories whose interval of high − low lies above 0.
+    """Σ(arm − low) / Σ(high − low) over the categories whose interval of high − low lies above 0. Which
+    these are counts as given: the interval does not hold that other pictures would have chosen others.
+
+    Args:
+        data_set: of each category; the sums are then over data sets, of the means of their categories.
 
     Returns:
         The ratio, NaN without such a category, and the other categories: there is no gap to close.
@@ -81,10 +100,14 @@ def gap_closed(
     without = [name for name in gaps if name not in with_gap]
     if not with_gap:
         return Estimate(float("nan"), np.empty(0)), without
-    gains = [difference(arm[name], low[name]) for name in with_gap]
+    sets = [name if data_set is None else data_set[name] for name in with_gap]
+    shares = [1 / Counter(sets)[own] for own in sets]
     gained, gap = (
-        Estimate(sum(one.value for one in own), np.sum([one.resamples for one in own], axis=0))
-        for own in (gains, [gaps[name] for name in with_gap])
+        Estimate(
+            sum(share * one.value for share, one in zip(shares, own, strict=True)),
+            np.sum([share * one.resamples for share, one in zip(shares, own, strict=True)], axis=0),
+        )
+        for own in ([difference(arm[name], low[name]) for name in with_gap], [gaps[n] for n in with_gap])
     )
     return Estimate(gained.value / gap.value, gained.resamples / gap.resamples), without
 
@@ -109,7 +132,15 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def behind(leads: Mapping[str, Estimate]) -> list[str]:
-    """The categories that are significantly behind, after Holm over all of them."""
+    """The categories that are significantly behind, after Holm over all of them.
+
+    Raises:
+        ValueError: none of so many could ever be: the least p-value of its resamples, by their number, is not
+            below ``ALPHA``.
+    """
+    for name, lead in leads.items():
+        if len(leads) / (1 + lead.resamples.size) >= ALPHA:
+            raise ValueError(f"{name}: {lead.resamples.size} resamples are too few for {len(leads)} tests")
     adjusted = holm({name: p_behind(lead) for name, lead in leads.items()})
     return sorted(name for name, p in adjusted.items() if p < ALPHA)
 
@@ -122,7 +153,7 @@ def fewer_samples(counts: Sequence[int], curve: Sequence[Estimate], target: Esti
     the largest count. A curve that is nowhere below answers with its smallest count, the least it can be.
 
     Args:
-        counts: rising; the last one is the unsteered run's.
+        counts: of samples in all rounds together, rising; the last one is the unsteered run's.
         curve: the steered run's metric at each.
         target: the unsteered run's metric at the last count.
 
