@@ -302,26 +302,33 @@ def steps_within(
 ) -> int:
     """As many steps as fit into ``budget`` seconds beside what else a fit takes, at least ``PROBED``.
 
-    A few steps are timed on few pictures; what a fit takes without its steps (features, closed-form parts)
-    grows with the number of pictures.
+    A few steps are timed on few pictures and on twice as many: what a fit takes without its steps is partly
+    the same for any number (models are loaded), partly grows with it (features, closed-form parts).
     """
     categories = sorted({normal.category for normal in normals})
-    few = [normal for c in categories for normal in [n for n in normals if n.category == c][:2]]
-    part = list(islice(made, 2 * settings.batch))
-    clock = Clock()
-    started = busy_seconds()
-    train(
-        name,
-        settings.model_copy(update={"steps": PROBED}),
-        part,
-        few,
-        calibration[: len(categories)],
-        seed=0,
-        on_step=clock,
-    )
-    rest = busy_seconds() - started - PROBED * clock.pace
-    pictures = [len(n) + 2 * len(m) for n, m in ((normals, made), (few, part))]
-    return max(PROBED, int((budget - rest * pictures[0] / pictures[1]) / clock.pace))
+
+    def probe(times: int) -> tuple[int, float, float]:
+        """Pictures, busy seconds without the steps, and busy seconds a step."""
+        few = [normal for c in categories for normal in [n for n in normals if n.category == c][: 2 * times]]
+        part = list(islice(made, 2 * times * settings.batch))
+        clock = Clock()
+        started = busy_seconds()
+        train(
+            name,
+            settings.model_copy(update={"steps": PROBED}),
+            part,
+            few,
+            calibration[: len(categories)],
+            seed=0,
+            on_step=clock,
+        )
+        return len(few) + 2 * len(part), busy_seconds() - started - PROBED * clock.pace, clock.pace
+
+    probe(1)  # what only the first fit of a process takes
+    (small, rest, _), (large, more, pace) = probe(1), probe(2)
+    growth = max(more - rest, 0.0) / max(large - small, 1)
+    rest = more + growth * (len(normals) + 2 * len(made) - large)
+    return max(PROBED, int((budget - rest) / pace))
 
 
 def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[str, Any]]:
