@@ -56,9 +56,8 @@ from manifests.errors import UsageError
 
 GRID_STRIDE = 8  # pixels a place
 TAPPED = {"places": (4, *STRIDES), "patches": STRIDES}  # PaDiM taps layer1 to layer3, PatchCore the last two
-FLOOR = (
-    0.01  # of the variance over all places: the least noise, where one or two normals or equal ones show none
-)
+# Of the variance over all places: the least noise, where one or two normals or equal ones show none.
+FLOOR = 0.01
 PLACES = 64  # whose decompositions are in memory at once
 QUANTILE = 0.99  # of the scores of normals: the threshold
 

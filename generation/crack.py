@@ -26,8 +26,8 @@ FORK = (0.4, 1.1)  # radians between a branch and the line that it leaves
 BRANCH = (0.15, 0.5)  # length of a branch, as a share of the trunk's
 LONGEST = 0.7  # of the picture's shorter side: a trunk that has more pixels than that allows is thicker
 SOFT = 1.0  # pixels by which an antialiased line is wider than its thickness
-DARK, LIGHT = np.float32(0.04), np.float32(0.9)  # of a crack; light where the surface is darker than
-DIM = 0.25
+DARK, LIGHT = np.float32(0.04), np.float32(0.9)  # tones of a crack
+DIM = 0.25  # mean of a surface below which its cracks are light
 HARD = 16.0  # strength at most: what is covered by a sixteenth is then covered whole
 
 
@@ -44,6 +44,15 @@ class CrackParams(Params):
     ratio_high: Annotated[float, Search(60, 200, log=True), Field(gt=1)] = 100.0
     kink: Annotated[float, Search(0, 0.6), Field(ge=0)] = 0.3
     branches: Annotated[int, Search(0, 5, whole=True), Field(ge=0, le=16)] = 3
+
+
+@dataclass(frozen=True)
+class Crack:
+    """Attributes: ``lines``, the trunk first: corners in sixteenths of a pixel, x and y, int32, N×2;
+    ``thickness`` of the trunk's middle in pixels. The trunk's ends and the branches are half as thick."""
+
+    lines: list[np.ndarray]
+    thickness: int
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,6 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> CrackDraw:
         raise Undrawable("no room")
     weight = cover.reshape(-1)[places.inner] * np.float32(1 / 255)
     return CrackDraw(places, weight, recipe.severity)
-
-
-@dataclass(frozen=True)
-class Crack:
-    """Attributes: ``lines``, the trunk first: corners in sixteenths of a pixel, x and y, int32, N×2;
-    ``thickness`` of the trunk's middle in pixels. The trunk's ends and the branches are half as thick."""
-
-    lines: list[np.ndarray]
-    thickness: int
 
 
 def _thin(thickness: int) -> int:

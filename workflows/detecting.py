@@ -40,7 +40,7 @@ from training.tiling import is_tiled, tile_normals, tile_samples
 from workflows.console import progress, say
 from workflows.heatmaps import remove_heatmaps, write_heatmaps
 from workflows.rounds import forget, open_round, remember, vetoes
-from workflows.stages import Round, device, read_settings
+from workflows.stages import Round, device, evenly, read_settings
 
 STATE = "training.state"  # in a round's folder while its detector is trained
 FEW = 5  # below so many calibration normals, augmented train pictures serve too
@@ -529,10 +529,10 @@ def false_alarms(
     quantile = round_.config.evaluation.quantile
     rows = []
     for category in round_.pool.normals:
-        own = _evenly([image for image in normals if image.category == category])
+        own = evenly([image for image in normals if image.category == category], MOST_NORMALS)
         rows += _alarming(judge(detector, own, max_side, tiles=tiles), thresholds[category][1], quantile)
     for category in round_.pool.normals:
-        judged = _evenly([entry for entry in calibration if entry.image.category == category])
+        judged = evenly([entry for entry in calibration if entry.image.category == category], MOST_NORMALS)
         rows += _alarming(judged, thresholds[category][1], quantile)
     return rows
 
@@ -559,10 +559,6 @@ def _alarming(judged: Sequence[Judged], threshold: float, quantile: float) -> li
             }
         )
     return rows
-
-
-def _evenly(own: list[Any]) -> list[Any]:
-    return own[:: max(1, -(-len(own) // MOST_NORMALS))]
 
 
 def what_was_found(

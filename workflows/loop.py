@@ -8,7 +8,6 @@ nothing any more, or when its time is spent.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,26 +117,22 @@ def next_round(config: Config, space: Workspace, number: int) -> bool:
 
 
 def timed(space: Workspace, number: int, stage: str, work: Callable[[], bool]) -> None:
-    """Runs a stage and adds what it took, broken off or not, to the stage's seconds in the history: by the
-    clock (``seconds.STAGE``), and of CPU (``cpu.STAGE``), this process's and its ended children's.
+    """Runs a stage and adds the seconds that it took, broken off or not, to the stage's in the history.
 
     A stage that was skipped adds nothing; the last try of one that is killed outright is lost.
     """
-    started, used = time.perf_counter(), _cpu_seconds()
+    started = time.perf_counter()
 
     def add() -> None:
-        took = {"seconds": time.perf_counter() - started, "cpu": _cpu_seconds() - used}
-        for kind, seconds in took.items():
-            name = stage if kind == "seconds" else f"{kind}.{stage}"
-            total = spent(space, f"{kind}.{stage}", range(number, number + 1)) + seconds
-            remember(space, number, f"{kind}.{stage}", {name: f"{total:.1f}"})
+        kind = f"seconds.{stage}"
+        total = spent(space, kind, range(number, number + 1)) + time.perf_counter() - started
+        remember(space, number, kind, {stage: f"{total:.1f}"})
 
     try:
         done = work()
     except BaseException:
-        with suppress(
-            Exception
-        ):  # what broke the stage off is told, even where it keeps this from being written
+        # What broke the stage off is told, even where it keeps this from being written.
+        with suppress(Exception):
             add()
         raise
     if done:
@@ -145,18 +140,12 @@ def timed(space: Workspace, number: int, stage: str, work: Callable[[], bool]) -
 
 
 def spent(space: Workspace, kind: str, rounds: range) -> float:
-    """The sum of what the history says of some rounds under kinds that begin with ``kind``: ``seconds.`` of
-    all stages, ``cpu.train`` of one."""
+    """The seconds that the history says of some rounds under kinds that begin with ``kind``: ``seconds.`` of
+    all stages, ``seconds.train`` of one."""
     if not space.exists("history.parquet"):
         return 0.0
     rows = space.read_table("history.parquet").to_pylist()
     return sum(float(row["value"]) for row in rows if row["round"] in rounds and row["kind"].startswith(kind))
-
-
-def _cpu_seconds() -> float:
-    """User and system time of this process and of those that it started and saw end."""
-    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _remember_yield(space: Workspace, number: int) -> None:

@@ -31,7 +31,7 @@ from training.loading import FeatureSample, Sample
 from workflows.config import Generation
 from workflows.detecting import all_samples_of
 from workflows.space import numbers_of, place_of, present_values
-from workflows.stages import PictureCache, Round, load_model, traits_of
+from workflows.stages import PictureCache, Round, evenly, load_model, traits_of
 
 SIZE = 256  # side of the proxy's pictures, and of those that a probe's samples are made on
 SHARD = 48  # samples of a probe's shard
@@ -384,8 +384,3 @@ def features_of(
         parts.append(backbone.features(to_batch([load(image, max_side=max_side) for image in chunk], SIZE)))
         advance(len(chunk))
     return torch.cat(parts)
-
-
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    step = max(1, -(-len(items) // most))
-    return list(items[::step])

@@ -32,12 +32,9 @@ SMALL, LARGE = 1, 3  # shards of the probe: of every trial, of the better half
 REACH = 0.35  # of a setting's limits, the furthest a number moves in one round
 STEP = 0.25  # of its limits: the moves that are tried one at a time
 KEEP = 0.5  # share of the settings that a sampled trial takes from the best one so far
-ALARMS, COST = (
-    (1.25, 0.01),
-    2.0,
-)  # false positives (factor, and a little more) and cost that a winner may have
+ALARMS = (1.25, 0.01)  # false positives that a winner may have: factor, and a little more
+COST = 2.0  # that a winner may have, a factor
 SURE = 0.025  # level of the one-sided test of either fold's winner: of both together, twice that
-
 QUANTITY = "the mean of pixel AP and AUPRO (image AP without masks)"  # of training.proxy.gain, in words
 
 Point = Mapping[str, Any]

@@ -598,3 +598,9 @@ def prepare_process(threads: int = 1) -> None:
 
 def generators_of(generation: Generation) -> list[Generator]:
     return [registry.get(name) for name, s in generation.generators.items() if s.share > 0]
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of some items, spread evenly over them."""
+    step = max(1, -(-len(items) // most))
+    return list(items[::step])

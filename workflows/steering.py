@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +27,6 @@ from workflows.probing import (
     MOST_NORMALS,
     Ground,
     cost_of,
-    evenly,
     features_of,
     is_probed,
     judge_settings,
@@ -46,7 +45,7 @@ from workflows.rules import (
 )
 from workflows.searching import Point, Trial, Verdict, search, verdict
 from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
-from workflows.stages import Round, read_settings, traits_of
+from workflows.stages import Round, evenly, read_settings, traits_of
 
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
 CONFIRM = range(4)  # shards of the probe that confirms a winner
@@ -70,7 +69,7 @@ def feedback(space: Workspace, number: int) -> bool:
     found_rows = space.read_table(round_file(number, "found.parquet")).to_pylist()
     with progress(f"round {number}: features for the proxy", None, "pictures") as advance:
         ground = prepare(space, round_, advance)
-    generation = spelled_out(round_.generation, ground)
+    generation = spelled_out(round_.generation, ground.banks, ground.recipes)
     settings = judgeable(search_space(generation), generation, round_)
     present = present_values(generation)
     if ground.labelled:
@@ -136,19 +135,21 @@ def explain(space: Workspace, number: int) -> str:
     return "\n".join(lines)
 
 
-def spelled_out(generation: Generation, ground: Ground) -> Generation:
-    """The settings with every category named and, for generators with a prompt bank, the defects that the
-    round's samples show: so they are in the search space."""
-    categories = {}
-    if len(ground.banks) > 1:
-        categories = {name: generation.categories.get(name, 1.0) for name in ground.banks}
+def spelled_out(
+    generation: Generation, categories: Collection[str], recipes: Sequence[Mapping[str, Any]]
+) -> Generation:
+    """The settings with every category named, if there are several, and, for generators with a prompt bank,
+    the defects that the round's samples show: so they are in the search space."""
+    shares = {}
+    if len(categories) > 1:
+        shares = {name: generation.categories.get(name, 1.0) for name in categories}
     generators = dict(generation.generators)
     for name, settings in generators.items():
         if registry.get(name).prompts is not None:
-            shown = sorted({r["defect"] for r in ground.recipes if r["generator"] == name})
+            shown = sorted({r["defect"] for r in recipes if r["generator"] == name})
             defects = {**dict.fromkeys(shown, 1.0), **settings.defects}
             generators[name] = settings.model_copy(update={"defects": defects})
-    return generation.model_copy(update={"categories": categories, "generators": generators})
+    return generation.model_copy(update={"categories": shares, "generators": generators})
 
 
 def judgeable(space: Mapping[str, Search], generation: Generation, round_: Round) -> dict[str, Search]:

@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import cv2
 import dask
@@ -46,7 +45,6 @@ from workflows.config import Config, Generation, parse_config
 from workflows.detecting import calibration_normals, checkpoint_folder, held_out, load_detector, samples_of
 from workflows.loop import run
 from workflows.machines import LOCAL
-from workflows.probing import Ground
 from workflows.rounds import accepted_samples, begin, open_round, write_settings
 from workflows.searching import REACH, Verdict
 from workflows.space import at_place, place_of, present_values, search_space
@@ -347,8 +345,7 @@ def drawn_by_chance(space: Workspace, number: int, rng: np.random.Generator) -> 
     within its reach of their present place, choices from all. Drawing as many as the loop tries and picking
     one without asking the real pictures would be the same draw, so none of them is measured."""
     round_ = open_round(space, number)
-    shown = SimpleNamespace(banks=round_.pool.normals, recipes=accepted_samples(space, number))
-    generation = spelled_out(round_.generation, cast(Ground, shown))  # it asks for no more
+    generation = spelled_out(round_.generation, round_.pool.normals, accepted_samples(space, number))
     present = present_values(generation)
     settings = judgeable(search_space(generation), generation, round_)
     values = {path: near(search, present[path], rng) for path, search in settings.items()}
