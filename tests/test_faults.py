@@ -237,9 +237,9 @@ def test_a_generator_that_hangs_is_named_and_its_shard_made_by_the_next_run(
     package.say("hang 1")
     try:
         with pytest.raises(
-            rounds.PartialResult, match=r"(?s)1 of 6 shards.*shard 1: generator faulty.*2 s .*time_limit"
+            rounds.PartialResult, match=r"(?s)1 of 6 shards.*shard 1: generator faulty.*5 s .*time_limit"
         ):
-            make(config(pictures, {"workers": 1, "time_limit": 2}), tmp_path / "ws")
+            make(config(pictures, {"workers": 1, "time_limit": 5}), tmp_path / "ws")
     finally:
         package.say("")
     assert finish(Workspace(str(tmp_path / "ws")), pictures) == undisturbed
@@ -247,11 +247,11 @@ def test_a_generator_that_hangs_is_named_and_its_shard_made_by_the_next_run(
 
 def test_measuring_gives_up_as_a_shard_does(package, pictures, tmp_path):
     space = Workspace(str(tmp_path / "ws"))
-    settings = config(pictures, {"workers": 1, "time_limit": 0.2}, seconds=60)
+    settings = config(pictures, {"workers": 1, "time_limit": 5}, seconds=60)
     rounds.begin(settings, space, new_round=False)
     with (
         open_client(settings.cluster) as client,
-        pytest.raises(FlawsmithError, match=r"cannot measure.*generator faulty.*0.2 s.*time_limit"),
+        pytest.raises(FlawsmithError, match=r"cannot measure.*generator faulty.*5 s.*time_limit"),
     ):
         cluster.measure(client, space, 0, settings.cluster)
 

@@ -289,7 +289,7 @@ def _limited(make: Callable[[Callable[[str], None]], T], time_limit: float | Non
         HungShard: it was not done in ``time_limit`` seconds.
     """
     made: Outcome[T] = Outcome()
-    at = ["planning"]
+    at: list[str] = []
 
     def work() -> None:
         try:
@@ -304,8 +304,9 @@ def _limited(make: Callable[[Callable[[str], None]], T], time_limit: float | Non
         return made.result()
     frame = sys._current_frames()[thread.ident or 0]
     threading.Timer(2.0, os._exit, (1,)).start()  # once this error is on its way; the nanny starts another
+    what = f"generator {at[-1]}" if at else "the plan of a shard"
     raise HungShard(
-        f"generator {at[-1]} was not done after {time_limit:g} s (in {frame.f_code.co_filename}, line "
+        f"{what} was not done after {time_limit:g} s (in {frame.f_code.co_filename}, line "
         f"{frame.f_lineno}) and its worker was ended. If it only needs longer, raise cluster.time_limit; "
         "output.shard_size makes shards smaller"
     )
