@@ -1,8 +1,12 @@
 """Memory bank: how far patches lie from those of normal pictures. Nothing is trained.
 
-By default the bank holds **places**: for each one the Gaussian of what the normals show there, as in PaDiM
-(Defard et al., ICPR workshops 2021). A picture's patch is compared with the Gaussians of the places around
-it, and the nearest counts. What differs from the paper, and why:
+The bank holds two things, and by default a patch is judged by both: the geometric mean of two distances, so
+that what stands out must be strange at its place and strange anywhere, and neither distance's unit matters
+[inferred]. ``entries`` chooses one of them.
+
+**Places**: for each one the Gaussian of what the normals show there, as in PaDiM (Defard et al., ICPR
+workshops 2021). A picture's patch is compared with the Gaussians of the places around it, and the nearest
+counts. What differs from the paper, and why:
 
 * covariances are shrunk towards one multiple of the identity for all places, by the intensity of Ledoit and
   Wolf (2004), in place of adding 0.01 to every variance: the normals are fewer than the channels, and how
@@ -14,17 +18,18 @@ it, and the nearest counts. What differs from the paper, and why:
   [inferred; the paper: the same place alone];
 * levels meet at stride 8: finer ones are averaged onto it.
 
-With ``entries: patches`` the bank is PatchCore's (Roth et al., CVPR 2022): patch features, thinned to a
-coreset, and the nearest neighbour. What differs from the released code, and why:
+**Patches**, as in PatchCore (Roth et al., CVPR 2022): patch features, thinned to a coreset, and the nearest
+neighbour. What differs from the released code, and why:
 
 * a patch feature is the mean of its 3×3 neighbours, channel by channel, without pooling across channels
   [inferred: an EfficientNet's levels are narrow];
 * the bank has a fixed number of patches a category in place of a share of all patches, so that its cost is
-  known before; the paper's 10 % of a category of MVTec AD are about 20 000;
+  known before; the paper's 10 % of a category of MVTec AD are about 20 000. It is chosen among at most
+  ``candidates`` of them, drawn at random, or the choice would take minutes for a category of many pictures;
 * the whole picture is used, without the paper's centre crop.
 
-Either way one detector serves several categories: each has its own bank, and a picture without category is
-compared with all of them [inferred].
+One detector serves several categories: each has its own bank, and a picture without category is compared with
+all of them [inferred].
 """
 
 from __future__ import annotations
@@ -55,7 +60,8 @@ from generation.backbones import DEFAULT, Backbone, load_backbone
 from manifests.errors import UsageError
 
 GRID_STRIDE = 8  # pixels a place
-TAPPED = {"places": (4, *STRIDES), "patches": STRIDES}  # PaDiM taps layer1 to layer3, PatchCore the last two
+# PaDiM taps layer1 to layer3, PatchCore the last two.
+TAPPED = {"both": (4, *STRIDES), "places": (4, *STRIDES), "patches": STRIDES}
 # Of the variance over all places: the least noise, where one or two normals or equal ones show none.
 FLOOR = 0.01
 PLACES = 64  # whose decompositions are in memory at once
@@ -69,18 +75,27 @@ class MemoryBankSettings(Settings):
     steps: int = Field(0, ge=0, le=0, description="none: the bank is filled, not trained")
     backbone: str = Field(DEFAULT, description="a timm model or a folder")
     layers: tuple[str, ...] | None = Field(
-        None, description="modules to tap; default: strides 4, 8 and 16, for patches 8 and 16"
+        None, description="modules to tap; default: strides 4, 8 and 16, for patches alone 8 and 16"
     )
-    entries: Literal["places", "patches"] = Field(
-        "places", description="what the bank holds: a Gaussian for each place, or a coreset of patches"
+    entries: Literal["both", "places", "patches"] = Field(
+        "both", description="what the bank holds: a Gaussian for each place, a coreset of patches, or both"
     )
     directions: int = Field(8, ge=0, description="of a place's Gaussian, in which it is not round")
     window: int = Field(2, ge=0, description="places, to each side, in which the nearest is looked for")
     coreset: int = Field(1000, ge=1, description="patches kept for each category")
-    neighbours: int = Field(9, ge=0, description="patches that re-weight a score; below 2: none do")
+    candidates: int = Field(20_000, ge=1, description="patches of a category that these are chosen from")
+    neighbours: int = Field(
+        9, ge=0, description="patches that re-weight a score, for patches alone; below 2: none do"
+    )
 
 
-PAPER = {"entries": "patches", "backbone": "wide_resnet50_2", "size": 224, "coreset": 20_000}
+PAPER = {
+    "entries": "patches",
+    "backbone": "wide_resnet50_2",
+    "size": 224,
+    "coreset": 20_000,
+    "candidates": 1_000_000,
+}
 
 
 # -- places ---------------------------------------------------------------------------------------------
@@ -182,9 +197,10 @@ class MemoryBank(nn.Module):
         backbone: frozen.
     """
 
-    bank: Tensor
+    means: Tensor
     directions: Tensor
     noise: Tensor
+    patches: Tensor
     filled: Tensor
 
     def __init__(self, settings: MemoryBankSettings, categories: Sequence[str], backbone: Backbone):
@@ -199,13 +215,17 @@ class MemoryBank(nn.Module):
         self.grid = min(shapes[0][1:], (least, least))
         self.shapes = tuple((c, *min((h, w), self.grid)) for c, h, w in shapes)
         channels, rows = backbone.channels, len(self.categories)
-        patches = settings.entries == "patches"
-        entries = settings.coreset if patches else self.grid[0] * self.grid[1]
-        kept = 0 if patches else settings.directions
-        self.register_buffer("bank", torch.zeros(rows, entries, channels, dtype=torch.float16))
-        self.register_buffer("directions", torch.zeros(rows, entries, kept, channels, dtype=torch.float16))
+        self.by_place, self.by_patch = (settings.entries in ("both", one) for one in ("places", "patches"))
+        places = self.grid[0] * self.grid[1] if self.by_place else 0
+        patches = settings.coreset if self.by_patch else 0
+        half = torch.float16
+        self.register_buffer("means", torch.zeros(rows, places, channels, dtype=half))
+        self.register_buffer(
+            "directions", torch.zeros(rows, places, settings.directions, channels, dtype=half)
+        )
         self.register_buffer("noise", torch.ones(rows))
-        self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # entries in each row of bank
+        self.register_buffer("patches", torch.zeros(rows, patches, channels, dtype=half))
+        self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # of each row of patches
 
     def extract(self, images: Tensor) -> Tensor:
         """N×3×size×size, uint8 or float in [0, 1], to packed taps, none finer than the grid, float32 N×P."""
@@ -219,28 +239,31 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
-        """For each category the Gaussians of its places, or the coreset of its patches: greedy k-centre on a
-        random projection, which comes from torch's global generator.
+        """For each category the Gaussians of its places and the coreset of its patches: greedy k-centre on a
+        random projection, which comes, as the candidates, from torch's global generator.
 
         Raises:
             UsageError: a category has no normal.
         """
-        for buffer in (self.bank, self.directions):
-            buffer.zero_()
-        projection = random_projection(self.bank.shape[2]).to(self.bank.device)
+        projection = random_projection(self.patches.shape[2]).to(self.patches.device)
+        seed = int(torch.randint(2**62, ()))  # the same for all, or each would depend on those before it
+        self.directions.zero_()
         for row, category in enumerate(self.categories):
-            own = normals_of(category, normals, categories)
-            tokens = torch.cat([self._tokens(part).half() for part in own.split(CHUNK)])
-            if self.settings.entries == "patches":
-                patches = tokens.flatten(0, 1)
-                projected = torch.cat([part.float() @ projection for part in patches.split(CHUNK * 1024)])
-                entries = patches[k_centre(projected, self.settings.coreset)]
-            else:
-                entries, directions, noise = fit_gaussians(tokens, self.settings.directions)
+            own = normals_of(category, normals, categories).split(CHUNK)
+            if self.by_place:
+                tokens = torch.cat([self._tokens(part).half() for part in own])
+                means, directions, noise = fit_gaussians(tokens, self.settings.directions)
+                self.means[row] = means
                 self.directions[row, :, : directions.shape[1]] = directions
                 self.noise[row] = noise
-            self.bank[row, : len(entries)] = entries
-            self.filled[row] = len(entries)
+            if self.by_patch:
+                patches = torch.cat([self._patches(part).half().flatten(0, 1) for part in own])
+                order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))
+                patches = patches[order[: self.settings.candidates].to(patches.device)]
+                projected = torch.cat([part.float() @ projection for part in patches.split(CHUNK * 1024)])
+                kept = patches[k_centre(projected, self.settings.coreset)]
+                self.patches[row, : len(kept)] = kept
+                self.filled[row] = len(kept)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         raise UsageError("memory_bank has nothing to train; leave its steps at 0")
@@ -252,31 +275,30 @@ class MemoryBank(nn.Module):
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Distances to the nearest entries of the bank. A picture's score is the largest value of its map
-        (places, as in PaDiM) or the largest distance, re-weighted (patches, as in PatchCore).
+        """Distances to the nearest entries of the bank. A picture's score is the largest value of its map, as
+        in PaDiM, or for patches alone the largest distance, re-weighted, as in PatchCore.
 
         Pictures are compared one by one, so that none depends on what it is scored with.
         """
-        rows = self._rows(batch)
-        tokens = (self._tokens(row[None])[0] for row in batch["features"])
-        if self.settings.entries == "places":
-            found = map(self._to_places, tokens, rows)
-            maps = torch.cat([to_maps(distances[None], self.settings.size) for distances in found])
+        if self.by_place:
+            maps = self.maps(batch)
             return counted(maps, batch).amax(dim=(1, 2)), maps
-        ignored = batch["ignore"].to(self.bank.device) if "ignore" in batch else [None] * len(rows)
-        skipped = (None if one is None else patches_in(one, self.grid) for one in ignored)
-        scores, distances = zip(*map(self._to_patches, tokens, rows, skipped), strict=True)
-        return torch.stack(scores), to_maps(torch.stack(distances), self.settings.size)
+        scores, found = [], []
+        for place, (features, rows) in enumerate(zip(batch["features"], self._rows(batch), strict=True)):
+            bank, patches = self._bank(rows), self._patches(features[None])[0]
+            distances, nearest = torch.cdist(patches, bank).min(dim=1)
+            skip = (
+                patches_in(batch["ignore"][place].to(bank.device), self.grid) if "ignore" in batch else None
+            )
+            scores.append(self._reweighted(patches, distances, nearest, bank, skip))
+            found.append(distances.view(self.grid))
+        return torch.stack(scores), to_maps(torch.stack(found), self.settings.size)
 
     def maps(self, batch: Batch) -> Tensor:
         """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
-        rows = self._rows(batch)
-        found = []
-        for features, own in zip(batch["features"], rows, strict=True):
-            tokens = self._tokens(features[None])[0]
-            places = self.settings.entries == "places"
-            found.append(self._to_places(tokens, own) if places else self._to_patches(tokens, own, None)[1])
-        return to_maps(torch.stack(found), self.settings.size)
+        pairs = zip(batch["features"], self._rows(batch), strict=True)
+        found = (self._distances(features[None], rows) for features, rows in pairs)
+        return torch.cat([to_maps(distances[None], self.settings.size) for distances in found])
 
     @torch.inference_mode()
     def calibrate(self, normals: Sequence[Batch]) -> None:
@@ -286,41 +308,57 @@ class MemoryBank(nn.Module):
         scores = torch.cat([self.score(batch)[0] for batch in normals])
         self.calibration = {"threshold": torch.quantile(scores, QUANTILE).item()}
 
-    def _to_places(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
-        """Distances h×w of one picture, to the nearest of the categories ``rows``."""
-        each = [
-            nearest_gaussian(
-                tokens.view(*self.grid, -1),
-                Gaussians(self.bank[row].float(), self.directions[row].float(), self.noise[row]),
-                self.settings.window,
-            )
-            for row in rows
-        ]
+    def _distances(self, features: Tensor, rows: Sequence[int]) -> Tensor:
+        """h×w, of one picture (1×P), to the nearest of the categories ``rows``."""
+        each = []
+        for row in rows:
+            parts = []
+            if self.by_place:
+                tokens = self._tokens(features)[0].view(*self.grid, -1)
+                own = Gaussians(self.means[row].float(), self.directions[row].float(), self.noise[row])
+                parts.append(nearest_gaussian(tokens, own, self.settings.window))
+            if self.by_patch:
+                distances = torch.cdist(self._patches(features)[0], self._bank([row])).amin(dim=1)
+                parts.append(distances.view(self.grid))
+            each.append(parts[0] if len(parts) == 1 else geometric_mean(*parts))
         return torch.stack(each).amin(dim=0)
 
-    def _to_patches(self, tokens: Tensor, rows: Sequence[int], skip: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Score and distances h×w of one picture; no score comes from the patches ``skip``, bool h×w."""
-        bank = torch.cat([self.bank[row, : self.filled[row]] for row in rows]).float()
-        distances, nearest = torch.cdist(tokens, bank).min(dim=1)
+    def _reweighted(
+        self, patches: Tensor, distances: Tensor, nearest: Tensor, bank: Tensor, skip: Tensor | None
+    ) -> Tensor:
+        """The largest distance, times its patch's :func:`novelty`; none comes from ``skip``, bool h×w."""
         place = distances.argmax()
         if skip is not None:  # where nothing counts, as low as can be
             skipped = skip.flatten()
             place = distances.argmin() if skipped.all() else distances.masked_fill(skipped, -1.0).argmax()
-        score = distances[place]
         count = min(self.settings.neighbours, len(bank))
-        if count > 1:
-            score = score * novelty(tokens[place], bank[nearest[place]], bank, count)
-        return score, distances.view(self.grid)
+        if count < 2:
+            return distances[place]
+        return distances[place] * novelty(patches[place], bank[nearest[place]], bank, count)
 
     def _tokens(self, features: Tensor) -> Tensor:
         """N×P packed taps to float32 features N×T×C of the places."""
-        taps = unpack(features.to(self.bank.device).float(), self.shapes)
-        return on_one_grid(neighbourhood_means(taps) if self.settings.entries == "patches" else taps)
+        return on_one_grid(unpack(features.to(self.means.device).float(), self.shapes))
+
+    def _patches(self, features: Tensor) -> Tensor:
+        """The same of the patches around them."""
+        return on_one_grid(neighbourhood_means(unpack(features.to(self.patches.device).float(), self.shapes)))
+
+    def _bank(self, rows: Sequence[int]) -> Tensor:
+        """Patches of categories, float32 M×C."""
+        return torch.cat([self.patches[row, : self.filled[row]] for row in rows]).float()
 
     def _rows(self, batch: Batch) -> list[Sequence[int]]:
         """Of the bank, for each picture: its category's, or all."""
         names = batch.get("category") or [None] * len(batch["features"])
         return [bank_rows(name, self.categories) for name in names]
+
+
+def geometric_mean(one: Tensor, other: Tensor) -> Tensor:
+    """√(a·b), with the gradient 0 where it is 0."""
+    product = one * other
+    apart = product > 0
+    return torch.where(apart, product, 1.0).sqrt() * apart
 
 
 def patches_in(mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -37,7 +37,7 @@ def backbones():
     return {entries: load_backbone(strides=strides) for entries, strides in TAPPED.items()}
 
 
-@pytest.fixture(params=["places", "patches"])
+@pytest.fixture(params=list(TAPPED))
 def of(request, backbones):
     """Makes a filled bank; ``normals``: pictures by category."""
     return partial(make, backbones[request.param], entries=request.param)
@@ -95,17 +95,17 @@ def test_a_patch_is_the_mean_of_its_neighbours():
     tap = torch.randn(1, 2, 4, 4)
     found = neighbourhood_means([tap])[0][0].permute(1, 2, 0)
     torch.testing.assert_close(found[1, 2], tap[0, :, 0:3, 1:4].mean(dim=(1, 2)))
-    torch.testing.assert_close(found[0, 0], tap[0, :, 0:2, 0:2].mean(dim=(1, 2)))  # no zeros from beyond
+    torch.testing.assert_close(found[0, 0], tap[0, :, 0:2, 0:2].sum(dim=(1, 2)) / 9)  # zeros from beyond
 
 
 def test_maps_hold_the_distance_to_the_nearest_neighbour(of_patches):
     """scikit-learn's exact search over the same bank."""
     detector = of_patches({"a": 4}, coreset=40, neighbours=0)
     features = extract(detector, [weave(9), weave(3, "b")])
-    patches = detector._tokens(features)
-    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(detector.bank[0].float().numpy())
+    patches = detector._patches(features)
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(detector.patches[0].float().numpy())
     wanted = search.kneighbors(patches.flatten(0, 1).numpy())[0].reshape(2, 8, 8)
-    found = torch.stack([detector._to_patches(tokens, [0], None)[1] for tokens in patches])
+    found = torch.stack([detector._distances(row[None], [0]) for row in features])
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-3)
     scores, maps = detector.score({"features": features, "category": ["a", "a"]})
     np.testing.assert_allclose(scores.numpy(), wanted.max(axis=(1, 2)), rtol=1e-3)
@@ -202,6 +202,20 @@ def test_what_is_normal_at_one_place_is_not_at_another(backbones):
         good, turned = detector.score({"features": pair})[1].mean(dim=(1, 2))
         ratios[entries] = (turned / good).item()
     assert ratios["places"] > 1.3 * ratios["patches"]
+    assert ratios["places"] > ratios["both"] > ratios["patches"]
+
+
+def test_both_is_the_geometric_mean_and_has_a_gradient(backbones):
+    normals, odd = {"a": 4}, weave(9, "b")
+    both = make(backbones["both"], normals, entries="both", coreset=40)
+    places = make(backbones["both"], normals, entries="places")
+    patches = make(backbones["both"], normals, entries="patches", coreset=40)
+    features = extract(both, [odd])
+    product = places._distances(features, [0]) * patches._distances(features, [0])
+    torch.testing.assert_close(both._distances(features, [0]).square(), product, rtol=1e-3, atol=1e-3)
+    known = extract(both, [weave(0)]).requires_grad_()  # a normal that the bank knows: distances near 0
+    both.maps({"features": known}).sum().backward()
+    assert known.grad.isfinite().all()
 
 
 def test_the_weight_is_the_papers():
@@ -216,7 +230,7 @@ def test_the_weight_is_the_papers():
 
 def test_a_picture_of_the_bank_scores_nothing_and_small_banks_hold_every_patch(of):
     detector = of({"a": 1}, coreset=500)
-    assert detector.filled.tolist() == [64]
+    assert detector.filled.tolist() == [64 if detector.by_patch else 0]
     features = extract(detector, [weave(0)])
     scores, maps = detector.score({"features": features})
     odd, _ = detector.score({"features": extract(detector, [weave(0, "b")])})
@@ -240,9 +254,10 @@ def test_a_picture_is_compared_with_its_category_or_with_all(of):
 
 def test_one_category_moves_nothing_in_anothers_bank(of):
     """The statistics and the choice of patches are each category's own."""
-    alone, together = of({"a": 3}, coreset=20), of({"a": 3, "b": 2}, coreset=20)
-    assert torch.equal(alone.bank[0], together.bank[0])
-    assert torch.equal(alone.directions[0], together.directions[0])
+    alone = of({"b": 3}, coreset=20, candidates=60)
+    together = of({"b": 3, "a": 2}, coreset=20, candidates=60)
+    for name in ("means", "directions", "noise", "patches"):
+        assert torch.equal(getattr(alone, name)[0], getattr(together, name)[1]), name
 
 
 def test_pictures_are_scored_one_by_one(of):
@@ -272,7 +287,7 @@ def test_the_threshold_comes_from_normals_and_a_checkpoint_scores_alike(of, tmp_
 
 
 def test_a_category_without_normals_and_steps_are_refused(backbones):
-    detector = MemoryBank(MemoryBankSettings(size=64), ["a", "b"], backbones["places"])
+    detector = MemoryBank(MemoryBankSettings(size=64), ["a", "b"], backbones["both"])
     with pytest.raises(UsageError, match="category b"):
         detector.prepare(extract(detector, [weave(0)]), ["a"])
     with pytest.raises(UsageError, match="calibrate"):
