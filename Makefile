@@ -9,8 +9,9 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(VENV)/.installed
 	$(BIN)/flawsmith demo demo
 
+# Two processes of one thread each: what one process waits for (servers, files), the other makes use of.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
