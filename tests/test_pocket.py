@@ -144,9 +144,9 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("leg", ["autoencoder", "diffusion", "contrastive", "decoder"])
 def test_an_interrupted_leg_ends_with_the_same_weights(leg, tmp_path, monkeypatch):
-    """Four steps at once, and four that were killed after the second."""
+    """Two steps at once, and two that were killed after the first."""
     module = {"diffusion": diffusion, "contrastive": contrastive}.get(leg, autoencoder)
-    monkeypatch.setattr(module, "BATCH", 3)
+    monkeypatch.setattr(module, "BATCH", 2)
     monkeypatch.setattr(legs, "SAVE_SECONDS", 0)
     monkeypatch.setattr(diffusion, "measure_scaling", lambda *_: 0.7)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -156,22 +156,22 @@ def test_an_interrupted_leg_ends_with_the_same_weights(leg, tmp_path, monkeypatc
         if leg == "autoencoder":
             (folder / "autoencoder.pt").unlink()
     run = train.LEGS[leg]
-    run(whole, 4, 5, ())
+    run(whole, 2, 5, ())
     torch.rand(7)  # what happened before in a process must not count
     save = legs.save
 
     def killed(path, state):
         save(path, state)
-        if state["step"] == 2:
+        if state["step"] == 1:
             raise Stopped
 
     monkeypatch.setattr(legs, "save", killed)
     with pytest.raises(Stopped):
-        run(parts, 4, 5, ())
+        run(parts, 2, 5, ())
     monkeypatch.setattr(legs, "save", save)
-    run(parts, 4, 5, ())
+    run(parts, 2, 5, ())
     first, second = (legs.load(folder / f"{leg}.pt") for folder in (whole, parts))
-    assert first["step"] == second["step"] == 4
+    assert first["step"] == second["step"] == 2
     for kind in ("network", "average"):
         differing = [key for key in first[kind] if not torch.equal(first[kind][key], second[kind][key])]
         assert not differing
