@@ -119,6 +119,9 @@ def shard_count(samples: int, shard_size: int) -> int:
     return -(-samples // shard_size)
 
 
+NEAREST = 2.0  # how much more often than others a generator draws the pictures named for it
+
+
 @dataclass(frozen=True)
 class Section:
     """The shards of a round whose generators want the same kind of worker, so that a GPU is never held by a
@@ -184,6 +187,7 @@ def plan_shard(
     first: int = 0,
     category_shares: Mapping[str, float] = MappingProxyType({}),
     normal_weights: Mapping[str, float] = MappingProxyType({}),
+    nearest: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Recipe]:
     """The recipes of one shard, in plan order. ``first`` is the shard with which the ``samples`` begin.
 
@@ -198,6 +202,7 @@ def plan_shard(
     Args:
         category_shares: by category.
         normal_weights: how often a picture is drawn, by ``image_id``.
+        nearest: the generator that draws a picture ``NEAREST`` times as often as others do, by ``image_id``.
 
     Raises:
         UsageError: no generator has a share, no category has one, a generator needs donors that the pool
@@ -224,9 +229,15 @@ def plan_shard(
         own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard, 1)))
         category_draw = _weighted(weights, own.random(size))
     hard = {
-        name: np.array([normal_weights.get(image.image_id, 1.0) for image in pictures])
-        for name, pictures in pool.normals.items()
-        if any(image.image_id in normal_weights for image in pictures)
+        (category, name): np.array(
+            [
+                normal_weights.get(i.image_id, 1.0) * (NEAREST if nearest.get(i.image_id) == name else 1.0)
+                for i in pictures
+            ]
+        )
+        for category, pictures in pool.normals.items()
+        if any(i.image_id in normal_weights or i.image_id in nearest for i in pictures)
+        for name in names
     }
     picture_draw = rng.random(size)
     donor_draw = rng.random(size)
@@ -251,9 +262,8 @@ def plan_shard(
         category = categories[category_draw[index]]
         pictures = pool.normals[category]
         place = picture_draw[index]
-        image = pictures[
-            int(_weighted(hard[category], place)) if category in hard else int(place * len(pictures))
-        ]
+        often = hard.get((category, name))
+        image = pictures[int(place * len(pictures) if often is None else _weighted(often, place))]
         defect, prompt, detail = settings.defect or trait.defect, settings.prompt, settings.detail
         if trait.prompts is not None:
             defect, prompt, detail = trait.prompts.words(

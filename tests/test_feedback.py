@@ -116,15 +116,16 @@ def test_without_anomalies_what_teaches_nothing_fades():
 
 def test_false_alarms_become_hard_normals_and_fade_when_they_end():
     alarms = [
-        Alarm("a", 12.0, "here"),
+        Alarm("a", 12.0, "here", "peak"),
         Alarm("b", 4.0, "there"),
-        Alarm("a", 5.0, "again"),
-        Alarm("c", 1.2, ""),
+        Alarm("a", 5.0, "again", "blur"),
+        Alarm("c", 1.2, "", "blur"),
     ]
-    weights, decisions = hard_normals(alarms, {"old": 3.0})
+    weights, nearest, decisions = hard_normals(alarms, {"old": 3.0})
+    assert nearest == {"a": "peak"}
     assert weights == {"a": 4.0, "b": 2.0, "old": 2.0}
     assert {d.setting: d.after for d in decisions}["normals.a"] == "4"
-    assert "here" in decisions[0].reason
+    assert "here" in decisions[0].reason and "an anomaly of peak" in decisions[0].reason
     assert hard_normals([], weights | {"old": 1.2})[0] == {"a": 2.5, "b": 1.5}
 
 

@@ -173,6 +173,11 @@ def test_categories_pictures_and_strengths_follow_their_settings_and_nothing_els
     nuts = [r.image_id for r in after if r.category == "nut"]
     assert nuts.count(hard) / len(nuts) == pytest.approx(0.8, abs=0.05)
     assert all((r.severity >= 0.9) == (r.generator == "poisson") for r in after)
+    paired = [r for s in range(15) for r in plan(s, normal_weights={hard: 2.0}, nearest={hard: "poisson"})]
+    others = len(POOL.normals["nut"]) - 1
+    for mine, often in ((True, 4), (False, 2)):
+        own = [r.image_id for r in paired if r.category == "nut" and (r.generator == "poisson") == mine]
+        assert own.count(hard) / len(own) == pytest.approx(often / (often + others), abs=0.12)
     with pytest.raises(UsageError, match=r"generation\.categories"):
         plan(0, category_shares={"bolt": 0, "nut": 0})
 

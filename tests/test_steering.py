@@ -1,13 +1,12 @@
 """A feedback step on drawn surfaces with planted defects: the settings move towards what the defects are."""
 
 import sys
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
-from generation.backbones import load_backbone
+from generation.backbones import to_batch
 from manifests.schema import SHARDS, to_table
 from manifests.workspace import Workspace, round_file
 from workflows import probing, steering
@@ -136,6 +135,7 @@ def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
     assert hard["train"] in after.normals and set(after.normals) <= train
     drawn = [recipe.image_id for recipe in open_round(space, 1).plan(0)]
     assert drawn.count(hard["train"]) / len(drawn) > 1.5 / len(train)
+    assert set(after.nearest) <= set(after.normals) and set(after.nearest.values()) <= set(MIX["generators"])
     # What was cut goes on from the rows that are there.
     kept = steering.stored_trials(space, 0)
     file = round_file(0, "trials.parquet")
@@ -154,11 +154,12 @@ def test_however_many_normals_alarm_each_picture_is_read_once(tmp_path, monkeypa
         split: [i for i in round_.images.values() if i.split == split] for split in ("train", "calibration")
     }
     rows = [
-        {"category": "cloth", "excess": 9.0 - at, "y": 0.9, "x": 0.1 * at, "split": "calibration",
+        {"category": "cloth", "excess": 9.0 - 0.1 * at, "y": 0.9, "x": 0.1 * at, "split": "calibration",
          "image_id": image.image_id}
         for at, image in enumerate(own["calibration"])
     ]  # fmt: skip
     assert len(rows) > 1
+    ground = probing.prepare(space, round_, lambda _count: None)
     read = []
 
     def features_of(backbone, images, *more):
@@ -167,13 +168,29 @@ def test_however_many_normals_alarm_each_picture_is_read_once(tmp_path, monkeypa
 
     def alarms(rows):
         space.write_table(round_file(0, "alarms.parquet"), to_table(rows, ALARMS))
-        return steering._alarms(space, round_, SimpleNamespace(backbone=load_backbone()))
+        return steering._alarms(space, round_, ground)
 
     alone = [alarm for row in rows for alarm in alarms([row])]
     monkeypatch.setattr(steering, "features_of", features_of)
     assert alarms(rows) == alone
     assert {alarm.image_id for alarm in alone} <= {image.image_id for image in own["train"]}
     assert sorted(read) == sorted(image.image_id for images in own.values() for image in images)
+
+
+def test_a_place_looks_like_what_made_it(tmp_path):
+    """Places of samples are told by their generator much oftener than by chance, which is a third."""
+    space = workspace(tmp_path, None, {**MIX, "severity": [0.8, 1.0]}, bad=0)
+    ground = probing.prepare(space, open_round(space, 0), lambda _count: None)
+    right = []
+    for sample in probing.all_samples_of(space, 0):
+        feature = ground.backbone.features(to_batch([sample.image], probing.SIZE))[0]
+        height, width = feature.shape[1:]
+        cover = cv2.resize(sample.mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+        y, x = np.unravel_index(cover.argmax(), cover.shape)
+        found = steering.looks_like(ground, "cloth", feature[:, y, x])
+        right.append(found == sample.recipe["generator"])
+    assert len(right) > 30 and np.mean(right) > 0.55, np.mean(right)
+    assert steering.looks_like(ground, "cloth", ground.banks["cloth"][7]) == ""
 
 
 def test_without_anomalies_generators_that_teach_nothing_fade(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ class Practice(Settings):
 
 class Generation(Settings):
     """What is made in a round. The feedback of a round changes for the next what is marked ``Search``, here
-    and in the generators' own settings, and ``normals``."""
+    and in the generators' own settings, ``normals`` and ``nearest``."""
 
     generators: dict[str, GeneratorSettings] = Field(
         default_factory=lambda: dict(DEFAULT_MIX), description="the mix; see `flawsmith doctor` for names"
@@ -99,6 +99,11 @@ class Generation(Settings):
         default_factory=dict,
         description="how often a normal picture is drawn, by image_id; 1 if not named. Feedback names "
         "the hard ones: where the detector raises false alarms",
+    )
+    nearest: dict[str, str] = Field(
+        default_factory=dict,
+        description="the generator that draws a normal picture twice as often as others do, by image_id. "
+        "Feedback names that whose anomalies look most like the false alarm there",
     )
     textures: str | None = Field(None, description="folder of texture pictures for params.texture: folder")
     attempts: int = Field(6, ge=1, le=100, description="draws of one recipe before it is rejected")

@@ -224,11 +224,13 @@ class Alarm:
         excess: share of the alarming picture above the alarm threshold, over what the threshold's quantile
             lets expect; > 1.
         words: which picture alarmed, for the reason.
+        nearest: the generator whose anomalies look most like the alarming place; empty: none is told.
     """
 
     image_id: str
     excess: float
     words: str
+    nearest: str = ""
 
 
 MOST_HARD, HARD_FACTOR, HARD_EXCESS = 16, 4.0, 3.0  # pictures a round; most weight; least excess
@@ -236,9 +238,9 @@ MOST_HARD, HARD_FACTOR, HARD_EXCESS = 16, 4.0, 3.0  # pictures a round; most wei
 
 def hard_normals(
     alarms: Sequence[Alarm], present: Mapping[str, float]
-) -> tuple[dict[str, float], list[Decision]]:
-    """Pictures drawn more often, with a decision each; weights that no alarm renews halve their distance to 1
-    and then go."""
+) -> tuple[dict[str, float], dict[str, str], list[Decision]]:
+    """Pictures drawn more often, the generators nearest to their alarms, and a decision each; weights that no
+    alarm renews halve their distance to 1 and then go."""
     worst: dict[str, Alarm] = {}
     for alarm in sorted(alarms, key=lambda alarm: (-alarm.excess, alarm.image_id)):
         if alarm.excess >= HARD_EXCESS and len(worst) < MOST_HARD:
@@ -250,10 +252,13 @@ def hard_normals(
             alarm = worst[image_id]
             after = round(min(HARD_FACTOR, max(before, alarm.excess / 2)), 2)
             reason = f"hard normal: {alarm.words}, {alarm.excess:.1f} times the alarming places of a normal"
+            if alarm.nearest:
+                reason += f"; the place looks most like an anomaly of {alarm.nearest}, which draws it most"
         else:
             after = round((1 + before) / 2, 2) if before > 1.5 else 1.0
             reason = "raised no alarm this time"
         if after != 1.0:
             weights[image_id] = after
         decisions.append(Decision(f"normals.{image_id}", f"{before:g}", f"{after:g}", reason))
-    return weights, decisions
+    nearest = {image_id: alarm.nearest for image_id, alarm in worst.items() if alarm.nearest}
+    return weights, nearest, decisions

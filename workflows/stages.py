@@ -123,6 +123,7 @@ class Round:
             shard=shard,
             category_shares=self.generation.categories,
             normal_weights=self.generation.normals,
+            nearest=self.generation.nearest,
         )
 
     def _traits(self, shard: int) -> dict[str, Trait]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,6 +34,7 @@ from workflows.probing import (
 )
 from workflows.rounds import open_round, write_settings
 from workflows.rules import (
+    HARD_EXCESS,
     MISSED,
     Alarm,
     Decision,
@@ -112,8 +113,8 @@ def feedback(space: Workspace, number: int) -> bool:
     if after == generation:
         after = round_.generation
     alarms = _alarms(space, round_, ground)
-    hard, hard_decisions = hard_normals(alarms, round_.generation.normals)
-    after = after.model_copy(update={"normals": hard})
+    hard, nearest, hard_decisions = hard_normals(alarms, round_.generation.normals)
+    after = after.model_copy(update={"normals": hard, "nearest": nearest})
     rows_out = [{"round": number, **asdict(decision)} for decision in [*decisions, *hard_decisions]]
     space.write_table(round_file(number, "decisions.parquet"), to_table(rows_out, DECISIONS))
     write_settings(space, number + 1, round_.config, after, first=first)
@@ -345,35 +346,72 @@ def _alarms(space: Workspace, round_: Round, ground: Ground) -> list[Alarm]:
     calibration normal that did (calibration pictures are for thresholds; nothing is made from them)."""
     name = round_file(round_.number, "alarms.parquet")
     rows = space.read_table(name).to_pylist() if space.exists(name) else []
-    alarms = [
-        Alarm(row["image_id"], row["excess"], f"false alarms on this {row['category']}")
-        for row in rows
-        if row["split"] == "train"
-    ]
+    alarms = []
     for category in round_.pool.normals:
-        own = [row for row in rows if (row["split"], row["category"]) == ("calibration", category)]
+        own = [row for row in rows if row["category"] == category and row["excess"] >= HARD_EXCESS]
+        if not own:
+            continue
+        places = _places(round_, ground, own)
+        looks = [looks_like(ground, category, place) for place in places]
         words = f"of the train normals of {category} the most like a false alarm on a calibration one"
-        alike = _most_alike(round_, ground, category, own) if own else []
-        alarms += [Alarm(name, row["excess"], words) for name, row in zip(alike, own, strict=True)]
+        held = [k for k, row in enumerate(own) if row["split"] == "calibration"]
+        alike = _most_alike(round_, ground, category, [places[k] for k in held]) if held else []
+        others = dict(zip(held, alike, strict=True))
+        for k, row in enumerate(own):
+            if row["split"] == "train":
+                told = f"false alarms on this {category}"
+                alarms.append(Alarm(row["image_id"], row["excess"], told, looks[k]))
+            elif k in others:
+                alarms.append(Alarm(others[k], row["excess"], words, looks[k]))
     return alarms
 
 
-def _most_alike(round_: Round, ground: Ground, category: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each alarming place of other pictures of a category, the train normal that holds the token nearest
-    to it."""
-    nothing: Callable[[int], None] = lambda _count: None  # noqa: E731
-    max_side = round_.config.output.max_side
-    own = evenly(round_.pool.normals[category], MOST_NORMALS)
-    tokens = features_of(ground.backbone, own, max_side, nothing)
+def _places(round_: Round, ground: Ground, rows: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """The token, of C, of each alarming place."""
     images = [round_.images[row["image_id"]] for row in rows]
     found = []
-    for row, alarming in zip(rows, features_of(ground.backbone, images, max_side, nothing), strict=True):
+    features = features_of(ground.backbone, images, round_.config.output.max_side, _unsaid)
+    for row, alarming in zip(rows, features, strict=True):
         height, width = alarming.shape[1:]
         y, x = min(int(row["y"] * height), height - 1), min(int(row["x"] * width), width - 1)
-        differences = tokens - alarming[:, y, x][None, :, None, None]
-        nearest = torch.linalg.vector_norm(differences, dim=1).amin(dim=(1, 2))
+        found.append(alarming[:, y, x])
+    return found
+
+
+def looks_like(ground: Ground, category: str, token: torch.Tensor) -> str:
+    """The generator whose anomalies differ from normal tokens most in the direction in which a token does:
+    the largest mean cosine. Empty if the token is one of the bank's own.
+
+    Args:
+        token: of C.
+    """
+    residual = proxy.residuals(token[None, :, None, None], ground.banks[category])[0, 0, 0]
+    if not residual.any():
+        return ""
+    evidence = ground.evidence
+    usual = evidence.normal_sum / evidence.normal_count
+    samples = evidence.sums / np.maximum(evidence.counts, 1)[:, None] - usual
+    away = proxy.described(residual, evidence.scale) - usual
+    lengths = np.linalg.norm(samples, axis=1) * np.linalg.norm(away)
+    cosines = samples @ away / np.maximum(lengths, 1e-12)
+    names = ground.generators
+    return max(sorted(set(names.tolist())), key=lambda name: float(cosines[names == name].mean()))
+
+
+def _most_alike(round_: Round, ground: Ground, category: str, places: Sequence[torch.Tensor]) -> list[str]:
+    """For each alarming place of other pictures of a category, the train normal that holds the token nearest
+    to it."""
+    own = evenly(round_.pool.normals[category], MOST_NORMALS)
+    tokens = features_of(ground.backbone, own, round_.config.output.max_side, _unsaid)
+    found = []
+    for place in places:
+        nearest = torch.linalg.vector_norm(tokens - place[None, :, None, None], dim=1).amin(dim=(1, 2))
         found.append(own[int(nearest.argmin())].image_id)
     return found
+
+
+def _unsaid(_count: int) -> None:
+    """Progress of what takes a moment."""
 
 
 def _trial_row(number: int, trial: Trial) -> dict[str, Any]:
