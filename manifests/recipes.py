@@ -228,16 +228,16 @@ def plan_shard(
             raise UsageError("generation.categories: no category has a share above 0")
         own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard, 1)))
         category_draw = _weighted(weights, own.random(size))
-    hard = {
-        (category, name): np.array(
-            [
-                normal_weights.get(i.image_id, 1.0) * (NEAREST if nearest.get(i.image_id) == name else 1.0)
-                for i in pictures
-            ]
-        )
-        for category, pictures in pool.normals.items()
-        if any(i.image_id in normal_weights or i.image_id in nearest for i in pictures)
-        for name in names
+    often = {
+        name: np.array([normal_weights.get(image.image_id, 1.0) for image in pictures])
+        for name, pictures in pool.normals.items()
+        if any(image.image_id in normal_weights or image.image_id in nearest for image in pictures)
+    }
+    oftener = {
+        (category, name): weights
+        * np.array([NEAREST if nearest.get(i.image_id) == name else 1.0 for i in pool.normals[category]])
+        for category, weights in often.items()
+        for name in set(nearest.values())
     }
     picture_draw = rng.random(size)
     donor_draw = rng.random(size)
@@ -262,8 +262,8 @@ def plan_shard(
         category = categories[category_draw[index]]
         pictures = pool.normals[category]
         place = picture_draw[index]
-        often = hard.get((category, name))
-        image = pictures[int(place * len(pictures) if often is None else _weighted(often, place))]
+        weighted = oftener.get((category, name), often.get(category))
+        image = pictures[int(place * len(pictures) if weighted is None else _weighted(weighted, place))]
         defect, prompt, detail = settings.defect or trait.defect, settings.prompt, settings.detail
         if trait.prompts is not None:
             defect, prompt, detail = trait.prompts.words(
