@@ -194,6 +194,8 @@ def test_generators_for_gpus_run_where_a_gpu_is_and_the_others_beside_them(packa
         settings = parse_config(raw | {"cluster": {"address": dask_servers.address}}, name="test")
         space = Workspace(str(tmp_path / "ws"))
         rounds.begin(settings, space, new_round=False)
+        with open_client(settings.cluster) as client:  # without a worker with a GPU, any would do
+            client.wait_for_workers(2, timeout=60)
         result = make_round(space, 0, list(range(SHARDS)), settings.cluster)
     assert result.errors == {}
     by_shard: dict[str, set[int]] = {}
