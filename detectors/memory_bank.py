@@ -310,16 +310,16 @@ class MemoryBank(nn.Module):
 
     def _distances(self, features: Tensor, rows: Sequence[int]) -> Tensor:
         """h×w, of one picture (1×P), to the nearest of the categories ``rows``."""
+        tokens = self._tokens(features)[0].view(*self.grid, -1) if self.by_place else None
+        patches = self._patches(features)[0] if self.by_patch else None
         each = []
         for row in rows:
             parts = []
-            if self.by_place:
-                tokens = self._tokens(features)[0].view(*self.grid, -1)
+            if tokens is not None:
                 own = Gaussians(self.means[row].float(), self.directions[row].float(), self.noise[row])
                 parts.append(nearest_gaussian(tokens, own, self.settings.window))
-            if self.by_patch:
-                distances = torch.cdist(self._patches(features)[0], self._bank([row])).amin(dim=1)
-                parts.append(distances.view(self.grid))
+            if patches is not None:
+                parts.append(torch.cdist(patches, self._bank([row])).amin(dim=1).view(self.grid))
             each.append(parts[0] if len(parts) == 1 else geometric_mean(*parts))
         return torch.stack(each).amin(dim=0)
 

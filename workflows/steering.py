@@ -51,6 +51,7 @@ from workflows.stages import Round, evenly, read_settings, traits_of
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
 CONFIRM = range(4)  # shards of the probe that confirms a winner
 RESAMPLES = 400  # of the groups, behind a confirmed gain
+ROUNDING = 0.01  # of the mean distance of normals; what is nearer to the bank is in it
 LEARNED_FROM = 64  # samples of a generator, evenly chosen, that its samples are judged by without anomalies
 
 
@@ -348,26 +349,25 @@ def _alarms(space: Workspace, round_: Round, ground: Ground) -> list[Alarm]:
     rows = space.read_table(name).to_pylist() if space.exists(name) else []
     alarms = []
     for category in round_.pool.normals:
+        # Of the others no picture is read: they change nothing.
         own = [row for row in rows if row["category"] == category and row["excess"] >= HARD_EXCESS]
-        if not own:
-            continue
         places = _places(round_, ground, own)
-        looks = [looks_like(ground, category, place) for place in places]
-        words = f"of the train normals of {category} the most like a false alarm on a calibration one"
-        held = [k for k, row in enumerate(own) if row["split"] == "calibration"]
-        alike = _most_alike(round_, ground, category, [places[k] for k in held]) if held else []
-        others = dict(zip(held, alike, strict=True))
-        for k, row in enumerate(own):
+        held = [p for row, p in zip(own, places, strict=True) if row["split"] == "calibration"]
+        alike = iter(_most_alike(round_, ground, category, held))
+        for row, place in zip(own, places, strict=True):
             if row["split"] == "train":
-                told = f"false alarms on this {category}"
-                alarms.append(Alarm(row["image_id"], row["excess"], told, looks[k]))
-            elif k in others:
-                alarms.append(Alarm(others[k], row["excess"], words, looks[k]))
+                image_id, words = row["image_id"], f"false alarms on this {category}"
+            else:
+                image_id = next(alike)
+                words = f"of the train normals of {category} the most like a false alarm on a calibration one"
+            alarms.append(Alarm(image_id, row["excess"], words, looks_like(ground, category, place)))
     return alarms
 
 
 def _places(round_: Round, ground: Ground, rows: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
     """The token, of C, of each alarming place."""
+    if not rows:
+        return []
     images = [round_.images[row["image_id"]] for row in rows]
     found = []
     features = features_of(ground.backbone, images, round_.config.output.max_side, _unsaid)
@@ -386,9 +386,9 @@ def looks_like(ground: Ground, category: str, token: torch.Tensor) -> str:
         token: of C.
     """
     residual = proxy.residuals(token[None, :, None, None], ground.banks[category])[0, 0, 0]
-    if not residual.any():
-        return ""
     evidence = ground.evidence
+    if proxy.distances(residual, evidence.scale) < ROUNDING:
+        return ""
     usual = evidence.normal_sum / evidence.normal_count
     samples = evidence.sums / np.maximum(evidence.counts, 1)[:, None] - usual
     away = proxy.described(residual, evidence.scale) - usual
@@ -401,6 +401,8 @@ def looks_like(ground: Ground, category: str, token: torch.Tensor) -> str:
 def _most_alike(round_: Round, ground: Ground, category: str, places: Sequence[torch.Tensor]) -> list[str]:
     """For each alarming place of other pictures of a category, the train normal that holds the token nearest
     to it."""
+    if not places:
+        return []
     own = evenly(round_.pool.normals[category], MOST_NORMALS)
     tokens = features_of(ground.backbone, own, round_.config.output.max_side, _unsaid)
     found = []
