@@ -257,7 +257,7 @@ class MemoryBank(nn.Module):
                 self.directions[row, :, : directions.shape[1]] = directions
                 self.noise[row] = noise
             if self.by_patch:
-                patches = torch.cat([self._patches(part).half().flatten(0, 1) for part in own])
+                patches = torch.cat([self.around(part).half().flatten(0, 1) for part in own])
                 order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))
                 patches = patches[order[: self.settings.candidates].to(patches.device)]
                 projected = torch.cat([part.float() @ projection for part in patches.split(CHUNK * 1024)])
@@ -285,7 +285,7 @@ class MemoryBank(nn.Module):
             return counted(maps, batch).amax(dim=(1, 2)), maps
         scores, found = [], []
         for place, (features, rows) in enumerate(zip(batch["features"], self._rows(batch), strict=True)):
-            bank, patches = self._bank(rows), self._patches(features[None])[0]
+            bank, patches = self.kept(rows), self.around(features[None])[0]
             distances, nearest = torch.cdist(patches, bank).min(dim=1)
             skip = (
                 patches_in(batch["ignore"][place].to(bank.device), self.grid) if "ignore" in batch else None
@@ -296,9 +296,11 @@ class MemoryBank(nn.Module):
 
     def maps(self, batch: Batch) -> Tensor:
         """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
-        pairs = zip(batch["features"], self._rows(batch), strict=True)
-        found = (self._distances(features[None], rows) for features, rows in pairs)
-        return torch.cat([to_maps(distances[None], self.settings.size) for distances in found])
+        found = []
+        for features, rows in zip(batch["features"], self._rows(batch), strict=True):
+            each = torch.stack([self.distances(features[None], row) for row in rows])
+            found.append(to_maps(each.amin(dim=0)[None], self.settings.size))
+        return torch.cat(found)
 
     @torch.inference_mode()
     def calibrate(self, normals: Sequence[Batch]) -> None:
@@ -308,20 +310,17 @@ class MemoryBank(nn.Module):
         scores = torch.cat([self.score(batch)[0] for batch in normals])
         self.calibration = {"threshold": torch.quantile(scores, QUANTILE).item()}
 
-    def _distances(self, features: Tensor, rows: Sequence[int]) -> Tensor:
-        """h×w, of one picture (1×P), to the nearest of the categories ``rows``."""
-        tokens = self._tokens(features)[0].view(*self.grid, -1) if self.by_place else None
-        patches = self._patches(features)[0] if self.by_patch else None
-        each = []
-        for row in rows:
-            parts = []
-            if tokens is not None:
-                own = Gaussians(self.means[row].float(), self.directions[row].float(), self.noise[row])
-                parts.append(nearest_gaussian(tokens, own, self.settings.window))
-            if patches is not None:
-                parts.append(torch.cdist(patches, self._bank([row])).amin(dim=1).view(self.grid))
-            each.append(parts[0] if len(parts) == 1 else geometric_mean(*parts))
-        return torch.stack(each).amin(dim=0)
+    def distances(self, features: Tensor, row: int) -> Tensor:
+        """h×w, of one picture (1×P), to the normals of the category in this row of the bank."""
+        parts = []
+        if self.by_place:
+            own = Gaussians(self.means[row].float(), self.directions[row].float(), self.noise[row])
+            tokens = self._tokens(features)[0].view(*self.grid, -1)
+            parts.append(nearest_gaussian(tokens, own, self.settings.window))
+        if self.by_patch:
+            distances = torch.cdist(self.around(features)[0], self.kept([row]))
+            parts.append(distances.amin(dim=1).view(self.grid))
+        return parts[0] if len(parts) == 1 else geometric_mean(*parts)
 
     def _reweighted(
         self, patches: Tensor, distances: Tensor, nearest: Tensor, bank: Tensor, skip: Tensor | None
@@ -340,12 +339,12 @@ class MemoryBank(nn.Module):
         """N×P packed taps to float32 features N×T×C of the places."""
         return on_one_grid(unpack(features.to(self.means.device).float(), self.shapes))
 
-    def _patches(self, features: Tensor) -> Tensor:
-        """The same of the patches around them."""
+    def around(self, features: Tensor) -> Tensor:
+        """The same of the patches around the places."""
         return on_one_grid(neighbourhood_means(unpack(features.to(self.patches.device).float(), self.shapes)))
 
-    def _bank(self, rows: Sequence[int]) -> Tensor:
-        """Patches of categories, float32 M×C."""
+    def kept(self, rows: Sequence[int]) -> Tensor:
+        """The patches kept of categories, float32 M×C."""
         return torch.cat([self.patches[row, : self.filled[row]] for row in rows]).float()
 
     def _rows(self, batch: Batch) -> list[Sequence[int]]:

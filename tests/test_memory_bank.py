@@ -102,10 +102,10 @@ def test_maps_hold_the_distance_to_the_nearest_neighbour(of_patches):
     """scikit-learn's exact search over the same bank."""
     detector = of_patches({"a": 4}, coreset=40, neighbours=0)
     features = extract(detector, [weave(9), weave(3, "b")])
-    patches = detector._patches(features)
+    patches = detector.around(features)
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(detector.patches[0].float().numpy())
     wanted = search.kneighbors(patches.flatten(0, 1).numpy())[0].reshape(2, 8, 8)
-    found = torch.stack([detector._distances(row[None], [0]) for row in features])
+    found = torch.stack([detector.distances(row[None], 0) for row in features])
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-3)
     scores, maps = detector.score({"features": features, "category": ["a", "a"]})
     np.testing.assert_allclose(scores.numpy(), wanted.max(axis=(1, 2)), rtol=1e-3)
@@ -211,8 +211,8 @@ def test_both_is_the_geometric_mean_and_has_a_gradient(backbones):
     places = make(backbones["both"], normals, entries="places")
     patches = make(backbones["both"], normals, entries="patches", coreset=40)
     features = extract(both, [odd])
-    product = places._distances(features, [0]) * patches._distances(features, [0])
-    torch.testing.assert_close(both._distances(features, [0]).square(), product, rtol=1e-3, atol=1e-3)
+    product = places.distances(features, 0) * patches.distances(features, 0)
+    torch.testing.assert_close(both.distances(features, 0).square(), product, rtol=1e-3, atol=1e-3)
     known = extract(both, [weave(0)]).requires_grad_()  # a normal that the bank knows: distances near 0
     both.maps({"features": known}).sum().backward()
     assert known.grad.isfinite().all()

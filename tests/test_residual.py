@@ -1,13 +1,16 @@
 """The residual detector: what it subtracts, what it learns from the samples, and what its bank depends on."""
 
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
 from detectors import protocol
-from detectors.patches import STRIDES
-from detectors.residual import ITSELF, RESIDUAL, Residual, ResidualSettings
+from detectors.memory_bank import TAPPED
+from detectors.patches import to_maps
+from detectors.residual import ITSELF, LOWEST, RESIDUAL, Residual, ResidualSettings
 from generation.backbones import load_backbone
 from manifests.errors import UsageError
 from tests.test_memory_bank import weave
@@ -16,12 +19,12 @@ from training.evaluation import predict
 from training.fitting import Normal, batches, extract, train
 from training.loading import Sample
 
-SETTINGS = ResidualSettings(size=64, steps=20, batch=4, coreset=60, width=8)
+SETTINGS = ResidualSettings(size=64, steps=40, batch=4, coreset=60, width=8)
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(strides=STRIDES)
+    return load_backbone(strides=TAPPED["both"])
 
 
 def make(backbone, kinds: str, **changed) -> Residual:
@@ -31,17 +34,18 @@ def make(backbone, kinds: str, **changed) -> Residual:
     return detector
 
 
-def spoilt(seed: int, kind: str = "a", level: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(picture, mask, normal): a square of one grey level."""
+def spoilt(seed: int, kind: str = "a", level: int | None = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(picture, mask, normal): a square of one grey level, or as it was."""
     normal = weave(seed, kind)
     picture, mask = normal.copy(), np.zeros(normal.shape[:2], bool)
     y, x = np.random.default_rng(seed).integers(4, 40, 2)
     mask[y : y + 18, x : x + 18] = True
-    picture[mask] = level
+    if level is not None:
+        picture[mask] = level
     return picture, mask, normal
 
 
-def samples(count: int, level: int) -> list[Sample]:
+def samples(count: int, level: int | None) -> list[Sample]:
     found = []
     for k in range(count):
         picture, mask, normal = spoilt(k, "ab"[k % 2], level)
@@ -50,7 +54,7 @@ def samples(count: int, level: int) -> list[Sample]:
     return found
 
 
-def trained(level: int):
+def trained(level: int | None):
     normals = [Normal(f"n{k}", "ab"[k % 2], weave(k, "ab"[k % 2])) for k in range(8)]
     held = [Normal(f"c{k}", "ab"[k % 2], weave(100 + k, "ab"[k % 2])) for k in range(4)]
     return train("residual", SETTINGS, samples(8, level), normals, held, seed=1)
@@ -64,8 +68,8 @@ def detector():
 def test_a_residual_by_hand(backbone):
     detector = make(backbone, "aaaa")
     features = extract(detector, [weave(50)])
-    patches = detector._patches(features)[0]
-    bank = detector.bank[0].float()
+    patches = detector.bank.around(features)[0]
+    bank = detector.bank.kept([0])
     away = (patches[:, None] - bank[None]).norm(dim=2)
     near = away.argmin(dim=1)
     found = detector._residuals(features, ["a"])[0].flatten(1).T
@@ -74,6 +78,47 @@ def test_a_residual_by_hand(backbone):
     )
     wanted = ((patches - bank[near]).abs() / detector.scale[0]).sqrt()
     torch.testing.assert_close(found[:, :-1], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_where_the_head_sees_nothing_the_map_is_the_banks(backbone):
+    """In deviations of the logarithm over the normals that filled it, whose patches in the bank are left
+    out; it orders the places of a picture as the memory bank does."""
+    detector = make(backbone, "a" * 12)
+    normals = extract(detector, [weave(k) for k in range(12)])
+    with torch.no_grad():
+        detector.head[-1].weight.zero_()
+        detector.head[-1].bias.fill_(-40.0)
+    features = extract(detector, [weave(50), spoilt(51)[0]])
+    found = detector._deviations(features, ["a", "a"])
+    raw = torch.stack([detector.bank.distances(one[None], 0) for one in features]).log()
+    wanted = (raw - detector.usual[0]) / detector.spread
+    assert wanted.min() < LOWEST + 4  # all but what lies lower is kept
+    torch.testing.assert_close(found, wanted.clamp_min(LOWEST))
+    torch.testing.assert_close(detector.score({"features": features})[1], to_maps(found, 64))
+    own = detector._deviations(normals, ["a"] * 12)
+    own = own[own > LOWEST]
+    assert own.mean().abs() < 0.3 and 0.7 < own.std() < 1.3
+
+
+def test_the_head_adds_its_evidence(backbone):
+    detector = make(backbone, "aaaa")
+    features = extract(detector, [weave(50)])
+    with torch.no_grad():
+        detector.head[-1].weight.zero_()
+        maps = []
+        for probability in (0.001, 0.9):
+            detector.head[-1].bias.fill_(float(np.log(probability / (1 - probability))))
+            maps.append(detector.maps({"features": features}))
+    torch.testing.assert_close(maps[1] - maps[0], torch.full_like(maps[0], np.log(0.999 / 0.1)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_normals_give_finite_scores(backbone, count):
+    """All or nearly all of their patches are in the bank, and one has no variance at its places."""
+    detector = make(backbone, "a" * count)
+    score, maps = detector.score({"features": extract(detector, [weave(0), weave(50), spoilt(51)[0]])})
+    assert torch.isfinite(maps).all()
+    assert score[0] < score[2] and score[1] < score[2]
 
 
 def test_in_training_a_patch_of_the_bank_is_not_its_own_normal(backbone):
@@ -86,17 +131,20 @@ def test_in_training_a_patch_of_the_bank_is_not_its_own_normal(backbone):
 
 
 def test_it_finds_what_the_samples_show_and_learns_it_from_them(detector):
-    """The same pictures, the same steps; samples of dark squares teach dark squares better than samples
-    whose anomaly can hardly be seen do."""
+    """The same pictures, the same steps; samples of dark squares teach dark squares, samples whose
+    masks show nothing do not."""
     picture, mask, _ = spoilt(200, "b")
-    other = trained(level=125)  # about the mean of the texture
-    contrasts = []
-    for one in (detector, other):
-        (_, scores), (_, normal) = predict(one, [picture, weave(201, "b")], ["b", "b"])
-        contrasts.append((scores[mask].mean() - scores[~mask].mean()) / normal.std())
-        assert scores.shape == (64, 64) and scores.dtype == np.float32
-    assert contrasts[0] > contrasts[1]
-    assert contrasts[0] > 1
+    lifts = []
+    for one in (detector, trained(level=None)):
+        features = extract(one, [picture])
+        scores = one.maps({"features": features, "category": ["b"]}).detach()
+        assert scores.shape == (1, 64, 64) and scores.dtype == torch.float32
+        lift = (scores - to_maps(one._deviations(features, ["b"]), 64))[0].numpy()
+        lifts.append(lift[mask].mean() - lift[~mask].mean())
+    assert lifts[0] > 2 * lifts[1]
+    assert lifts[0] > 0.5
+    (_, found), (_, normal) = predict(detector, [picture, weave(201, "b")], ["b", "b"])
+    assert (found[mask].mean() - found[~mask].mean()) / normal.std() > 1
 
 
 def test_training_is_the_same_again_and_a_checkpoint_scores_alike(detector, tmp_path):
@@ -113,9 +161,13 @@ def test_training_is_the_same_again_and_a_checkpoint_scores_alike(detector, tmp_
 def test_a_picture_is_compared_with_its_category_or_with_all(backbone):
     detector = make(backbone, "aabb", coreset=200)
     features = extract(detector, [weave(2, "b")])
-    own, other, every = (detector._residuals(features, name) for name in (["b"], ["a"], None))
-    assert torch.equal(own, every)  # the nearest patch of all is one of its own
-    assert own[:, -1].mean() < other[:, -1].mean()
+    for what in (
+        lambda name: detector._residuals(features, name)[:, -1],
+        partial(detector._deviations, features),
+    ):
+        own, other, every = (what(name) for name in (["b"], ["a"], None))
+        torch.testing.assert_close(own, every)  # the nearest patch of all is one of its own
+        assert own.mean() < other.mean()
     with pytest.raises(UsageError, match="a, b"):
         detector.score({"features": features, "category": ["c"]})
     with pytest.raises(UsageError, match="category b"):
