@@ -201,7 +201,6 @@ class MemoryBank(nn.Module):
     directions: Tensor
     noise: Tensor
     patches: Tensor
-    filled: Tensor
 
     def __init__(self, settings: MemoryBankSettings, categories: Sequence[str], backbone: Backbone):
         super().__init__()
@@ -225,7 +224,6 @@ class MemoryBank(nn.Module):
         )
         self.register_buffer("noise", torch.ones(rows))
         self.register_buffer("patches", torch.zeros(rows, patches, channels, dtype=half))
-        self.register_buffer("filled", torch.zeros(rows, dtype=torch.int64))  # of each row of patches
 
     def extract(self, images: Tensor) -> Tensor:
         """N×3×size×size, uint8 or float in [0, 1], to packed taps, none finer than the grid, float32 N×P."""
@@ -239,8 +237,9 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def prepare(self, normals: Tensor, categories: Sequence[str]) -> None:
-        """For each category the Gaussians of its places and the coreset of its patches: greedy k-centre on a
-        random projection, which comes, as the candidates, from torch's global generator.
+        """For each category the Gaussians of its places and the coreset of its patches, repeated if there are
+        too few: greedy k-centre on a random projection, which comes, as the candidates, from torch's global
+        generator.
 
         Raises:
             UsageError: a category has no normal.
@@ -261,9 +260,8 @@ class MemoryBank(nn.Module):
                 order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))
                 patches = patches[order[: self.settings.candidates].to(patches.device)]
                 projected = torch.cat([part.float() @ projection for part in patches.split(CHUNK * 1024)])
-                kept = patches[k_centre(projected, self.settings.coreset)]
-                self.patches[row, : len(kept)] = kept
-                self.filled[row] = len(kept)
+                kept = k_centre(projected, self.settings.coreset)
+                self.patches[row] = patches[[kept[k % len(kept)] for k in range(self.settings.coreset)]]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         raise UsageError("memory_bank has nothing to train; leave its steps at 0")
@@ -345,7 +343,7 @@ class MemoryBank(nn.Module):
 
     def kept(self, rows: Sequence[int]) -> Tensor:
         """The patches kept of categories, float32 M×C."""
-        return torch.cat([self.patches[row, : self.filled[row]] for row in rows]).float()
+        return torch.cat([self.patches[row] for row in rows]).float()
 
     def _rows(self, batch: Batch) -> list[Sequence[int]]:
         """Of the bank, for each picture: its category's, or all."""

@@ -182,9 +182,7 @@ class Residual(nn.Module):
         for place, one in enumerate(features):
             rows = bank_rows(names[place] if names is not None else None, self.categories)
             patches, kept = self.bank.around(one[None])[0], self.bank.kept(rows)
-            of = torch.tensor(
-                [row for row in rows for _ in range(int(self.bank.filled[row]))], device=kept.device
-            )
+            of = torch.tensor(list(rows), device=kept.device).repeat_interleave(self.settings.coreset)
             distances = torch.cdist(patches, kept)
             if itself:
                 distances = distances.masked_fill(distances < itself * self.median[of], float("inf"))

@@ -304,7 +304,8 @@ def test_a_run_of_features_trains_the_detector_that_looks_at_them(tmp_path):
             "samples": 12,
             "generation": {"generators": {"feature-noise": {"params": {"size": 64}}}, "location": "anywhere"},
             "detector": {
-                "settings": {"size": 64, "steps": 2, "hidden": 16, "heads": 2, "ffn": 16, "bank": 1}
+                "name": "onenip",
+                "settings": {"size": 64, "steps": 2, "hidden": 16, "heads": 2, "ffn": 16, "bank": 1},
             },
             "cluster": {"workers": 1},
         },

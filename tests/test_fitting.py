@@ -345,7 +345,8 @@ SMALL = {
     "output": {"shard_size": 20},
     "training": {"earlier": 0.5, "generators": {"scar": 3, "band": 0}},
     "detector": {
-        "settings": {"size": 64, "steps": 20, "batch": 4, "hidden": 16, "heads": 2, "ffn": 16, "refiner": 8}
+        "name": "onenip",
+        "settings": {"size": 64, "steps": 20, "batch": 4, "hidden": 16, "heads": 2, "ffn": 16, "refiner": 8},
     },
     "cluster": {"workers": 1},
 }

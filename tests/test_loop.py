@@ -26,7 +26,10 @@ SMALL = {
     "samples": 24,
     "rounds": 2,
     "output": {"shard_size": 12},
-    "detector": {"settings": {"size": 96, "steps": 12, "batch": 4, "hidden": 32, "heads": 2, "depth": 1}},
+    "detector": {
+        "name": "onenip",
+        "settings": {"size": 96, "steps": 12, "batch": 4, "hidden": 32, "heads": 2, "depth": 1},
+    },
     "evaluation": {"resamples": 20},
     "feedback": {"trials": 16},
     "cluster": {"workers": 1},

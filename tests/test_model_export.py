@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from detectors import protocol
 from detectors.onenip import OneNIPSettings
 from detectors.protocol import Method, Settings
+from detectors.residual import ResidualSettings
 from manifests.errors import FlawsmithError, UsageError
 from tests.test_training import sample, texture
 from training import checkpoints, graph
@@ -97,6 +98,29 @@ def test_an_exported_file_scores_as_the_detector_it_was_made_of(folder, eager, f
         np.testing.assert_allclose(maps[index], map_, rtol=0, atol=1e-3)
         assert scores[index] == pytest.approx(score, abs=1e-3)
     assert anomalous.tolist() == (scores > threshold).tolist()
+
+
+@pytest.mark.parametrize("category", ["a", None])
+def test_a_bank_of_normal_patches_becomes_a_graph_too(tmp_path, category):
+    """The default detector, of one category and of all that it knows; its graph takes one picture a batch."""
+    normals = [Normal(f"n{i}", "ab"[i % 2], texture(i)) for i in range(8)]
+    made = [sample(i, "ab"[i % 2]) for i in range(4)]
+    settings = ResidualSettings(size=64, steps=3, batch=4, coreset=40, width=8)
+    checkpoints.save(
+        tmp_path / "it",
+        "residual",
+        train("residual", settings, made, normals[:6], normals[6:], seed=3),
+        seed=3,
+    )
+    export_model(tmp_path / "it", tmp_path / "it.onnx", "onnx", category)
+    run = onnx(tmp_path / "it.onnx")
+    wanted = predict(
+        checkpoints.load(tmp_path / "it"), pictures(), None if category is None else [category] * 6
+    )
+    for picture, (score, scores) in zip(pictures(), wanted, strict=True):
+        found = run(colour(picture)[None])
+        np.testing.assert_allclose(found[1][0], scores, rtol=0, atol=1e-3)
+        assert found[0][0] == pytest.approx(score, abs=1e-3)
 
 
 def test_one_file_holds_all_facts(folder, eager):

@@ -294,7 +294,7 @@ def practising(tiny, tmp_path_factory):
     raw = {
         "source": str(folder / "bottle"),
         "samples": 9,
-        "detector": {"settings": SMALL["onenip"]},
+        "detector": {"name": "onenip", "settings": SMALL["onenip"]},
         "generation": {
             "generators": {"cut": {"params": cut}, "scar": {}, "feature-noise": {"params": {"size": 64}}},
             "location": "anywhere",

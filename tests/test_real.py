@@ -26,7 +26,7 @@ def config(steps: int):
         "samples": 120,
         "rounds": 1,
         "output": {"shard_size": 60, "max_side": 256},
-        "detector": {"settings": {"steps": steps, "size": 160}},
+        "detector": {"name": "onenip", "settings": {"steps": steps, "size": 160}},
         "evaluation": {"resamples": 0},
     }
     return parse_config(settings, name="test", folder=DATA)

@@ -149,7 +149,7 @@ def test_a_run_in_tiles_trains_and_judges(tmp_path):
             "source": str(tmp_path / "pictures"),
             "samples": 24,
             "generation": {"generators": {"cutpaste": {}}},
-            "detector": {"settings": detector, "tiles": 0.25},
+            "detector": {"name": "onenip", "settings": detector, "tiles": 0.25},
             "evaluation": {"resamples": 10},
             "cluster": {"workers": 1},
         },

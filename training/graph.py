@@ -80,7 +80,8 @@ def export(
         out: file to write; replaced if it is there.
         format: a key of ``FORMATS``.
         threshold: scores above it are anomalous.
-        category: of the pictures; needed where the detector asks for it, and the graph is for that one then.
+        category: of the pictures; needed where the detector asks for it. Where its scores depend on it, the
+            graph is for that one then.
 
     Returns:
         The facts stored in the file: those of the checkpoint's ``config.yaml``, and ``category``,
@@ -99,7 +100,7 @@ def export(
     if format == "onnx":
         _require("onnx", "onnxscript")
     detector, config = checkpoints.load(checkpoint), checkpoints.read_config(checkpoint)
-    graph = Graph(detector, threshold, category if _asks_for_category(detector, category) else None).eval()
+    graph = Graph(detector, threshold, category if _reads_category(detector, category) else None).eval()
     program, batch = _trace(graph)
     facts = {
         **config,
@@ -163,17 +164,22 @@ def _traceable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _asks_for_category(detector: Detector, category: str | None) -> bool:
-    """Whether ``score`` refuses pictures without one, which only the detector's settings know."""
+def _reads_category(detector: Detector, category: str | None) -> bool:
+    """Whether ``score`` refuses pictures without one, or scores them otherwise. Where neither is so, a graph
+    without it may take any batch."""
     size = detector.settings.size
-    features = detector.extract(torch.zeros(1, 3, size, size, dtype=torch.uint8)).half()
+    noise = torch.randint(
+        256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    features = detector.extract(noise).half()
     try:
         detector.score({"features": features})
     except UsageError as error:
         if category is None:
             raise UsageError(f"{error}; or export for one category: --category NAME") from error
         return True
-    return False
+    scores = (detector.score({"features": features, "category": [name]})[0] for name in detector.categories)
+    return category is not None and len({score.item() for score in scores}) > 1
 
 
 def _to_onnx(facts: Mapping[str, Any], program: torch.export.ExportedProgram, path: Path) -> None:

@@ -4,8 +4,8 @@ Tokens of a frozen backbone are described by how they differ from the nearest no
 a linear head tells synthetic anomalies from normals: Fisher's discriminant. Settings are compared by the one
 with the scatter of normals alone (``spread`` 0): of the samples it takes a mean and nothing else, so that a
 few dozen of them say what hundreds would [measured over 14 settings: the ranks by two draws of 144 samples
-correlate by 0.96, with the anomalies' scatter by 0.78; those of either draw with the ranks by the detector
-``residual``, trained from as many samples, by 0.79 and 0.77, with the anomalies' scatter by 0.92 and 0.80:
+correlate by 0.96, with the anomalies' scatter by 0.78; those of either draw with the ranks by the head of the
+detector ``residual``, trained from as many samples, by 0.79 and 0.77, with their scatter by 0.92 and 0.80:
 the price is that it does not see what a detector short of samples gains from larger anomalies]. The sums add
 up sample by sample, so any mixture is a weighted sum and one solve (inference: our own construction).
 """

@@ -199,8 +199,8 @@ def evaluate(
 
 
 @app.command(
-    epilog="Examples: flawsmith compare runs/bottle/rounds/000/detectors/onenip "
-    "runs/bottle/rounds/001/detectors/onenip | flawsmith compare A B --data pictures/bottle"
+    epilog="Examples: flawsmith compare runs/bottle/rounds/000/detectors/residual "
+    "runs/bottle/rounds/001/detectors/residual | flawsmith compare A B --data pictures/bottle"
 )
 def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="folder or URL of a trained detector")],
@@ -354,7 +354,7 @@ def export(
 
 
 @app.command(
-    epilog="Examples: flawsmith predict runs/bottle/rounds/001/detectors/onenip new/*.png --out found | "
+    epilog="Examples: flawsmith predict runs/bottle/rounds/001/detectors/residual new/*.png --out found | "
     "flawsmith predict bottle.onnx new --out found"
 )
 def predict(
@@ -389,7 +389,7 @@ def predict(
 
 @app.command(
     "export-model",
-    epilog="Example: flawsmith export-model runs/bottle/rounds/001/detectors/onenip --out bottle.onnx",
+    epilog="Example: flawsmith export-model runs/bottle/rounds/001/detectors/residual --out bottle.onnx",
 )
 def export_model(
     checkpoint: Annotated[

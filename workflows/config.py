@@ -232,7 +232,7 @@ class Cluster(Settings):
 
 
 class Detector(Settings):
-    name: str = "onenip"
+    name: str = "residual"
     preset: str | None = Field(None, description="published settings to start from, e.g. paper")
     settings: dict[str, Any] = Field(default_factory=dict, description="the detector's own settings")
     tiles: float | None = Field(
