@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from distributed import KilledWorker, Nanny
+from distributed.nanny import WorkerProcess
 
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
@@ -352,3 +353,19 @@ def test_the_image_sets_what_a_local_cluster_sets():
     for name, value in machines.ENVIRONMENT.items():
         assert f"{name}={value}" in recipe
     assert "USER flawsmith" in recipe and "--uid 1000" in recipe
+
+
+def test_a_worker_that_ends_late_is_no_error_of_the_work(monkeypatch):
+    """On a heavily loaded machine Dask's nanny gives up waiting for a worker that it has killed; an error of
+    the work itself still comes out."""
+    kill = WorkerProcess.kill
+
+    async def late(self, *given, **named):
+        await kill(self, *given, **named)
+        raise TimeoutError
+
+    monkeypatch.setattr(WorkerProcess, "kill", late)
+    with open_client(Cluster(workers=1)) as client:
+        assert client.submit(pow, 2, 5).result() == 32
+    with pytest.raises(ZeroDivisionError), open_client(Cluster(workers=1)) as client:
+        client.submit(divmod, 2, 0).result()

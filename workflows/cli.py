@@ -633,7 +633,8 @@ def main() -> NoReturn:
         sys.exit(PARTIAL if type(error).__name__ == "PartialResult" else FAILED)
     except OSError as error:
         remedy = "; make room and run the same command again" if error.errno == errno.ENOSPC else ""
-        typer.echo(f"flawsmith: {error.filename or 'writing'}: {error.strerror or error}{remedy}", err=True)
+        reason = error.strerror or str(error) or type(error).__name__
+        typer.echo(f"flawsmith: {error.filename or 'writing'}: {reason}{remedy}", err=True)
         sys.exit(FAILED)
     except KeyboardInterrupt:
         typer.echo("flawsmith: interrupted; the same command goes on where it stopped", err=True)

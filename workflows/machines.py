@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import dask
@@ -53,12 +53,16 @@ def open_client(settings: Cluster, *, gpus: bool = False) -> Iterator[Client]:
         with _running(settings) as client:
             yield client
         return
-    with (
-        dask.config.set(LOCAL),
-        _jobs(settings.slurm) if settings.slurm else _local(settings, gpus) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set(LOCAL), ExitStack() as opened:
+        cluster = opened.enter_context(_jobs(settings.slurm) if settings.slurm else _local(settings, gpus))
+        client = opened.enter_context(Client(cluster))
+        try:
+            yield client
+        finally:
+            # On a heavily loaded machine a worker may still be there nine seconds after it was told to end;
+            # it was killed meanwhile, and what it was there for is done.
+            with suppress(TimeoutError):
+                opened.close()
 
 
 def _running(settings: Cluster) -> Client:
