@@ -312,13 +312,17 @@ class MemoryBank(nn.Module):
         """h×w, of one picture (1×P), to the normals of the category in this row of the bank."""
         parts = []
         if self.by_place:
-            own = Gaussians(self.means[row].float(), self.directions[row].float(), self.noise[row])
-            tokens = self._tokens(features)[0].view(*self.grid, -1)
-            parts.append(nearest_gaussian(tokens, own, self.settings.window))
+            parts.append(self.to_places(features, row))
         if self.by_patch:
             distances = torch.cdist(self.around(features)[0], self.kept([row]))
             parts.append(distances.amin(dim=1).view(self.grid))
         return parts[0] if len(parts) == 1 else geometric_mean(*parts)
+
+    def to_places(self, features: Tensor, row: int) -> Tensor:
+        """The part of the places alone."""
+        own = Gaussians(self.means[row].float(), self.directions[row].float(), self.noise[row])
+        tokens = self._tokens(features)[0].view(*self.grid, -1)
+        return nearest_gaussian(tokens, own, self.settings.window)
 
     def _reweighted(
         self, patches: Tensor, distances: Tensor, nearest: Tensor, bank: Tensor, skip: Tensor | None

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detectors.memory_bank import TAPPED, MemoryBank, MemoryBankSettings
+from detectors.memory_bank import TAPPED, MemoryBank, MemoryBankSettings, geometric_mean
 from detectors.onenip import dice_loss
 from detectors.patches import bank_rows, normals_of, to_maps
 from detectors.protocol import Batch, Method, Settings, counted
@@ -123,8 +123,8 @@ class Residual(nn.Module):
                 patches = self.bank.around(features[None])[0]
                 distance, nearest = torch.cdist(patches, kept).min(dim=1)
                 away.append((patches - kept[nearest]).abs())
+                judged.append(geometric_mean(self.bank.to_places(features[None], row).flatten(), distance))
                 distances.append(distance.masked_fill(distance < BARELY * patches.norm(dim=1), 0.0))
-                judged.append(self.bank.distances(features[None], row).flatten())
             distance, both = torch.cat(distances), torch.cat(judged)
             others = distance > 0
             if others.any():
@@ -145,7 +145,12 @@ class Residual(nn.Module):
         names, mask = batch["category"], batch["mask"]
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
             both = torch.cat([batch["synthetic"], batch["normal"]])
-            residuals = self._residuals(both, [*names, *names], itself=ITSELF)
+            residuals = torch.stack(
+                [
+                    self._compared(one, bank_rows(name, self.categories), itself=ITSELF)[0]
+                    for one, name in zip(both, [*names, *names], strict=True)
+                ]
+            )
             cover = F.interpolate(mask[:, None], self.bank.grid, mode="area")[:, 0]
         logits = self.head(residuals)[:, 0].float()
         target = torch.cat([cover, torch.zeros_like(cover)])
@@ -164,9 +169,9 @@ class Residual(nn.Module):
 
     def maps(self, batch: Batch) -> Tensor:
         """Those of :meth:`score`, float32 N×size×size; differentiable in the features."""
-        features, names = batch["features"], batch.get("category")
-        logits = self.head(self._residuals(features, names))[:, 0]
-        return to_maps(self._deviations(features, names) + F.softplus(logits), self.settings.size)
+        residuals, deviations = self._seen(batch["features"], batch.get("category"))
+        logits = self.head(residuals)[:, 0]
+        return to_maps(deviations + F.softplus(logits), self.settings.size)
 
     @torch.inference_mode()
     def calibrate(self, normals: Sequence[Batch]) -> None:
@@ -176,32 +181,36 @@ class Residual(nn.Module):
         scores = torch.cat([self.score(batch)[0] for batch in normals])
         self.calibration = {"threshold": torch.quantile(scores, QUANTILE).item()}
 
-    def _residuals(self, features: Tensor, names: Sequence[str] | None, itself: float = 0.0) -> Tensor:
-        """float32 N×(C+1)×h×w; bank patches nearer than ``itself`` medians are passed over."""
-        found = []
+    def _seen(self, features: Tensor, names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        """What the head sees of pictures, N×(C+1)×h×w, and by how many deviations of normals the bank's log
+        distance exceeds theirs, N×h×w: of several categories to the one that it exceeds the least."""
+        residuals, deviations = [], []
         for place, one in enumerate(features):
             rows = bank_rows(names[place] if names is not None else None, self.categories)
-            patches, kept = self.bank.around(one[None])[0], self.bank.kept(rows)
-            of = torch.tensor(list(rows), device=kept.device).repeat_interleave(self.settings.coreset)
-            distances = torch.cdist(patches, kept)
-            if itself:
-                distances = distances.masked_fill(distances < itself * self.median[of], float("inf"))
-            distance, nearest = distances.min(dim=1)
-            own = of[nearest]
-            residual = ((patches - kept[nearest]).abs() / self.scale[own] + 1e-12).sqrt()
-            found.append(torch.cat([residual, (distance / self.median[own])[:, None]], dim=1))
-        return torch.stack(found).transpose(1, 2).unflatten(2, self.bank.grid)
+            residual, distances = self._compared(one, rows)
+            residuals.append(residual)
+            each = []
+            for row, own in zip(rows, distances.chunk(len(rows), dim=1), strict=True):
+                to_patches = own.amin(dim=1).view(self.bank.grid)
+                both = geometric_mean(self.bank.to_places(one[None], row), to_patches)
+                each.append(both.clamp_min(1e-12).log() - self.usual[row])
+            deviations.append(torch.stack(each).amin(dim=0) / self.spread)
+        return torch.stack(residuals), torch.stack(deviations).clamp_min(LOWEST)
 
-    def _deviations(self, features: Tensor, names: Sequence[str] | None) -> Tensor:
-        """N×h×w: the log distance to the bank, less the usual one of normals, in deviations of theirs."""
-        found = []
-        for place, one in enumerate(features):
-            rows = bank_rows(names[place] if names is not None else None, self.categories)
-            each = [
-                self.bank.distances(one[None], row).clamp_min(1e-12).log() - self.usual[row] for row in rows
-            ]
-            found.append(torch.stack(each).amin(dim=0) / self.spread)
-        return torch.stack(found).clamp_min(LOWEST)
+    def _compared(self, one: Tensor, rows: Sequence[int], itself: float = 0.0) -> tuple[Tensor, Tensor]:
+        """A picture's patches less the nearest ones kept of some categories: the residuals, (C+1)×h×w, and
+        the distances to all that are kept, T×M, category by category. Kept patches nearer than ``itself``
+        medians are passed over."""
+        patches, kept = self.bank.around(one[None])[0], self.bank.kept(rows)
+        of = torch.tensor(list(rows), device=kept.device).repeat_interleave(self.settings.coreset)
+        distances = torch.cdist(patches, kept)
+        if itself:
+            distances = distances.masked_fill(distances < itself * self.median[of], float("inf"))
+        distance, nearest = distances.min(dim=1)
+        own = of[nearest]
+        residual = ((patches - kept[nearest]).abs() / self.scale[own] + 1e-12).sqrt()
+        found = torch.cat([residual, (distance / self.median[own])[:, None]], dim=1)
+        return found.T.unflatten(1, self.bank.grid), distances
 
 
 def build(

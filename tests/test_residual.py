@@ -1,7 +1,5 @@
 """The residual detector: what it subtracts, what it learns from the samples, and what its bank depends on."""
 
-from functools import partial
-
 import cv2
 import numpy as np
 import pytest
@@ -72,7 +70,7 @@ def test_a_residual_by_hand(backbone):
     bank = detector.bank.kept([0])
     away = (patches[:, None] - bank[None]).norm(dim=2)
     near = away.argmin(dim=1)
-    found = detector._residuals(features, ["a"])[0].flatten(1).T
+    found = detector._seen(features, ["a"])[0][0].flatten(1).T
     torch.testing.assert_close(
         found[:, -1], away.min(dim=1).values / detector.median[0], rtol=1e-3, atol=1e-3
     )
@@ -89,13 +87,13 @@ def test_where_the_head_sees_nothing_the_map_is_the_banks(backbone):
         detector.head[-1].weight.zero_()
         detector.head[-1].bias.fill_(-40.0)
     features = extract(detector, [weave(50), spoilt(51)[0]])
-    found = detector._deviations(features, ["a", "a"])
+    found = detector._seen(features, ["a", "a"])[1]
     raw = torch.stack([detector.bank.distances(one[None], 0) for one in features]).log()
     wanted = (raw - detector.usual[0]) / detector.spread
     assert wanted.min() < LOWEST + 4  # all but what lies lower is kept
     torch.testing.assert_close(found, wanted.clamp_min(LOWEST))
     torch.testing.assert_close(detector.score({"features": features})[1], to_maps(found, 64))
-    own = detector._deviations(normals, ["a"] * 12)
+    own = detector._seen(normals, ["a"] * 12)[1]
     own = own[own > LOWEST]
     assert own.mean().abs() < 0.3 and 0.7 < own.std() < 1.3
 
@@ -124,7 +122,10 @@ def test_few_normals_give_finite_scores(backbone, count):
 def test_in_training_a_patch_of_the_bank_is_not_its_own_normal(backbone):
     detector = make(backbone, "aaa", coreset=200)
     features = extract(detector, [weave(0), weave(1), weave(2)])
-    alone, apart = (detector._residuals(features, ["a"] * 3, itself)[:, -1] for itself in (0.0, ITSELF))
+    alone, apart = (
+        torch.stack([detector._compared(one, [0], itself)[0][-1] for one in features])
+        for itself in (0.0, ITSELF)
+    )
     assert (alone < 0.05).float().mean() > 0.5
     assert apart.min() >= ITSELF
     torch.testing.assert_close(apart[alone >= ITSELF], alone[alone >= ITSELF])
@@ -139,7 +140,7 @@ def test_it_finds_what_the_samples_show_and_learns_it_from_them(detector):
         features = extract(one, [picture])
         scores = one.maps({"features": features, "category": ["b"]}).detach()
         assert scores.shape == (1, 64, 64) and scores.dtype == torch.float32
-        lift = (scores - to_maps(one._deviations(features, ["b"]), 64))[0].numpy()
+        lift = (scores - to_maps(one._seen(features, ["b"])[1], 64))[0].numpy()
         lifts.append(lift[mask].mean() - lift[~mask].mean())
     assert lifts[0] > 2 * lifts[1]
     assert lifts[0] > 0.5
@@ -161,11 +162,11 @@ def test_training_is_the_same_again_and_a_checkpoint_scores_alike(detector, tmp_
 def test_a_picture_is_compared_with_its_category_or_with_all(backbone):
     detector = make(backbone, "aabb", coreset=200)
     features = extract(detector, [weave(2, "b")])
-    for what in (
-        lambda name: detector._residuals(features, name)[:, -1],
-        partial(detector._deviations, features),
+    seen = [detector._seen(features, name) for name in (["b"], ["a"], None)]
+    for own, other, every in (
+        [residuals[:, -1] for residuals, _ in seen],
+        [deviations for _, deviations in seen],
     ):
-        own, other, every = (what(name) for name in (["b"], ["a"], None))
         torch.testing.assert_close(own, every)  # the nearest patch of all is one of its own
         assert own.mean() < other.mean()
     with pytest.raises(UsageError, match="a, b"):
