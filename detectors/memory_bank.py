@@ -347,7 +347,7 @@ class MemoryBank(nn.Module):
 
     def kept(self, rows: Sequence[int]) -> Tensor:
         """The patches kept of categories, float32 M×C."""
-        return torch.cat([self.patches[row] for row in rows]).float()
+        return torch.cat([self.patches[row].float() for row in rows])
 
     def _rows(self, batch: Batch) -> list[Sequence[int]]:
         """Of the bank, for each picture: its category's, or all."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -123,6 +123,16 @@ class Detector(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
     def train(self) -> Any: ...
     def eval(self) -> Any: ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A detector whose loss sees, in place of features, what can be worked out from them for good once it is
+    prepared: that is done once a picture too, not at every step."""
+
+    def encode(self, features: Tensor, categories: Sequence[str]) -> Tensor:
+        """N pictures' features and the category of each to what ``normal``, ``synthetic`` and ``prompt`` of
+        :meth:`Detector.loss` then hold: of any shape, the first axis kept. The loop keeps it as float16."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class ResidualSettings(Settings):
     """The defaults learn in a minute or two on a CPU core."""
 
     size: int = Field(256, ge=32, description="pictures are resized to this many pixels a side")
-    steps: int = Field(300, ge=1, description="optimiser steps")
+    steps: int = Field(600, ge=1, description="optimiser steps")
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     backbone: str = Field(DEFAULT, description="a timm model or a folder")
@@ -140,19 +140,18 @@ class Residual(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.head.parameters())}]
 
+    @torch.no_grad()
+    def encode(self, features: Tensor, categories: Sequence[str]) -> Tensor:
+        """Residuals as the head sees them in training, N×(C+1)×h×w."""
+        rows = [bank_rows(category, self.categories) for category in categories]
+        compared = (self._compared(*one, itself=ITSELF)[0] for one in zip(features, rows, strict=True))
+        return torch.stack(list(compared))
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and dice of samples with their masks and of normals with empty ones."""
-        names, mask = batch["category"], batch["mask"]
-        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
-            both = torch.cat([batch["synthetic"], batch["normal"]])
-            residuals = torch.stack(
-                [
-                    self._compared(one, bank_rows(name, self.categories), itself=ITSELF)[0]
-                    for one, name in zip(both, [*names, *names], strict=True)
-                ]
-            )
-            cover = F.interpolate(mask[:, None], self.bank.grid, mode="area")[:, 0]
-        logits = self.head(residuals)[:, 0].float()
+        cover = F.interpolate(batch["mask"][:, None], self.bank.grid, mode="area")[:, 0]
+        residuals = torch.cat([batch["synthetic"], batch["normal"]])
+        logits = self.head(residuals.float())[:, 0].float()
         target = torch.cat([cover, torch.zeros_like(cover)])
         bce = F.binary_cross_entropy_with_logits(logits, target)
         dice = dice_loss(logits.sigmoid(), target)

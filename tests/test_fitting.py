@@ -23,7 +23,7 @@ from detectors import protocol
 from detectors.onenip import OneNIPSettings
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
-from tests.plain_detector import NAME, PLACE, PlainSettings
+from tests.plain_detector import NAME, PLACE, Plain, PlainSettings
 from tests.test_training import sample, texture
 from training import examples as examples_module
 from training import fitting, resuming
@@ -98,6 +98,26 @@ def test_losses_are_reported_and_the_loaders_share_is_said():
     plain(on_step=lambda step, steps, found: losses.append((step, steps, found["loss"])), say=lines.append)
     assert [step for step, _, _ in losses] == list(range(1, 13)) and losses[-1][2] < losses[0][2]
     assert re.fullmatch(r"12 steps, [\d.]+ samples/s, loader [\d.]+% of step time", lines[-1])
+
+
+@pytest.mark.parametrize("memory", [0.1, 0.0])
+def test_what_a_loss_sees_is_worked_out_once_a_picture(monkeypatch, memory):
+    """Of a prepared detector, by the category of each picture, kept in memory or on disk: the weights are
+    those of a detector whose features are that already."""
+    monkeypatch.setattr(examples_module, "MEMORY_SHARE", memory)
+    made, extract, asked = collect(plain(steps=0), SAMPLES, NORMALS[:6]), Plain.extract, []
+
+    def encode(self, features, categories):
+        assert self.prepared == 6 and list(categories) == ["a"] * len(features)
+        asked.append(len(features))
+        return 2 * features
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Plain, "extract", lambda self, images: 2 * extract(self, images))
+        doubled = plain()
+    monkeypatch.setattr(Plain, "encode", encode, raising=False)
+    assert equal(plain(), doubled)
+    assert sum(asked) == len(made.normals) + len(made.synthetic)
 
 
 # -- patience -------------------------------------------------------------------------------------------

@@ -131,6 +131,20 @@ def test_in_training_a_patch_of_the_bank_is_not_its_own_normal(backbone):
     torch.testing.assert_close(apart[alone >= ITSELF], alone[alone >= ITSELF])
 
 
+def test_plain_parts_whose_patches_are_all_alike_can_be_learned():
+    """Then nothing in the bank is another patch's normal in training."""
+    plain = np.full((64, 64, 3), 90, np.uint8)
+    normals = [Normal(f"n{k}", "a", plain) for k in range(4)]
+    made = []
+    for k in range(4):
+        picture, mask, _ = spoilt(k)
+        recipe = {"category": "a", "image_id": f"n{k}"}
+        made.append(Sample(f"s{k}", np.where(mask[..., None], picture, plain), mask, plain, recipe, {}))
+    detector = train("residual", SETTINGS, made, normals, normals, seed=0)
+    score, maps = detector.score({"features": extract(detector, [plain, made[0].image])})
+    assert torch.isfinite(maps).all() and score[1] > score[0]
+
+
 def test_it_finds_what_the_samples_show_and_learns_it_from_them(detector):
     """The same pictures, the same steps; samples of dark squares teach dark squares, samples whose
     masks show nothing do not."""

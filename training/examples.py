@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from detectors.protocol import Batch, Detector, Settings
+from detectors.protocol import Batch, Detector, Encoder, Settings
 from generation.backbones import square, to_batch
 from manifests.ahead import in_order
 from manifests.errors import UsageError
@@ -44,7 +44,8 @@ class Normal:
 
 @dataclass(frozen=True)
 class Examples:
-    """What the steps draw from. Features are float16, on the CPU; they may lie in a file.
+    """What the steps draw from. Features, or what was made of them by :func:`encoded`, are float16, on the
+    CPU; they may lie in a file.
 
     Attributes:
         normals: features of the train split's normals, then of the shards' ``normal`` members.
@@ -194,6 +195,26 @@ def collect(
         source=(*source, *alone),
         weights=np.array([*weights, *[1.0] * len(alone)]),
         digest=digest.hexdigest(),
+    )
+
+
+def encoded(detector: Encoder, examples: Examples, *, ranks: int = 1, folder: str | None = None) -> Examples:
+    """The examples with what a prepared detector's loss sees in place of features; arguments as of
+    :func:`collect`."""
+    limit = MEMORY_SHARE * free_memory() / ranks
+    of_samples = [examples.categories[index] for index in examples.source]
+
+    def rows(features: Tensor, categories: Sequence[str]) -> Tensor:
+        found = Rows(limit, folder)
+        for start in range(0, len(features), CHUNK):
+            part = slice(start, start + CHUNK)
+            found.append(detector.encode(features[part], categories[part]).half().cpu())
+        return found.tensor()
+
+    return replace(
+        examples,
+        normals=rows(examples.normals, examples.categories),
+        synthetic=rows(examples.synthetic, of_samples),
     )
 
 

@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list
 from torch import Tensor
 
-from detectors.protocol import Batch, Detector, Settings, get
+from detectors.protocol import Batch, Detector, Encoder, Settings, get
 from manifests.errors import UsageError
 from training import resuming
-from training.examples import Examples, Normal, batches, chunks, collect, draw, extract, gather
+from training.examples import Examples, Normal, batches, chunks, collect, draw, encoded, extract, gather
 from training.loading import FeatureSample, Sample
 from training.resuming import Slot, State, StateError
 
@@ -79,15 +79,16 @@ def train(
     accelerator = _accelerator(torch.device(device))
     with _seeded(seed):
         detector = get(detector_name).build(settings, categories, accelerator.device)
+        names = [normal.category for normal in normals]
         if settings.steps:
             ranks = accelerator.num_processes
             examples = collect(detector, samples, normals, weight=weight, ranks=ranks, folder=folder)
-            features = examples.normals[: examples.pure]
-        else:
-            features = extract(detector, [normal.pixels for normal in normals])
-        detector.prepare(features, [normal.category for normal in normals])
-        if settings.steps:
+            detector.prepare(examples.normals[: examples.pure], names)
+            if isinstance(detector, Encoder):
+                examples = encoded(detector, examples, ranks=ranks, folder=folder)
             fit(detector, examples, accelerator, seed=seed, slot=slot, on_step=on_step, say=say)
+        else:
+            detector.prepare(extract(detector, [normal.pixels for normal in normals]), names)
         detector.eval()
         detector.calibrate(list(batches(detector, calibration)))
     return detector

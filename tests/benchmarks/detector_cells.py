@@ -63,6 +63,7 @@ class Arm:
         shots: normals a category that it may see, drawn by the seed; None: all of the train split.
         peer: anomalib's.
         most: categories at most, one a data set; None: all.
+        steps: optimiser steps; None: as many as fit.
     """
 
     detector: str
@@ -70,6 +71,7 @@ class Arm:
     shots: int | None = None
     peer: bool = False
     most: int | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,9 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
     calibration = calibration_normals(round_, normals, None, lambda _count: None)
     made = samples(case, arm, seed)
     settings = protocol.get(arm.detector).settings()
-    if settings.steps:
+    if arm.steps is not None:
+        settings = settings.model_copy(update={"steps": arm.steps})
+    elif settings.steps:
         steps = steps_within(60 * case.minutes, arm.detector, settings, made, normals, calibration)
         settings = settings.model_copy(update={"steps": steps})
     clock = Clock()

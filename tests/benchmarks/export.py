@@ -1,11 +1,12 @@
 """A picture to its map and score: eager torch in float32 and bfloat16 against the exported file.
 
     python -m tests.benchmarks.export --json FILE
+    python -m tests.benchmarks.export --detectors residual onenip
 
 One thread, batch 1, from the decoded picture on, resize included; the ways take turns, so that they share
 what else the machine does. ``wall`` is the median time, ``cpu`` the median of the processor's time for it,
-which other processes hardly change. The detector is OneNIP with its defaults on pictures drawn here, not
-trained: the time does not depend on the weights.
+which other processes hardly change. Each detector has its defaults and has seen pictures drawn here, but is
+not trained: the time does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from detectors.onenip import ONENIP, OneNIPSettings
+from detectors import protocol
 from generation.backbones import to_batch
 from training import checkpoints
 from training.fitting import Normal, batches, extract
@@ -45,36 +46,42 @@ def draw(side: int, seed: int) -> np.ndarray:
     return np.clip(128 + noise, 0, 255).astype(np.uint8)
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_checkpoint(name: str, folder: Path) -> None:
+    method = protocol.get(name)
     torch.manual_seed(0)
     normals = [Normal(str(seed), "surface", draw(256, seed)) for seed in range(8)]
-    detector = ONENIP.build(OneNIPSettings(), ["surface"])
+    detector = method.build(method.settings(), ["surface"])
     detector.prepare(extract(detector, [normal.pixels for normal in normals]), ["surface"] * len(normals))
     detector.eval()
     detector.calibrate(list(batches(detector, normals)))
-    checkpoints.save(folder, "onenip", detector, seed=0)
+    checkpoints.save(folder, name, detector, seed=0)
 
 
-def benchmark() -> dict[str, Any]:
+def benchmark(names: Sequence[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"detectors": {name: measure(name) for name in names}, "versions": versions}
+
+
+def measure(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as aside:
-        folder = Path(aside) / "onenip"
-        write_checkpoint(folder)
+        folder, file = Path(aside) / name, Path(aside) / f"{name}.onnx"
+        write_checkpoint(name, folder)
         seconds = time.perf_counter()
-        export_model(folder, Path(aside) / "onenip.onnx", "onnx", None)
+        export_model(folder, file, "onnx", None)
         seconds = time.perf_counter() - seconds
-        size = (Path(aside) / "onenip.onnx").stat().st_size
+        size = file.stat().st_size
         detector = checkpoints.load(folder)
-        eager, exported = open_detector(folder), open_detector(Path(aside) / "onenip.onnx")
+        eager, exported = open_detector(folder), open_detector(file)
 
     def half(picture: np.ndarray) -> tuple[float, np.ndarray]:
         with torch.autocast("cpu", torch.bfloat16):
             features = detector.extract(to_batch([picture], detector.settings.size))
-            score, maps = detector.score({"features": features.half()})
+            score, maps = detector.score({"features": features.half(), "category": ["surface"]})
         return score.item(), maps[0].float().numpy()
 
     ways: dict[str, Callable[[np.ndarray], tuple[float, np.ndarray]]] = {
-        "eager float32": lambda picture: next(eager.score([picture], None)),
+        "eager float32": lambda picture: next(eager.score([picture], "surface")),
         "eager bfloat16": half,
         "ONNX Runtime": lambda picture: next(exported.score([picture], None)),
     }
@@ -101,16 +108,12 @@ def benchmark() -> dict[str, Any]:
                 "map_largest": float(wanted.max()),
             }
         cases.append(case)
-    return {
-        "cases": cases,
-        "export_seconds": seconds,
-        "file_bytes": size,
-        "versions": {"torch": torch.__version__, "threads": torch.get_num_threads()},
-    }
+    return {"cases": cases, "export_seconds": seconds, "file_bytes": size}
 
 
-def show(result: dict[str, Any]) -> None:
-    table = Table("picture", "way", "wall ms", "cpu ms", "times as fast", "map differs by", "target")
+def show(name: str, result: dict[str, Any]) -> None:
+    columns = ("picture", "way", "wall ms", "cpu ms", "times as fast", "map differs by", "target")
+    table = Table(*columns, title=name)
     for case in result["cases"]:
         slowest = case["ways"]["eager float32"]
         for name, found in case["ways"].items():
@@ -136,9 +139,12 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.export", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures here")
+    names = protocol.names()
+    parser.add_argument("--detectors", nargs="+", choices=names, default=names, help="default: all")
     arguments = parser.parse_args()
-    result = benchmark()
-    show(result)
+    result = benchmark(arguments.detectors)
+    for name, found in result["detectors"].items():
+        show(name, found)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
