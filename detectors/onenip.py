@@ -13,7 +13,8 @@ What differs from the released code, and why:
   empty, and at a high learning rate the refiner then stays dead (met in practice); ``bce_weight: 0`` is the
   paper;
 * the prompt is the nearest of a small bank of normals, so no class label is needed at test time (core.md
-  4.6); ``fixed`` and ``random`` are the paper's;
+  4.6); ``fixed`` and ``random`` are the paper's ways, but among the bank's, where the paper draws from all
+  normals of the train split: a checkpoint does not hold these;
 * the weight of ``ref`` comes from normal pictures only (core.md 4.6), never from the test set;
 * anomalies are the run's samples (``generation.preset: onenip`` draws nearly the paper's), the learning rate
   falls by a cosine after a warm-up, and no epoch is chosen on the test set.

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -103,21 +105,39 @@ def test_losses_are_reported_and_the_loaders_share_is_said():
 @pytest.mark.parametrize("memory", [0.1, 0.0])
 def test_what_a_loss_sees_is_worked_out_once_a_picture(monkeypatch, memory):
     """Of a prepared detector, by the category of each picture, kept in memory or on disk: the weights are
-    those of a detector whose features are that already."""
+    those of a detector whose features are that already. Pictures of b are brighter than those of a."""
     monkeypatch.setattr(examples_module, "MEMORY_SHARE", memory)
-    made, extract, asked = collect(plain(steps=0), SAMPLES, NORMALS[:6]), Plain.extract, []
+    normals = [Normal(f"n{i}", "ab"[i % 2], texture(i) // 2 + 100 * (i % 2)) for i in range(8)]
+    samples = []
+    for i in (3, 0, 4, 1, 6, 5):
+        made = sample(i, "ab"[i % 2], normal=False)
+        samples.append(replace(made, image=np.where(made.mask[..., None], 255, normals[i].pixels)))
+    extract, asked = Plain.extract, 0
+    learn = partial(train, NAME, PlainSettings(), samples, normals, normals[:2], seed=0)
+
+    def doubled(self, images):
+        found = extract(self, images)
+        bright = (found.amin(dim=(1, 2, 3)) > 0.35)[:, None, None, None]
+        return torch.where(bright, 2 * found, found)
 
     def encode(self, features, categories):
-        assert self.prepared == 6 and list(categories) == ["a"] * len(features)
-        asked.append(len(features))
-        return 2 * features
+        nonlocal asked
+        assert self.prepared == 8
+        asked += len(features)
+        factors = torch.tensor([2.0 if name == "b" else 1.0 for name in categories])
+        return factors[:, None, None, None] * features
 
     with monkeypatch.context() as patched:
-        patched.setattr(Plain, "extract", lambda self, images: 2 * extract(self, images))
-        doubled = plain()
+        patched.setattr(Plain, "extract", doubled)
+        wanted = learn()
     monkeypatch.setattr(Plain, "encode", encode, raising=False)
-    assert equal(plain(), doubled)
-    assert sum(asked) == len(made.normals) + len(made.synthetic)
+    assert equal(learn(), wanted)
+    assert asked == 8 + 6 + 2, "normals, samples, and normals that no sample was made from"
+
+
+def test_a_training_that_diverges_stops_and_says_so():
+    with pytest.raises(UsageError, match=r"the loss is (nan|inf) at step \d+: lower detector\.settings\.lr"):
+        plain(lr=1e30, weight_decay=0.0, steps=40)
 
 
 # -- patience -------------------------------------------------------------------------------------------

@@ -163,9 +163,12 @@ def test_area_is_obeyed(name, area):
 
 
 @pytest.mark.parametrize("name", CLASSIC)
-def test_most_draws_pass_the_default_gates(name):
-    outcomes = make([recipe(name, seed, severity=0.2 + 0.04 * seed) for seed in range(20)], gates=Gates())
-    assert np.mean([outcome.status == "accepted" for outcome in outcomes]) > 0.8
+def test_most_recipes_pass_the_default_gates(name):
+    """At the first draw, and in the end."""
+    recipes = [recipe(name, seed, severity=0.2 + 0.04 * seed) for seed in range(20)]
+    for attempts, share in ((1, 0.7), (6, 0.9)):
+        outcomes = make(recipes, gates=Gates(), attempts=attempts)
+        assert np.mean([outcome.status == "accepted" for outcome in outcomes]) > share
 
 
 def opened(name, params, count=1, seeds=60, given_source=None):
@@ -232,12 +235,12 @@ def test_the_published_mask_is_filled_with_the_texture():
 # What 4 recipes a generator give on the drawn picture: mask pixels and summed change. Not a hash of the
 # bytes: kernels of numpy and OpenCV may round one level differently on another processor.
 GOLDEN = {
-    "perlin": [(218, 10009), (219, 12866), (217, 12534), (222, 12937)],
-    "cutpaste": [(228, 9544), (236, 13000), (230, 9730), (228, 10170)],
-    "scar": [(114, 6424), (211, 9179), (147, 7976), (219, 11086)],
-    "crack": [(184, 10496), (239, 15042), (194, 11797), (285, 17730)],
-    "poisson": [(209, 11758), (210, 11839), (226, 11778), (212, 10844)],
-    "band": [(210, 7970), (217, 8910), (202, 8601), (215, 8899)],
+    "perlin": [(225, 23890), (228, 33904), (219, 31988), (228, 33604)],
+    "cutpaste": [(228, 24072), (236, 32912), (230, 24621), (228, 25749)],
+    "scar": [(117, 16674), (219, 25883), (152, 20855), (233, 33505)],
+    "crack": [(193, 27638), (224, 34100), (197, 30053), (264, 40955)],
+    "poisson": [(224, 31857), (227, 32417), (239, 31503), (233, 30315)],
+    "band": [(213, 20052), (218, 24647), (206, 22082), (219, 22271)],
 }
 
 

@@ -20,6 +20,7 @@ from detectors.protocol import Method, Settings
 from detectors.residual import ResidualSettings
 from manifests.errors import FlawsmithError, UsageError
 from tests.test_training import sample, texture
+from tests.tiny_checkpoints import write_clip
 from training import checkpoints, graph
 from training.evaluation import predict
 from training.fitting import Normal, train
@@ -120,6 +121,35 @@ def test_a_bank_of_normal_patches_becomes_a_graph_too(tmp_path, category):
     for picture, (score, scores) in zip(pictures(), wanted, strict=True):
         found = run(colour(picture)[None])
         np.testing.assert_allclose(found[1][0], scores, rtol=0, atol=1e-3)
+        assert found[0][0] == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("dfd", {"channels": 16, "noise": 0.1}),
+        ("memory_bank", {"coreset": 40}),
+        ("vlad", {"bank": 2}),
+    ],
+)
+def test_every_detector_becomes_a_graph(tmp_path_factory, tmp_path, name, settings):
+    """Of one category, whose name some look at although it is the only one."""
+    if name == "vlad":
+        settings = {**settings, "backbone": str(write_clip(tmp_path_factory.mktemp("clip")))}
+    chosen = protocol.get(name).settings(
+        size=64, batch=4, steps=0 if name == "memory_bank" else 2, **settings
+    )
+    normals = [Normal(f"n{i}", "nut", texture(i)) for i in range(6)]
+    made = [sample(i, "nut") for i in range(4)]
+    checkpoints.save(
+        tmp_path / name, name, train(name, chosen, made, normals[:4], normals[4:], seed=3), seed=3
+    )
+    export_model(tmp_path / name, tmp_path / "it.onnx", "onnx", None)
+    run = onnx(tmp_path / "it.onnx")
+    wanted_maps = open_detector(tmp_path / name).score(pictures(), "nut")
+    for picture, (score, map_) in zip(pictures(), wanted_maps, strict=True):
+        found = run(colour(picture)[None])
+        np.testing.assert_allclose(found[1][0], map_, rtol=0, atol=1e-3)
         assert found[0][0] == pytest.approx(score, abs=1e-3)
 
 

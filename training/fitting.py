@@ -84,9 +84,9 @@ def train(
             ranks = accelerator.num_processes
             examples = collect(detector, samples, normals, weight=weight, ranks=ranks, folder=folder)
             detector.prepare(examples.normals[: examples.pure], names)
-            if isinstance(detector, Encoder):
-                examples = encoded(detector, examples, ranks=ranks, folder=folder)
-            fit(detector, examples, accelerator, seed=seed, slot=slot, on_step=on_step, say=say)
+            fit(
+                detector, examples, accelerator, seed=seed, slot=slot, folder=folder, on_step=on_step, say=say
+            )
         else:
             detector.prepare(extract(detector, [normal.pixels for normal in normals]), names)
         detector.eval()
@@ -101,6 +101,7 @@ def fit(
     *,
     seed: int,
     slot: Slot | None = None,
+    folder: str | None = None,
     on_step: OnStep | None = None,
     say: Say = lambda _line: None,
 ) -> None:
@@ -121,6 +122,8 @@ def fit(
     if state.step:
         detector.load_state_dict(state.weights)
         resuming.restore_moments(optimizer, state.moments)
+    if isinstance(detector, Encoder):  # by what was loaded: a preparation may differ in its last bits
+        examples = encoded(detector, examples, ranks=ranks, folder=folder)
     step, best, held_out = state.step, state.best, state.held_out
     with warnings.catch_warnings():  # torch renames an option that accelerate still passes on
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -141,6 +144,10 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        if not torch.isfinite(losses["loss"]):
+            raise UsageError(
+                f"the loss is {losses['loss'].item()} at step {step}: lower detector.settings.lr"
+            )
         if on_step:
             on_step(step, s.steps, {key: value.item() for key, value in losses.items()})
         if s.patience and step % max(1, s.steps // EVALUATIONS) == 0:

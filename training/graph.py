@@ -173,13 +173,13 @@ def _reads_category(detector: Detector, category: str | None) -> bool:
     )
     features = detector.extract(noise).half()
     try:
-        detector.score({"features": features})
+        unnamed = detector.score({"features": features})[0]
     except UsageError as error:
         if category is None:
             raise UsageError(f"{error}; or export for one category: --category NAME") from error
         return True
-    scores = (detector.score({"features": features, "category": [name]})[0] for name in detector.categories)
-    return category is not None and len({score.item() for score in scores}) > 1
+    named = (detector.score({"features": features, "category": [name]})[0] for name in detector.categories)
+    return category is not None and len({score.item() for score in (unnamed, *named)}) > 1
 
 
 def _to_onnx(facts: Mapping[str, Any], program: torch.export.ExportedProgram, path: Path) -> None:
