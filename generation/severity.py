@@ -21,6 +21,9 @@ from generation.protocol import Edit, Measured, Places, Source, stored
 # Contrast at severity 0 and 1. The gate stands at 1; of samples by the published recipes of DFD and OneNIP
 # half have more than 9, a tenth more than 21 (measured on real pictures).
 FAINT, BOLD = 1.25, 16.0
+# Of the way from a region's tones to black or white, whichever is further: what severity 1 asks for at most.
+# More is out of most operators' reach; rough materials meet it before BOLD [inferred].
+ROOM = 0.65
 HALVINGS = 4  # strengths tried for the largest change of an operator that only takes away
 CLOSE = 0.04  # relative error at which the search ends
 TRIES = 9  # evaluations at most
@@ -59,15 +62,15 @@ def solved(
         start: a likely strength; None where the change grows in proportion to the strength, at least up to
             strength 1.
         takes_away: whether the operator can do no more than remove or rearrange what is there: severity 1 is
-            then the most that it can do to this region, if that is less than ``BOLD``.
+            then the most that it can do to this region, if that is less than what it asks for elsewhere.
     """
     levels = stored(source.pixels, places.outer)
     variation = local_variation(source.pixels, places.box, places.region)
-    most = BOLD
+    most = boldest(before, variation)
     if takes_away:
         limit, largest = _furthest(render, levels, places, limit)
         most = min(most, max(largest / variation, FAINT))
-    wanted = wanted_change(severity, variation, most)
+    wanted = (FAINT + (most - FAINT) * severity) * variation
     if start is None:
         start = proportional(render(1.0), before, wanted)
     found = solve(render, levels, places, wanted, start, limit)
@@ -101,14 +104,15 @@ def proportional(after: np.ndarray, before: np.ndarray, wanted: float) -> float:
     return wanted * int(counts[last]) / max(float(sums[last]), 1e-6)
 
 
-def wanted_change(severity: float, variation: float, most: float = BOLD) -> float:
-    """The mean change inside the mask, in 8-bit levels, that a severity in [0, 1] asks for.
+def boldest(before: np.ndarray, variation: float) -> float:
+    """The contrast that severity 1 asks for: ``BOLD``, or less on a rough material.
 
     Args:
-        variation: of :func:`generation.compose.local_variation`.
-        most: contrast at severity 1.
+        before: float32 in [0, 1], N×C; the region's pixels.
+        variation: of :func:`generation.compose.local_variation`, in 8-bit levels.
     """
-    return (FAINT + (most - FAINT) * severity) * variation
+    room = 255 * (0.5 + float(np.abs(before - np.float32(0.5)).mean()))
+    return max(min(BOLD, ROOM * room / variation), FAINT)
 
 
 def _furthest(
