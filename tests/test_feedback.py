@@ -175,7 +175,7 @@ def test_the_search_finds_what_is_planted():
     rows = found(measure)
     result = verdict(rows, confirmed(measure, 0.01))
     assert result.values, result.reason
-    assert "mean of pixel AP and AUPRO" in result.reason and "one-sided test at 2.5%" in result.reason
+    assert "mean of pixel AP and AUPRO" in result.reason and "one-sided test at 1.25%" in result.reason
     at = {**HERE, **result.values}
     assert at["area.low"] < 0.005 and abs(at["x0"] - 0.8) + abs(at["x1"] - 0.2) < 0.6
     assert measure(result.values, 99)[0][0].score > measure({}, 99)[0][0].score + 0.05
