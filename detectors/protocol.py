@@ -94,9 +94,9 @@ class Detector(Protocol):
         generator.
 
         Args:
-            batch: ``normal``, ``synthetic``, ``prompt``: features, each of B pictures: a normal, the anomaly
-                made from it, another normal of the same category; ``mask``: float32 B×size×size in {0, 1};
-                ``category``: list of B names.
+            batch: ``normal``, ``synthetic``, ``prompt``: features (but see :class:`Encoder`), each of B
+                pictures: a normal, the anomaly made from it, another normal of the same category; ``mask``:
+                float32 B×size×size in {0, 1}; ``category``: list of B names.
         """
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -131,8 +131,9 @@ class Encoder(Protocol):
     prepared: that is done once a picture too, not at every step."""
 
     def encode(self, features: Tensor, categories: Sequence[str]) -> Tensor:
-        """N pictures' features and the category of each to what ``normal``, ``synthetic`` and ``prompt`` of
-        :meth:`Detector.loss` then hold: of any shape, the first axis kept. The loop keeps it as float16."""
+        """N pictures' features and the category of each to what ``normal`` and ``synthetic`` of
+        :meth:`Detector.loss` then hold (``prompt`` holds nothing): of any shape, the first axis kept. The
+        loop keeps it as float16."""
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def test_what_a_loss_sees_is_worked_out_once_a_picture(monkeypatch, memory):
         made = sample(i, "ab"[i % 2], normal=False)
         samples.append(replace(made, image=np.where(made.mask[..., None], 255, normals[i].pixels)))
     extract, asked = Plain.extract, 0
-    learn = partial(train, NAME, PlainSettings(), samples, normals, normals[:2], seed=0)
+    pictures = {"samples": samples, "normals": normals, "calibration": normals[:2]}
+    learn = partial(train, NAME, settings=PlainSettings(), **pictures, seed=0)
 
     def doubled(self, images):
         found = extract(self, images)
@@ -132,7 +133,11 @@ def test_what_a_loss_sees_is_worked_out_once_a_picture(monkeypatch, memory):
         wanted = learn()
     monkeypatch.setattr(Plain, "encode", encode, raising=False)
     assert equal(learn(), wanted)
-    assert asked == 8 + 6 + 2, "normals, samples, and normals that no sample was made from"
+    every = 2 + 8 + 6 + 2  # for their shape, normals, samples, and normals that no sample was made from
+    assert asked == every
+    asked = 0
+    learn(settings=PlainSettings(steps=1, batch=2))
+    assert asked <= 2 + 2 * 2 < every, "no more than what is drawn"
 
 
 def test_a_training_that_diverges_stops_and_says_so():

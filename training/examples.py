@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -44,8 +44,8 @@ class Normal:
 
 @dataclass(frozen=True)
 class Examples:
-    """What the steps draw from. Features, or what was made of them by :func:`encoded`, are float16, on the
-    CPU; they may lie in a file.
+    """What the steps draw from. Features, or what :func:`encoded` made of them, are float16, on the CPU; they
+    may lie in a file.
 
     Attributes:
         normals: features of the train split's normals, then of the shards' ``normal`` members.
@@ -198,23 +198,41 @@ def collect(
     )
 
 
-def encoded(detector: Encoder, examples: Examples, *, ranks: int = 1, folder: str | None = None) -> Examples:
-    """The examples with what a prepared detector's loss sees in place of features; arguments as of
-    :func:`collect`."""
+def encoded(
+    detector: Encoder,
+    examples: Examples,
+    samples: Iterable[int],
+    *,
+    ranks: int = 1,
+    folder: str | None = None,
+) -> Examples:
+    """The examples with what a prepared detector's loss sees in place of the features of some samples and of
+    their normals. Other arguments as of :func:`collect`.
+
+    Args:
+        samples: rows of ``examples``; in the places of all others there is nothing.
+    """
     limit = MEMORY_SHARE * free_memory() / ranks
+    wanted = set(samples)
+    normals = {examples.source[row] for row in wanted}
     of_samples = [examples.categories[index] for index in examples.source]
 
-    def rows(features: Tensor, categories: Sequence[str]) -> Tensor:
+    def rows(features: Tensor, categories: Sequence[str], chosen: Set[int]) -> Tensor:
         found = Rows(limit, folder)
-        for start in range(0, len(features), CHUNK):
-            part = slice(start, start + CHUNK)
-            found.append(detector.encode(features[part], categories[part]).half().cpu())
+        blank = torch.zeros_like(detector.encode(features[:1], categories[:1]), dtype=torch.float16).cpu()
+        for part in chunks(range(len(features)), CHUNK):
+            block = blank.repeat(len(part), *[1] * (blank.dim() - 1))
+            own = [row for row in part if row in chosen]
+            if own:
+                seen = detector.encode(features[own], [categories[row] for row in own])
+                block[[row - part[0] for row in own]] = seen.half().cpu()
+            found.append(block)
         return found.tensor()
 
     return replace(
         examples,
-        normals=rows(examples.normals, examples.categories),
-        synthetic=rows(examples.synthetic, of_samples),
+        normals=rows(examples.normals, examples.categories, normals),
+        synthetic=rows(examples.synthetic, of_samples, wanted),
     )
 
 

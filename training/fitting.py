@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,18 @@ from torch import Tensor
 from detectors.protocol import Batch, Detector, Encoder, Settings, get
 from manifests.errors import UsageError
 from training import resuming
-from training.examples import Examples, Normal, batches, chunks, collect, draw, encoded, extract, gather
+from training.examples import (
+    Examples,
+    Normal,
+    batches,
+    chunks,
+    collect,
+    draw,
+    encoded,
+    extract,
+    gather,
+    order,
+)
 from training.loading import FeatureSample, Sample
 from training.resuming import Slot, State, StateError
 
@@ -123,7 +135,11 @@ def fit(
         detector.load_state_dict(state.weights)
         resuming.restore_moments(optimizer, state.moments)
     if isinstance(detector, Encoder):  # by what was loaded: a preparation may differ in its last bits
-        examples = encoded(detector, examples, ranks=ranks, folder=folder)
+        drawn_later = islice(order(examples, s, seed), state.step, s.steps)
+        looked_at = {row for rows, _ in drawn_later for row in rows}
+        if s.patience:
+            looked_at |= set(np.flatnonzero(examples.weights == 0).tolist())
+        examples = encoded(detector, examples, looked_at, ranks=ranks, folder=folder)
     step, best, held_out = state.step, state.best, state.held_out
     with warnings.catch_warnings():  # torch renames an option that accelerate still passes on
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

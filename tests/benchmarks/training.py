@@ -83,8 +83,8 @@ def draw_case(detector: Detector) -> Case:
     detector.prepare(examples.normals[: examples.pure], examples.categories[: examples.pure])
     if isinstance(detector, Encoder):
         began = time.process_time()
-        encoded(detector, examples)
-        once += (time.process_time() - began) / len(samples) / 3
+        encoded(detector, examples, range(len(samples)))
+        once += (time.process_time() - began) / len(samples) / 2
     side = detector.settings.size
     images = to_batch([sample.image for sample in samples], side)
     return Case(images, to_batch([n.pixels for n in normals], side), examples, once)
@@ -118,7 +118,9 @@ def shares(detector: Any, case: Case, bfloat16: bool) -> dict[str, float]:
     detector.train()
     optimizer = torch.optim.AdamW(detector.parameters(), fused=True)
     drawn = order(case.examples, detector.settings, 0)
-    examples = encoded(detector, case.examples) if isinstance(detector, Encoder) else case.examples
+    examples = case.examples
+    if isinstance(detector, Encoder):
+        examples = encoded(detector, examples, range(SAMPLES))
     batch = gather(examples, *next(drawn))
 
     def step() -> None:
