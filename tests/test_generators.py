@@ -164,9 +164,9 @@ def test_area_is_obeyed(name, area):
 
 @pytest.mark.parametrize("name", CLASSIC)
 def test_most_recipes_pass_the_default_gates(name):
-    """At the first draw, and in the end."""
+    """At the first draw (a texture of perlin may resemble what it lies on), and in the end."""
     recipes = [recipe(name, seed, severity=0.2 + 0.04 * seed) for seed in range(20)]
-    for attempts, share in ((1, 0.7), (6, 0.9)):
+    for attempts, share in ((1, 0.7 if name == "perlin" else 0.8), (6, 0.9)):
         outcomes = make(recipes, gates=Gates(), attempts=attempts)
         assert np.mean([outcome.status == "accepted" for outcome in outcomes]) > share
 
