@@ -26,7 +26,7 @@ from manifests.schema import GOOD, Image, Recipe
 from manifests.workspace import Workspace, round_file
 from training import proxy
 from training.evaluation import ignored, truth
-from training.examples import CHUNK, chunks
+from training.examples import at_once, chunks
 from training.loading import FeatureSample, Sample
 from workflows.config import Generation
 from workflows.detecting import all_samples_of
@@ -339,7 +339,7 @@ def fresh(
             mine, ground.cache.source, registry.get(name), model, probe.gates, ATTEMPTS, signatures
         )
     pictures = [o for o in outcomes if o.status == "accepted" and o.pixels is not None]
-    for chunk in chunks(pictures, CHUNK):
+    for chunk in chunks(pictures, at_once()):
         batch = to_batch([o.pixels for o in chunk if o.pixels is not None], SIZE)
         for outcome, feature in zip(chunk, ground.backbone.features(batch), strict=True):
             yield _probed(ground, outcome, feature)
@@ -362,7 +362,7 @@ def _residuals(
     advance: Callable[[int], None],
 ) -> Iterator[tuple[Sample | FeatureSample, np.ndarray]]:
     """Samples with their residuals; those of another backbone's features are left out."""
-    for chunk in chunks(samples, CHUNK):
+    for chunk in chunks(samples, at_once()):
         pictures = [sample.image for sample in chunk if isinstance(sample, Sample)]
         features = iter(backbone.features(to_batch(pictures, SIZE)) if pictures else ())
         for sample in chunk:
@@ -380,7 +380,7 @@ def features_of(
     backbone: Backbone, images: Sequence[Image], max_side: int | None, advance: Callable[[int], None]
 ) -> torch.Tensor:
     parts = []
-    for chunk in chunks(images, CHUNK):
+    for chunk in chunks(images, at_once()):
         parts.append(backbone.features(to_batch([load(image, max_side=max_side) for image in chunk], SIZE)))
         advance(len(chunk))
     return torch.cat(parts)
