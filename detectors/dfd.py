@@ -84,6 +84,12 @@ class DFDSettings(Settings):
             raise ValueError(f"channels: {self.channels} is no multiple of heads: {self.heads}")
         return self
 
+    @property
+    def leak(self) -> str | None:
+        if self.normalise == "clean":
+            return None
+        return "normalise: batch brings scores and maps to the range of the pictures they are judged with"
+
 
 PAPER = {
     "size": 256,
@@ -219,7 +225,7 @@ def pixel_loss(normality: Tensor, mask: Tensor) -> Tensor:
     """Mean hinge over normal pixels plus that over anomalous ones, each if there are any; both N×H×W."""
     anomalous = mask > 0
     hinges = [(F.relu(MARGIN - normality), ~anomalous), (F.relu(MARGIN + normality), anomalous)]
-    return _total(hinge[places].mean() for hinge, places in hinges if places.any())
+    return _total((hinge * places).sum() / places.sum() for hinge, places in hinges if places.any())
 
 
 def class_loss(normality: Tensor, mask: Tensor) -> Tensor:
@@ -295,10 +301,15 @@ class DFD(nn.Module):
         if self.settings.standardise:
             self.mean, self.deviation = band_statistics(self._raw(part) for part in normals.split(CHUNK))
 
+    @torch.no_grad()
+    def encode(self, features: Tensor, categories: Sequence[str]) -> Tensor:
+        """Patches, N×2×T×C: all that is frozen, once the statistics are known."""
+        return self._patches(features).transpose(0, 1)
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """L = L_Gau + ½·L_pix + ½·L_cls + L_Sim, each summed over the bands (core.md 3.6)."""
         normal, synthetic, mask = self._some_left_normal(batch)
-        clean, changed = self._adapted(normal), self._adapted(synthetic)
+        clean, changed = (self._adapted(part.float().transpose(0, 1)) for part in (normal, synthetic))
         normality = self._gaussian(torch.stack([clean, self._noisy(clean)]))
         maps = self._enlarged(self._perlin(changed))
         gauss = _total(gaussian_loss(*pair) for pair in normality.unbind(1))
@@ -334,7 +345,7 @@ class DFD(nn.Module):
 
     def path_maps(self, features: Tensor) -> Tensor:
         """Abnormality by the Perlin and by the Gaussian path, bands added: float32 2×N×size×size."""
-        adapted = self._adapted(features)
+        adapted = self._adapted(self._patches(features))
         paths = (self._perlin(adapted), self._gaussian(adapted))
         return torch.stack(
             [to_maps(-bands.sum(0).unflatten(1, self.grid), self.settings.size) for bands in paths]
@@ -377,11 +388,12 @@ class DFD(nn.Module):
         return patches.unflatten(0, (2, -1))
 
     def _patches(self, features: Tensor) -> Tensor:
+        """N×2×P packed taps to standardised patches."""
         return (self._raw(features) - self.mean[:, None, None]) / self.deviation[:, None, None]
 
-    def _adapted(self, features: Tensor) -> Tensor:
-        """N×2×P packed taps to adapted patches, float32: half precision would round the noise away."""
-        return self.adapter(self._patches(features)).float()
+    def _adapted(self, patches: Tensor) -> Tensor:
+        """float32: half precision would round the noise away."""
+        return self.adapter(patches).float()
 
     def _noisy(self, patches: Tensor) -> Tensor:
         """q + N(0, ``noise``²), independent in every channel (core.md 3.5)."""
@@ -408,7 +420,7 @@ class DFD(nn.Module):
         """Normals, what was made of them, and masks; ``left_normal`` of the samples lose their anomaly."""
         normal, synthetic, mask = batch["normal"], batch["synthetic"], batch["mask"]
         left = (torch.rand(len(mask)) < self.settings.left_normal).to(mask.device)[:, None, None]
-        return normal, torch.where(left, normal, synthetic), torch.where(left, 0.0, mask)
+        return normal, torch.where(left[..., None], normal, synthetic), torch.where(left, 0.0, mask)
 
 
 def _total(losses: Iterable[Tensor]) -> Tensor:

@@ -65,17 +65,20 @@ def spoil(seed: int, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return spoilt, mask
 
 
-def batch_of(detector: DFD, count: int = 4) -> dict:
+def batch_of(detector: DFD, count: int = 4, *, prepare: bool = False) -> dict:
+    """As the loss takes it, by a detector that is prepared or that may stay as it was built."""
     size = detector.settings.size
     normals = [weave(i, size) for i in range(count)]
     spoilt = [spoil(i, picture) for i, picture in enumerate(normals)]
-    features = extract(detector, normals)
+    features, names = extract(detector, normals), ["a"] * count
+    if prepare:
+        detector.prepare(features, names)
+    changed = extract(detector, [image for image, _ in spoilt])
     return {
-        "normal": features,
-        "synthetic": extract(detector, [image for image, _ in spoilt]),
-        "prompt": features,
+        "normal": detector.encode(features, names),
+        "synthetic": detector.encode(changed, names),
         "mask": torch.from_numpy(np.stack([mask for _, mask in spoilt])).float(),
-        "category": ["a"] * count,
+        "category": names,
     }
 
 
@@ -133,6 +136,7 @@ def test_the_papers_patches_and_network():
         1536,
     )
     assert paper.normalise == "batch" and DFDSettings().normalise == "clean"
+    assert paper.leak is not None and "normalise: batch" in paper.leak and DFDSettings().leak is None
     assert protocol.get("dfd") is METHOD
     with pytest.raises(ValidationError, match="multiple"):
         DFDSettings(channels=100, heads=16)
@@ -175,13 +179,13 @@ def test_a_share_of_the_samples_is_left_normal(backbone):
     detector = make(backbone, left_normal=0.2)
     count = 2000
     batch = {
-        "normal": torch.zeros(count, 2, 1),
-        "synthetic": torch.ones(count, 2, 1),
+        "normal": torch.zeros(count, 2, 1, 1),
+        "synthetic": torch.ones(count, 2, 1, 1),
         "mask": torch.ones(count, 4, 4),
     }
     torch.manual_seed(0)
     _, synthetic, mask = detector._some_left_normal(batch)
-    kept = synthetic[:, 0, 0] == 1
+    kept = synthetic[:, 0, 0, 0] == 1
     assert torch.equal(kept, mask.amax(dim=(1, 2)) == 1), "a picture without anomaly has no mask"
     assert kept.float().mean().item() == pytest.approx(0.8, abs=0.03)
 
@@ -190,7 +194,7 @@ def test_half_precision_keeps_the_noise(backbone):
     detector = make(backbone, noise=0.001, left_normal=0.0)
     batch = batch_of(detector)
     detector.eval()
-    patches = detector._adapted(batch["normal"])
+    patches = detector._adapted(batch["normal"].transpose(0, 1))
     noisy = detector._noisy(patches)
     told = detector._gaussian(noisy) - detector._gaussian(patches)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,8 +215,7 @@ def test_a_batch_of_normals_alone_has_a_finite_loss(backbone):
 
 def test_a_few_steps_on_one_batch_lower_every_loss(backbone):
     detector = make(backbone, left_normal=0.0)
-    batch = batch_of(detector)
-    detector.prepare(batch["normal"], batch["category"])
+    batch = batch_of(detector, prepare=True)
     groups = detector.parameter_groups()
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in detector.parameters())
     rates = [group["lr"] / detector.settings.lr for group in groups]
