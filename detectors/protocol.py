@@ -53,6 +53,12 @@ class Settings(BaseModel):
         "synthetic samples, and keep the best weights; null: never",
     )
 
+    @property
+    def leak(self) -> str | None:
+        """Why figures on real pictures know more than a single picture says, with these settings; None: they
+        do not."""
+        return None
+
 
 class Detector(Protocol):
     """The calls of every detector, which is an ``nn.Module``.

@@ -30,7 +30,7 @@ from training.evaluation import Judged
 from training.intervals import Estimate, evaluate_images, evaluate_pixels
 from training.metrics import MetricsError
 from workflows import comparing
-from workflows.tables import comparison_table
+from workflows.tables import categories_table, comparison_table
 
 
 def brute_force(first, second, labels):
@@ -251,7 +251,7 @@ def brightness(size, signal, categories=("part",)):
         return maps.amax(dim=(1, 2)), maps
 
     return SimpleNamespace(
-        settings=SimpleNamespace(size=size), categories=categories, calibration={"threshold": 0.5},
+        settings=SimpleNamespace(size=size, leak=None), categories=categories, calibration={"threshold": 0.5},
         extract=lambda images: images.float(), score=score,
     )  # fmt: skip
 
@@ -280,8 +280,18 @@ def place(tmp_path, monkeypatch):
     notes = {folder: {} for folder in folders}
     detectors = dict(zip(folders, [brightness(32, 1.0), brightness(48, 8.0)], strict=True))
     monkeypatch.setattr(comparing, "load", lambda folder, device: detectors[folder])
-    monkeypatch.setattr(comparing, "read_config", lambda folder: {"notes": notes[folder]})
-    return SimpleNamespace(root=root, images=images, folders=folders, notes=notes, detectors=detectors)
+    facts = {"detector": "brightness", "seed": 0}
+    monkeypatch.setattr(comparing, "read_config", lambda folder: {**facts, "notes": notes[folder]})
+    method = SimpleNamespace(open_categories=False)
+    monkeypatch.setattr(comparing, "get", lambda name: method)
+    return SimpleNamespace(
+        method=method,
+        root=root,
+        images=images,
+        folders=folders,
+        notes=notes,
+        detectors=detectors,
+    )
 
 
 def test_rounds_are_compared_on_feedback_pictures_and_the_test_split_is_not_read(place):
@@ -306,6 +316,35 @@ def test_a_folder_with_pictures_of_the_test_split_loses_them(place, capsys):
     assert sum(seen) == splits.count("feedback")
     said = " ".join(capsys.readouterr().err.split())
     assert f"{splits.count('test')} of {24} pictures are left out" in said
+
+
+def test_figures_of_a_folder_leave_out_what_the_workspace_keeps(place, capsys):
+    rows = comparing.evaluate_on(place.folders[1], place.root, resamples=20)
+    found = {row["metric"]: row["value"] for row in rows if row["category"] == "part"}
+    ours = comparing.compare(*place.folders, resamples=20)  # on the feedback pictures
+    assert found["image_auroc"] == next(row["second"] for row in ours if row["metric"] == "image_auroc")
+    assert found["pixel_ap"] > 0.5
+    assert "are left out" in " ".join(capsys.readouterr().err.split())
+    assert "part" in categories_table("round", {"0": rows})
+
+
+def test_figures_that_leak_are_marked(place, capsys):
+    place.detectors[place.folders[0]].settings.leak = "it has seen them all"
+    comparing.compare(*place.folders, resamples=20)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("it has seen them all: its figures leak") == 1
+
+
+def test_a_category_that_was_not_trained_on_is_judged_if_the_detector_speaks_of_such(place, tmp_path):
+    """Protocol Z: trained on nuts, judged on parts."""
+    loose = tmp_path / "loose"
+    place.detectors[loose], place.notes[loose] = brightness(32, 8.0, categories=("nut",)), {}
+    with pytest.raises(UsageError, match="trained on nut, not on part"):
+        comparing.evaluate_on(loose, place.root)
+    place.method.open_categories = True
+    rows = comparing.evaluate_on(loose, place.root, resamples=20)
+    assert {row["category"] for row in rows} == {"part", "mean"}
+    assert next(row["value"] for row in rows if row["metric"] == "image_auroc") > 0.9
 
 
 def test_what_cannot_be_compared_is_a_usage_error(place, tmp_path):

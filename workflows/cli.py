@@ -163,7 +163,7 @@ def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
 
 @app.command(
     epilog="Examples: flawsmith evaluate runs/bottle | flawsmith evaluate runs/bottle --stress | "
-    "flawsmith evaluate runs/bottle --final"
+    "flawsmith evaluate runs/bottle --final | flawsmith evaluate runs/bottle --data pictures/flask"
 )
 def evaluate(
     workspace: WorkspaceArgument,
@@ -174,15 +174,33 @@ def evaluate(
     stress: Annotated[
         bool, typer.Option("--stress", help="also with other viewpoints, uneven light and blur")
     ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="pictures in MVTec AD layout, in place of the feedback pictures"),
+    ] = None,
 ) -> None:
-    """Judge a round's detector on the real feedback pictures, or every round on the test split (--final)."""
+    """Judge a round's detector on the real feedback pictures, or every round on the test split (--final).
+
+    With --data, on the test pictures of a folder: nothing is written. `vlad` takes categories that it was not
+    trained on (zero-shot).
+    """
     from workflows import detecting
     from workflows.loop import timed
     from workflows.tables import alarms_lines, figures_table, stress_table
 
     if final and stress:
         raise UsageError("--stress and --final: the test split is scored as it is; name one of them")
+    if data is not None and (final or stress):
+        raise UsageError("--data: its pictures are scored as they are; leave out --final and --stress")
     space = _existing(workspace)
+    if data is not None:
+        from workflows.comparing import evaluate_on
+        from workflows.tables import categories_table
+
+        number = _round(space, round_)
+        rows = evaluate_on(detecting.trained(space, number), data)
+        typer.echo(categories_table("round", {str(number): rows}))
+        return
     split = "test" if final else "feedback"
     with space.writing():
         if final:

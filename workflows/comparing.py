@@ -1,14 +1,14 @@
-"""Two trained detectors on the same real pictures: which is better, and whether that may be chance."""
+"""Trained detectors on real pictures of any folder: how good one is, and which of two is better."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from detectors.protocol import Detector
+from detectors.protocol import Detector, get
 from manifests.errors import UsageError
 from manifests.schema import GOOD, Image, images_from
 from manifests.sources import SourceSettings, scan
@@ -16,10 +16,40 @@ from manifests.splits import side
 from manifests.workspace import Workspace
 from training.checkpoints import load, read_config
 from training.comparison import compare as compare_results
-from training.evaluation import Judged, Shape, judge, map_shape
+from training.evaluation import Judged, Shape, figures, judge, map_shape
 from training.intervals import RESAMPLES
 from workflows.console import progress, say
+from workflows.detecting import warn_of_leak
 from workflows.stages import device
+
+
+def evaluate_on(checkpoint: str | Path, data: Path, resamples: int = RESAMPLES) -> list[dict[str, Any]]:
+    """Rows of :func:`training.evaluation.figures` (``split='test'``) on the test pictures of ``data``, a
+    folder in MVTec AD layout; what its workspace trained on or keeps for its test split is left out. Nothing
+    is written. Categories that the detector was not trained on are judged if it scores such, as `vlad` does
+    (protocol Z of core.md 2.3).
+
+    Args:
+        checkpoint: folder of a trained detector, or fsspec URL of one.
+
+    Raises:
+        UsageError: there are no pictures to judge on, or the detector does not know their categories.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    detector, facts = load(checkpoint, device()), read_config(checkpoint)
+    images = _from_data(data, [_workspace_images(checkpoint)])
+    _refuse_unknown(checkpoint, detector, images)
+    judged = _results(checkpoint, detector, facts.get("notes", {}), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # undefined figures give no row
+        return figures(
+            judged,
+            round_=0,
+            detector=facts["detector"],
+            split="test",
+            training_seed=facts.get("seed", 0),
+            resamples=resamples,
+        )
 
 
 def compare(
@@ -47,12 +77,7 @@ def compare(
     kept = [_workspace_images(folder) for folder in folders]
     images = _feedback(first, kept) if data is None else _from_data(data, kept)
     for folder, detector in zip(folders, detectors, strict=True):
-        unknown = sorted({image.category for image in images} - set(detector.categories))
-        if unknown:
-            raise UsageError(
-                f"{folder}: trained on {', '.join(detector.categories)}, not on {', '.join(unknown)}; name "
-                "two detectors of the same categories, or with --data a folder of theirs"
-            )
+        _refuse_unknown(folder, detector, images)
     tiled = any(note.get("tiles") is not None for note in notes)
     size = max(detector.settings.size for detector in detectors)
     limits = [note.get("max_side") for note in notes]
@@ -61,22 +86,40 @@ def compare(
     def shape_of(image: Image) -> Shape:
         return map_shape(image, size, limit, 0.0 if tiled else None)
 
-    def results(folder: str | Path, detector: Detector, note: dict[str, Any]) -> list[Judged]:
-        own = [_with_window(image, note.get("window")) for image in images]
-        with progress(f"scoring with {folder}", len(own), "pictures") as advance:
-            return judge(
-                detector,
-                own,
-                note.get("max_side"),
-                lambda _done, _total: advance(1),
-                tiles=note.get("tiles"),
-                shape_of=shape_of,
-            )
-
-    one, other = (results(*given) for given in zip(folders, detectors, notes, strict=True))
+    one, other = (_results(*given, images, shape_of) for given in zip(folders, detectors, notes, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined figures give no row
         return compare_results(one, other, resamples=resamples)
+
+
+def _results(
+    folder: str | Path,
+    detector: Detector,
+    note: dict[str, Any],
+    images: Sequence[Image],
+    shape_of: Callable[[Image], Shape] | None = None,
+) -> list[Judged]:
+    """Read as the pictures that the detector was trained on, by what its checkpoint notes of them."""
+    warn_of_leak(str(folder), detector)
+    own = [_with_window(image, note.get("window")) for image in images]
+    with progress(f"scoring with {folder}", len(own), "pictures") as advance:
+        return judge(
+            detector,
+            own,
+            note.get("max_side"),
+            lambda _done, _total: advance(1),
+            tiles=note.get("tiles"),
+            shape_of=shape_of,
+        )
+
+
+def _refuse_unknown(folder: str | Path, detector: Detector, images: Sequence[Image]) -> None:
+    unknown = sorted({image.category for image in images} - set(detector.categories))
+    if unknown and not get(read_config(folder)["detector"]).open_categories:
+        raise UsageError(
+            f"{folder}: trained on {', '.join(detector.categories)}, not on {', '.join(unknown)}; name a "
+            "detector of these categories, or with --data a folder of its own"
+        )
 
 
 def _workspace_images(checkpoint: str | Path) -> list[Image] | None:
@@ -130,7 +173,7 @@ def _from_data(data: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
             "its test split (`evaluate --final`) or trained on them"
         )
     if not any(image.defect != GOOD for image in chosen):
-        raise UsageError(f"{data}: no defect picture is left to compare on; name another folder with --data")
+        raise UsageError(f"{data}: no defect picture is left to judge on; name another folder with --data")
     return chosen
 
 

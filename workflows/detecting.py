@@ -312,17 +312,26 @@ def _normals(images: Sequence[Image], max_side: int | None, size: int | None, ad
     return normals
 
 
+def trained(space: Workspace, number: int) -> str:
+    """Path or URL of the folder of a round's trained detector.
+
+    Raises:
+        FlawsmithError: it is not there.
+    """
+    name = open_round(space, number).config.detector.name
+    folder = checkpoint_folder(number, name)
+    if not space.exists(f"{folder}/{checkpoints.CONFIG}"):
+        raise FlawsmithError(f"round {number} has no trained {name} yet: `flawsmith train` makes it")
+    return space.address(folder)
+
+
 def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, Any]]:
     """The trained detector of a round, and the notes of its training.
 
     Raises:
         FlawsmithError: it is not there or cannot be used.
     """
-    name = open_round(space, number).config.detector.name
-    folder = checkpoint_folder(number, name)
-    if not space.exists(f"{folder}/{checkpoints.CONFIG}"):
-        raise FlawsmithError(f"round {number} has no trained {name} yet: `flawsmith train` makes it")
-    stored = space.address(folder)
+    stored = trained(space, number)
     return checkpoints.load(stored, device()), checkpoints.read_config(stored).get("notes", {})
 
 
@@ -435,7 +444,13 @@ def _stored_thresholds(notes: dict[str, Any]) -> dict[str, tuple[float, float]]:
     return {category: (score, on_maps[category]) for category, score in notes["thresholds"].items()}
 
 
+def warn_of_leak(name: str, detector: Detector) -> None:
+    if detector.settings.leak is not None:
+        say(f"warning: {name}: {detector.settings.leak}: its figures leak, compare them with such alone")
+
+
 def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Judged]:
+    warn_of_leak(round_.config.detector.name, detector)
     images = [image for image in round_.images.values() if image.split == split]
     with progress(title, len(images), "pictures") as advance:
         return judge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from manifests.schema import images_from
@@ -15,23 +16,29 @@ PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
 def figures_table(space: Workspace, split: str) -> str:
     """Metrics of every round on one split, a line a round and category, with intervals."""
     stored = {
-        number: [
-            row
-            for row in metric_rows(space, number)
-            if row["split"] == split and row["defect"] == "all" and row["size"] == "all"
-        ]
+        str(number): [row for row in metric_rows(space, number) if row["split"] == split]
         for number in space.rounds()
+    }
+    return categories_table("round", stored) or f"no figures on the {split} split yet"
+
+
+def categories_table(title: str, named: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Rows of the metrics table, by the name that stands in the column ``title``: a line a name and category,
+    of all defects together, with intervals; empty without figures."""
+    stored = {
+        name: [row for row in rows if row["defect"] == "all" and row["size"] == "all"]
+        for name, rows in named.items()
     }
     saturated = any(row["metric"] == "spro" for own in stored.values() for row in own)
     metrics = (*IMAGE_METRICS, *PIXEL_METRICS, *(["spro"] if saturated else []))
-    rows = [["round", "category", *metrics]]
-    for number, own in stored.items():
+    rows = [[title, "category", *metrics]]
+    for label, own in stored.items():
         found: dict[str, dict[str, str]] = {}
         for row in own:
             found.setdefault(row["category"], {})[row["metric"]] = _with_interval(row)
         for category in sorted(found, key=lambda name: (name == "mean", name)):
-            rows.append([str(number), category, *(found[category].get(m, "–") for m in metrics)])
-    return _align(rows) if len(rows) > 1 else f"no figures on the {split} split yet"
+            rows.append([label, category, *(found[category].get(m, "–") for m in metrics)])
+    return _align(rows) if len(rows) > 1 else ""
 
 
 def alarms_lines(space: Workspace, split: str) -> str:
@@ -137,13 +144,13 @@ def licences(space: Workspace) -> str:
     return "; ".join(sorted({image.licence for image in images if image.licence})) or "not stated"
 
 
-def _percent_interval(row: dict[str, Any]) -> str:
+def _percent_interval(row: Mapping[str, Any]) -> str:
     if row["low"] is None or math.isnan(row["low"]):
         return ""
     return f" [{row['low']:.1%}, {row['high']:.1%}]"
 
 
-def _with_interval(row: dict[str, Any]) -> str:
+def _with_interval(row: Mapping[str, Any]) -> str:
     if row["low"] is None or row["low"] != row["low"]:
         return f"{row['value']:.3f}"
     return f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
