@@ -25,10 +25,11 @@ focal and dice loss summed over layers, Adam, the memory's 1 − cos on raw toke
 * normals are neither turned nor jittered, the learning rate warms up and falls by a cosine, and the default's
   gradients are clipped at 0.1.
 
-A picture of a category that was not trained on is scored all the same (protocol Z of core.md 2.3): its texts
-are made from its name when it is first met, and the memory, which holds nothing of it, is left out. So train
-on a ``source`` of other categories with ``memory: false`` (the threshold then speaks of what is scored), and
-judge or score the new one (``flawsmith evaluate --data`` or ``predict``). A picture without a named category is an "object", and may be like a normal of any.
+A picture of a category that was not trained on is scored all the same (protocol Z of core.md 2.3): its
+texts are made from its name when it is first met, and the memory, which holds nothing of it, is left out.
+So train on a ``source`` of other categories with ``memory: false`` (the threshold then speaks of what is
+scored), and judge or score the new one (``flawsmith evaluate --data`` or ``predict``). A picture without a
+named category is an "object", and may be like a normal of any.
 """
 
 from __future__ import annotations
