@@ -67,11 +67,14 @@ class Source:
         allowed: bool, H×W; the location of the recipe (everywhere, the foreground, a region of interest)
             without the ignored places. Never empty.
         donors: pictures named by the recipe, in its order; same dtype and channel count, any size.
+        find_part: what :func:`generation.masks.foreground` gives for the picture, for the asking: it takes
+            longer than a sample does, and a run keeps it. None: it is worked out.
     """
 
     pixels: np.ndarray
     allowed: np.ndarray
     donors: tuple[np.ndarray, ...] = ()
+    find_part: Callable[[], np.ndarray] | None = None
 
     @property
     def levels(self) -> int:

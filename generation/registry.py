@@ -22,6 +22,7 @@ BUILT_IN = {
     "cutpaste": "generation.cutpaste:GENERATOR",
     "scar": "generation.scar:GENERATOR",
     "crack": "generation.crack:GENERATOR",
+    "chip": "generation.chip:GENERATOR",
     "poisson": "generation.poisson:GENERATOR",
     "band": "generation.frequency.family:BAND",
     "fda": "generation.frequency.family:FDA",

@@ -51,6 +51,7 @@ def solved(
     start: float | None = None,
     limit: float,
     takes_away: bool = False,
+    whole: bool = False,
 ) -> Edit:
     """The edit whose change is what a severity asks for, as near as ``render`` comes; its measures tell what
     was wanted (the gates compare) and which strength it took.
@@ -63,13 +64,14 @@ def solved(
             strength 1.
         takes_away: whether the operator can do no more than remove or rearrange what is there: severity 1 is
             then the most that it can do to this region, if that is less than what it asks for elsewhere.
+        whole: severity 1 is the most that the operator can do to this region, less or more.
     """
     levels = stored(source.pixels, places.outer)
     variation = local_variation(source.pixels, places.box, places.region)
     most = boldest(before, variation)
-    if takes_away:
+    if takes_away or whole:
         limit, largest = _furthest(render, levels, places, limit)
-        most = min(most, max(largest / variation, FAINT))
+        most = max(largest / variation, FAINT) if whole else min(most, max(largest / variation, FAINT))
     wanted = (FAINT + (most - FAINT) * severity) * variation
     if start is None:
         start = proportional(render(1.0), before, wanted)

@@ -25,7 +25,7 @@ from generation.textures import KINDS, procedural
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe, canonical_json
 
-CLASSIC = ("perlin", "cutpaste", "scar", "crack", "poisson", "band")
+CLASSIC = ("perlin", "cutpaste", "scar", "crack", "chip", "poisson", "band")
 FREQUENCY = ("fda", "fact", "apr", "laplacian", "wavelet", "notch", "peak", "blur", "sharpen", "shift")
 FEATURE = tuple(
     f"feature-{name}"
@@ -239,6 +239,7 @@ GOLDEN = {
     "cutpaste": [(228, 24072), (236, 32912), (230, 24621), (228, 25749)],
     "scar": [(117, 16674), (219, 25883), (152, 20855), (233, 33505)],
     "crack": [(193, 27638), (224, 34100), (197, 30053), (264, 40955)],
+    "chip": [(154, 26491), (290, 52277), (267, 55699), (235, 44634)],
     "poisson": [(224, 31857), (227, 32417), (239, 31503), (233, 30315)],
     "band": [(213, 20052), (218, 24647), (206, 22082), (219, 22271)],
 }
@@ -264,6 +265,62 @@ def test_golden_samples(name):
     for outcome in make([recipe(name, seed, count=1 + seed % 2) for seed in range(4)]):
         found.append((int((outcome.mask > 0).sum()), int(np.abs(outcome.pixels - pixels).sum())))
     np.testing.assert_allclose(found, GOLDEN[name], rtol=0.005, atol=2)
+
+
+def plate(seed=0, side=128):
+    """A bright, grained disc on a dark ground, and where it is."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] - side / 2
+    disc = y**2 + x**2 < (0.35 * side) ** 2
+    grain = rng.integers(0, 20, (side, side, 1))
+    return (np.where(disc[..., None], 170, 20) + grain).astype(np.uint8), disc
+
+
+def test_where_a_piece_is_missing_the_ground_shows():
+    pixels, disc = plate()
+    recipes = [recipe("chip", k, severity=1.0, count=1 + k % 3, location="foreground") for k in range(24)]
+    outcomes = make(recipes, source(pixels, foreground(pixels)), Gates(), attempts=6)
+    assert sum(outcome.status == "accepted" for outcome in outcomes) >= 22
+    near = cv2.dilate((~disc).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    deep = []
+    for outcome in outcomes:
+        if outcome.status != "accepted":
+            continue
+        gone = (outcome.mask > 0).astype(np.uint8)
+        assert gone[~near & ~disc].sum() == 0
+        inner = cv2.erode(gone, np.ones((5, 5), np.uint8)) > 0
+        assert (outcome.pixels[inner] <= 40).all(), "the ground, or its shadow; nothing of the part"
+        labels = cv2.connectedComponents(gone, connectivity=8)[1]
+        large = [k for k in range(1, labels.max() + 1) if (labels == k).sum() > 20]
+        assert all(near[labels == k].any() for k in large), "every piece is open to the ground"
+        deep.append(0.02 < gone.mean() < 0.05)
+    assert np.mean(deep) > 0.8, "the wanted area is 0.03"
+
+
+def test_the_less_severe_the_more_of_the_piece_is_left():
+    pixels, _ = plate()
+    given_source = source(pixels, foreground(pixels))
+    wanted = []
+    for severity in (0.0, 0.25, 0.5, 0.75, 1.0):
+        (outcome,) = make([recipe("chip", 3, severity=severity)], given_source, Gates())
+        assert outcome.status == "accepted"
+        change = np.abs(outcome.pixels.astype(int) - pixels).max(axis=2)[outcome.mask > 0].mean()
+        assert change == pytest.approx(outcome.measures["wanted_change"], rel=0.15)
+        wanted.append(outcome.contrast)
+    steps = np.diff(wanted)
+    assert wanted[0] == pytest.approx(1.25, rel=0.15) and (steps > 0.6 * steps.mean()).all()
+
+
+def test_a_material_without_ground_gets_holes():
+    pixels = picture(96, 96)
+    assert foreground(pixels).all()
+    tones = []
+    for outcome in make([recipe("chip", k, severity=1.0) for k in range(12)], source(pixels), Gates(), 6):
+        inner = cv2.erode((outcome.mask > 0).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        shown = np.median(outcome.pixels[inner])
+        tones.append(shown > 128)
+        assert shown < 20 or 110 < shown < 235, "a dark tone, or a light one in the shadow"
+    assert 2 <= sum(tones) <= 10, "both occur"
 
 
 @settings(max_examples=100, deadline=None)

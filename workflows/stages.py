@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any
 
 import cv2
@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from generation import registry
-from generation.masks import resolve_location
+from generation.masks import foreground, resolve_location
 from generation.protocol import Generator, Source
 from generation.synthesis import Outcome, Signatures, synthesise
 from manifests import pictures, shards
@@ -452,7 +452,8 @@ class PictureCache:
         """
         pixels = self.pixels(recipe.image_id)
         donors = tuple(pictures.with_channels(self.pixels(donor), pixels.shape[2]) for donor in recipe.donors)
-        return Source(pixels, self.allowed(recipe.image_id, recipe.location), donors)
+        allowed = self.allowed(recipe.image_id, recipe.location)
+        return Source(pixels, allowed, donors, partial(self.part, recipe.image_id))
 
     def _image(self, image_id: str) -> Image:
         return self._round.images.get(image_id) or self._round.textures[image_id]
@@ -466,6 +467,9 @@ class PictureCache:
 
     def allowed(self, image_id: str, location: str) -> np.ndarray:
         return self._get((location, image_id), lambda: self._resolve(image_id, location))
+
+    def part(self, image_id: str) -> np.ndarray:
+        return self._get(("part", image_id), lambda: foreground(self.pixels(image_id)))
 
     def encoded_normal(self, image_id: str) -> bytes:
         return self._get(

@@ -79,6 +79,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], tuple[float, float], bool], ...] = 
     ("cutpaste", "cutpaste", {}, DEFAULT_AREA, False),
     ("scar", "scar", {}, DEFAULT_AREA, False),
     ("crack", "crack", {}, DEFAULT_AREA, False),
+    ("chip", "chip", {}, DEFAULT_AREA, False),
     ("poisson", "poisson", {}, DEFAULT_AREA, False),
     *((name, name, {}, DEFAULT_AREA, False) for name in FREQUENCY),
 )
@@ -146,7 +147,7 @@ def measure(textures: Path, side: int) -> dict[str, Any]:
                 donor = _read(files[number % len(files)]) if decode else pictures[number % len(files)]
             else:
                 donor = normals[(number + 1) % len(normals)]
-            return Source(normals[number % len(normals)], allowed, (donor,))
+            return Source(normals[number % len(normals)], allowed, (donor,), lambda: allowed)
 
         recipes = plan(generator, params, area, COUNTS[side])
         if name == LIKE_ANOMALIB:
