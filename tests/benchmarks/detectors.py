@@ -47,7 +47,7 @@ from tests.benchmarks import detector_cells
 from tests.benchmarks.detector_cells import METRICS, SIDE, THREADS, Arm, Case, make
 from tests.benchmarks.peers import run_timed
 from tests.benchmarks.pocket_case import described, shown, table
-from tests.benchmarks.resumed import open_file, plain, write_file
+from tests.benchmarks.resumed import open_file, plain, product_code, write_file
 from training.intervals import Estimate
 from workflows.stages import prepare_process
 
@@ -122,7 +122,11 @@ def measure(case: Case, name: str, seed: int, result: dict[str, Any], path: Path
     found = run_timed([*module, *place, *(["--final"] if case.split == "test" else [])], THREADS)
     seconds = time.perf_counter() - started
     cells = result["cells"].setdefault(case.split, {})
-    cells.setdefault(name, {})[str(seed)] = {**plain(found), "cell_seconds": seconds}
+    cells.setdefault(name, {})[str(seed)] = {
+        **plain(found),
+        "cell_seconds": seconds,
+        "code": product_code(detector_cells),
+    }
     write_file(path, result)
     console.print(f"{name}, seed {seed}: {seconds:.0f} s", highlight=False)
 

@@ -71,7 +71,7 @@ from tests.benchmarks.loop_cells import METRICS, PARTS, RESAMPLES, Arm, Plan, re
 from tests.benchmarks.paired import Runs, difference
 from tests.benchmarks.peers import run_timed
 from tests.benchmarks.pocket_case import described, shown, table
-from tests.benchmarks.resumed import open_file, plain, write_file
+from tests.benchmarks.resumed import open_file, plain, product_code, write_file
 from training.intervals import Estimate
 from workflows.stages import prepare_process
 
@@ -109,8 +109,6 @@ MAIN = ("standard", "ours", "chance", "loop", "ceiling")
 SEEDS = (0, 1, 2)
 DETECTOR = "residual"
 SAMPLES = 24  # recipes a category and round
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("manifests", "generation", "detectors", "training", "workflows")
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -125,25 +123,9 @@ def identity(plan: Plan) -> dict[str, Any]:
         "side": SIDE,
         "resamples": RESAMPLES,
         "torch": torch.__version__,
-        "code": code(),
+        "code": product_code(loop_cells, detector_cells),
         "final": plan.final,
     }
-
-
-def code() -> str:
-    """Of the product, with its data, and of the cells; not of the report and the tables."""
-    files = [
-        file
-        for name in PACKAGES
-        for file in (ROOT / name).rglob("*")
-        if file.is_file() and not {"__pycache__", "report"} & set(file.relative_to(ROOT).parts)
-    ]
-    files += [Path(module.__file__ or "") for module in (loop_cells, detector_cells)]
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size} ".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def workplace(folder: Path, own: Mapping[str, Any]) -> Path:

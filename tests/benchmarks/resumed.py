@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from manifests.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("manifests", "generation", "detectors", "training", "workflows")
+
+
+def product_code(*more: ModuleType) -> str:
+    """The first digits of the sha256 of the product, with its data but without the report, and of ``more``:
+    which code figures are of."""
+    files = [
+        file
+        for name in PACKAGES
+        for file in (ROOT / name).rglob("*")
+        if file.is_file() and not {"__pycache__", "report"} & set(file.relative_to(ROOT).parts)
+    ]
+    files += [Path(module.__file__ or "") for module in more]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size} ".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def open_file(path: Path, of: dict[str, Any], **empty: Any) -> dict[str, Any]:
