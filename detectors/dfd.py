@@ -52,6 +52,7 @@ from manifests.errors import UsageError
 PATHS = "perlin", "gaussian"
 MARGIN = 0.5  # of the hinges
 GAUSSIAN_RATE, PERLIN_RATE = 0.4, 0.2  # of the adapter's: 2e-4 and 1e-4 to 5e-4 (core.md 3.5, 3.7)
+HALF = 6e4  # within the range of float16
 QUANTILE = 0.99  # of the scores of normals: the threshold
 
 
@@ -303,8 +304,9 @@ class DFD(nn.Module):
 
     @torch.no_grad()
     def encode(self, features: Tensor, categories: Sequence[str]) -> Tensor:
-        """Patches, N×2×T×C: all that is frozen, once the statistics are known."""
-        return self._patches(features).transpose(0, 1)
+        """Patches, N×2×T×C: all that is frozen, once the statistics are known. Within what float16 holds,
+        which a channel that never varies in normals may leave."""
+        return self._patches(features).transpose(0, 1).clamp(-HALF, HALF)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """L = L_Gau + ½·L_pix + ½·L_cls + L_Sim, each summed over the bands (core.md 3.6)."""

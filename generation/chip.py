@@ -26,7 +26,8 @@ CORNERS = 28  # of an outline
 ROUGH = 0.22  # deviation of an outline's radius, as a share of it
 JAG = 0.12  # deviation of a gap's sides, as a share of its width
 LEAN = 0.6  # radians between a gap and the shortest way into the part, at most
-SHIFTS = 48  # places behind the part that are tried for the content of one piece
+SHIFTS = 48  # places of the ground that are tried for what shows at one piece, the nearest first
+BLOCKS = (16, 4, 1)  # pixels
 DARK, LIGHT = 0.05, 0.9  # tones behind a material that fills the picture
 SHADE = (0.0, 0.5)  # how much darker the ground is where the part stands over it
 FALL = 3.0  # pixels over which that shadow fades
@@ -36,7 +37,7 @@ class ChipParams(Params):
     """Settings of ``chip``.
 
     Attributes:
-        gaps: share of the pieces that run into the part like a wedge; the others are bites, as deep as wide.
+        gaps: share of the pieces that run into the part like a wedge; the others are bites, half round.
         ratio_low, ratio_high: depth over width of a gap, drawn log-uniformly.
     """
 
@@ -147,18 +148,31 @@ def _inwards(part: np.ndarray, y: int, x: int) -> float:
 
 
 def _ground(rng: np.random.Generator, source: Source, part: np.ndarray, piece: np.ndarray) -> np.ndarray:
-    """What shows where a piece is missing, float32, N×C: the ground from elsewhere, moved here as a whole
-    from the nearest of some places where it lies free, or a tone where there is none.
+    """What shows where a piece is missing, float32, N×C: the ground from elsewhere, or a tone where there is
+    none. It is moved here from near by as a whole or, where so much does not lie free, block by block.
 
     Args:
         piece: flat indices, N, ascending.
     """
-    height, width = part.shape
     free = cv2.erode((~part).view(np.uint8), np.ones((3, 3), np.uint8))
     spots = np.flatnonzero(free)
     if len(spots) == 0:
         tone = DARK if rng.random() < float(source.at(piece).mean()) else LIGHT
         return np.full((len(piece), source.pixels.shape[2]), tone, np.float32)
+    return source.at(_moved(rng, free, spots, piece, BLOCKS))
+
+
+def _moved(
+    rng: np.random.Generator, free: np.ndarray, spots: np.ndarray, piece: np.ndarray, blocks: Sequence[int]
+) -> np.ndarray:
+    """Where the ground of each place of a piece is taken from: flat indices, N.
+
+    Args:
+        free: uint8, H×W, where ground lies; ``spots`` are its flat indices.
+        blocks: sides of the blocks that it is cut into if it does not fit anywhere as a whole, one after the
+            other; the last is one pixel, which always fits.
+    """
+    height, width = free.shape
     rows, columns = np.divmod(piece, width)
     chosen = np.divmod(rng.choice(spots, SHIFTS), width)
     dy, dx = chosen[0] - rows[len(rows) // 2], chosen[1] - columns[len(columns) // 2]
@@ -166,10 +180,13 @@ def _ground(rng: np.random.Generator, source: Source, part: np.ndarray, piece: n
         y, x = rows + dy[k], columns + dx[k]
         inside = y[0] >= 0 and y[-1] < height and x.min() >= 0 and x.max() < width
         if inside and free[y, x].all():
-            return source.at(y * width + x)
-    return source.at(
-        rng.choice(spots, len(piece))
-    )  # too large a piece for what is free: its colours at least
+            return y * width + x
+    found = np.empty_like(piece)
+    block = (rows // blocks[0]) * width + columns // blocks[0]
+    for one in np.unique(block):
+        own = block == one
+        found[own] = _moved(rng, free, spots, piece[own], blocks[1:])
+    return found
 
 
 def _from_the_part(part: np.ndarray, places: Places) -> np.ndarray:

@@ -64,14 +64,17 @@ def solved(
             strength 1.
         takes_away: whether the operator can do no more than remove or rearrange what is there: severity 1 is
             then the most that it can do to this region, if that is less than what it asks for elsewhere.
-        whole: severity 1 is the most that the operator can do to this region, less or more.
+        whole: severity 1 is what the operator does at its limit, less than that or more.
     """
     levels = stored(source.pixels, places.outer)
     variation = local_variation(source.pixels, places.box, places.region)
     most = boldest(before, variation)
-    if takes_away or whole:
+    if takes_away:
         limit, largest = _furthest(render, levels, places, limit)
-        most = max(largest / variation, FAINT) if whole else min(most, max(largest / variation, FAINT))
+        most = min(most, max(largest / variation, FAINT))
+    if whole:
+        everything = changed(levels, quantise(render(limit), levels.dtype), places).level
+        most = max(everything / variation, FAINT)
     wanted = (FAINT + (most - FAINT) * severity) * variation
     if start is None:
         start = proportional(render(1.0), before, wanted)

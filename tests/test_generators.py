@@ -297,6 +297,22 @@ def test_where_a_piece_is_missing_the_ground_shows():
     assert np.mean(deep) > 0.8, "the wanted area is 0.03"
 
 
+def test_ground_that_is_scarce_is_moved_in_blocks_and_not_pixel_by_pixel():
+    """A smooth slope of grey around a part that leaves only a narrow frame of it."""
+    slope = np.repeat(np.linspace(20, 80, 128)[:, None], 128, axis=1)
+    part = np.zeros((128, 128), bool)
+    part[20:108, 20:108] = True
+    pixels = np.where(part, 180, slope).astype(np.uint8)[..., None].repeat(3, axis=2)
+    steps = []
+    for outcome in make(
+        [recipe("chip", k, severity=1.0) for k in range(12)], source(pixels, foreground(pixels)), attempts=3
+    ):
+        inner = cv2.erode((outcome.mask > 0).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        across = np.abs(np.diff(outcome.pixels[..., 0].astype(int), axis=1))
+        steps.append(across[inner[:, 1:] & inner[:, :-1]].mean())
+    assert np.median(steps) < 5, "24 to 26 if single pixels are drawn"
+
+
 def test_the_less_severe_the_more_of_the_piece_is_left():
     pixels, _ = plate()
     given_source = source(pixels, foreground(pixels))

@@ -377,16 +377,16 @@ def passes(weights: np.ndarray, rng: np.random.Generator, seed: int) -> Iterator
 # -- the frozen part ------------------------------------------------------------------------------------
 
 
-def at_once() -> int:
-    """How many pictures go through a frozen network at once."""
-    return CHUNK if torch.cuda.is_available() else AT_ONCE_ON_CPU
+def at_once(device: str) -> int:
+    """How many pictures go through a frozen network at once, on a device of that type."""
+    return AT_ONCE_ON_CPU if device == "cpu" else CHUNK
 
 
 def extract(detector: Detector, pictures: Sequence[np.ndarray]) -> Tensor:
     """float16 features on the CPU, of uint8 pictures H×W×C of any sizes."""
-    size = detector.settings.size
+    size, count = detector.settings.size, at_once("cuda" if torch.cuda.is_available() else "cpu")
     return torch.cat(
-        [detector.extract(to_batch(chunk, size)).half().cpu() for chunk in chunks(pictures, at_once())]
+        [detector.extract(to_batch(chunk, size)).half().cpu() for chunk in chunks(pictures, count)]
     )
 
 

@@ -199,7 +199,8 @@ def evaluate(
 
         number = _round(space, round_)
         rows = evaluate_on(detecting.trained(space, number), data)
-        typer.echo(categories_table("round", {str(number): rows}))
+        table = categories_table("round", {str(number): rows})
+        typer.echo(table or f"no figures: {data} has no masks and no good picture under test")
         return
     split = "test" if final else "feedback"
     with space.writing():

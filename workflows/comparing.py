@@ -100,7 +100,7 @@ def _results(
     shape_of: Callable[[Image], Shape] | None = None,
 ) -> list[Judged]:
     """Read as the pictures that the detector was trained on, by what its checkpoint notes of them."""
-    warn_of_leak(str(folder), detector)
+    warn_of_leak(str(folder), detector.settings)
     own = [_with_window(image, note.get("window")) for image in images]
     with progress(f"scoring with {folder}", len(own), "pictures") as advance:
         return judge(

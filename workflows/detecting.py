@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from detectors.protocol import Detector
+from detectors.protocol import Detector, Settings
 from generation.backbones import square
 from manifests.ahead import in_order
 from manifests.errors import FlawsmithError
@@ -338,6 +338,12 @@ def load_detector(space: Workspace, number: int) -> tuple[Detector, dict[str, An
 # -- judging --------------------------------------------------------------------------------------------
 
 
+def warn_of_leak(name: str, settings: Settings) -> None:
+    """Wherever figures of real pictures are worked out or shown."""
+    if settings.leak is not None:
+        say(f"warning: {name}: {settings.leak}: its figures leak, compare them with such alone")
+
+
 def evaluate(space: Workspace, number: int, against: int | None = None) -> bool:
     """Judges a round's detector on the feedback split and on held-out samples; whether it did. ``against``
     is a round whose detector it is compared with too (:func:`compare_rounds`), while the scores are at hand.
@@ -346,9 +352,10 @@ def evaluate(space: Workspace, number: int, against: int | None = None) -> bool:
     pictures; ``found.parquet`` (what was found of each defect) comes last and is the mark that the round was
     judged.
     """
+    round_ = open_round(space, number)
+    warn_of_leak(round_.config.detector.name, round_.config.detector.resolved()[1])
     if space.exists(round_file(number, "found.parquet")):
         return False
-    round_ = open_round(space, number)
     detector, notes = load_detector(space, number)
     judged = _judge(round_, detector, "feedback", f"round {number}: judging feedback pictures")
     alarms = notes["thresholds"]
@@ -426,6 +433,7 @@ def evaluate_final(space: Workspace) -> None:
             say(f"round {number}: the test split was scored before; the stored figures stand")
             continue
         detector, notes = load_detector(space, number)
+        warn_of_leak(round_.config.detector.name, detector.settings)
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
         look = {"round": number, "when": when, "pictures": len(judged)}
@@ -444,13 +452,7 @@ def _stored_thresholds(notes: dict[str, Any]) -> dict[str, tuple[float, float]]:
     return {category: (score, on_maps[category]) for category, score in notes["thresholds"].items()}
 
 
-def warn_of_leak(name: str, detector: Detector) -> None:
-    if detector.settings.leak is not None:
-        say(f"warning: {name}: {detector.settings.leak}: its figures leak, compare them with such alone")
-
-
 def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Judged]:
-    warn_of_leak(round_.config.detector.name, detector)
     images = [image for image in round_.images.values() if image.split == split]
     with progress(title, len(images), "pictures") as advance:
         return judge(

@@ -339,7 +339,7 @@ def fresh(
             mine, ground.cache.source, registry.get(name), model, probe.gates, ATTEMPTS, signatures
         )
     pictures = [o for o in outcomes if o.status == "accepted" and o.pixels is not None]
-    for chunk in chunks(pictures, at_once()):
+    for chunk in chunks(pictures, at_once(ground.backbone.device.type)):
         batch = to_batch([o.pixels for o in chunk if o.pixels is not None], SIZE)
         for outcome, feature in zip(chunk, ground.backbone.features(batch), strict=True):
             yield _probed(ground, outcome, feature)
@@ -362,7 +362,7 @@ def _residuals(
     advance: Callable[[int], None],
 ) -> Iterator[tuple[Sample | FeatureSample, np.ndarray]]:
     """Samples with their residuals; those of another backbone's features are left out."""
-    for chunk in chunks(samples, at_once()):
+    for chunk in chunks(samples, at_once(backbone.device.type)):
         pictures = [sample.image for sample in chunk if isinstance(sample, Sample)]
         features = iter(backbone.features(to_batch(pictures, SIZE)) if pictures else ())
         for sample in chunk:
@@ -380,7 +380,7 @@ def features_of(
     backbone: Backbone, images: Sequence[Image], max_side: int | None, advance: Callable[[int], None]
 ) -> torch.Tensor:
     parts = []
-    for chunk in chunks(images, at_once()):
+    for chunk in chunks(images, at_once(backbone.device.type)):
         parts.append(backbone.features(to_batch([load(image, max_side=max_side) for image in chunk], SIZE)))
         advance(len(chunk))
     return torch.cat(parts)
