@@ -252,7 +252,7 @@ def test_cells_of_another_code_or_another_arm_are_refused(data, tmp_path, monkey
     assert loop.main(given) == 0
     assert loop.main([*given[:-1], "standard"]) == 0
     with monkeypatch.context() as other:
-        other.setattr(loop, "code", lambda: "other")
+        other.setattr(loop, "product_code", lambda *_: "other")
         assert loop.main(given) == 2
     with monkeypatch.context() as other:
         other.setitem(ARMS, "ours", replace(ARMS["ours"], samples=2.0))
