@@ -330,8 +330,8 @@ def gain(
     category with n of them, for resampled groups vary less than new ones, and by Student's over the
     normal distribution's quantile at ``level`` (after Hesterberg 2015, who moves the quantile instead).
     Without it, a test at 1.25 % found gains in 5.5 % of cases without any where there were five groups,
-    in 9.8 % with three categories of two, in 3 to 4 % with eight to twenty groups; with it in 1.8 to 2.8
-    % [measured]. Categories with one group of defects are left out.
+    in 9.8 % with three categories of two, in 3 to 4 % with eight to twenty groups; with it in 1.8 to
+    2.8 % [measured]. Categories with one group of defects are left out.
 
     NaN with fewer than :data:`training.comparison.FEWEST` groups of defects (or, without masks, of either
     kind) in all categories together: so few are no evidence. A draw of groups in which a category's figure
