@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from manifests.schema import DECISIONS, HISTORY, METRICS, SAMPLES, SHARDS, STRESS, to_table
@@ -319,6 +319,7 @@ def test_a_long_table_is_thinned_evenly(space, monkeypatch):
 
 
 @given(st.lists(st.one_of(st.floats(), st.text(), st.integers(-(2**62), 2**62)), max_size=30))
+@example([0.0, 0.0, 0, 0])
 def test_columns_give_back_their_values(values):
     coded = samples._coded([samples._plain(value) for value in values])
     decoded = [coded["values"][c] for c in coded["codes"]] if isinstance(coded, dict) else coded

@@ -81,8 +81,9 @@ def _plain(value: Any) -> Any:
 
 
 def _coded(values: list[Any]) -> Any:
-    distinct = list(dict.fromkeys(values))
+    keys = [(type(value), value) for value in values]  # 0, 0.0 and False are equal, but read otherwise
+    distinct = list(dict.fromkeys(keys))
     if len(distinct) > len(values) / 2:
         return values
-    codes = {value: code for code, value in enumerate(distinct)}
-    return {"values": distinct, "codes": [codes[value] for value in values]}
+    codes = {key: code for code, key in enumerate(distinct)}
+    return {"values": [value for _, value in distinct], "codes": [codes[key] for key in keys]}
