@@ -72,6 +72,11 @@ class GeneratorSettings(BaseModel):
         default_factory=dict,
         description="how often defects of its prompt bank are drawn, by name; 1 if not named",
     )
+    categories: dict[str, Share] = Field(
+        default_factory=dict,
+        description="how often it makes a sample of a category, beside its share; 1 if not named. Feedback "
+        "names those whose real defects its samples look like, or do not",
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="the generator's own settings")
 
 
@@ -122,6 +127,23 @@ def shard_count(samples: int, shard_size: int) -> int:
 NEAREST = 2.0  # how much more often than others a generator draws the pictures named for it
 
 
+def shares_of(
+    generators: Mapping[str, GeneratorSettings],
+    categories: Collection[str],
+    category_shares: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
+    """How often each generator makes a sample, relative to the others: its share and, where it has such for
+    categories, the mean of those, weighted by how often a category is drawn."""
+    often = {name: category_shares.get(name, 1.0) for name in categories}
+    total = sum(often.values())
+    return {
+        name: own.share * sum(n * own.categories.get(c, 1.0) for c, n in often.items()) / total
+        if total > 0 and any(c in often for c in own.categories)
+        else own.share
+        for name, own in generators.items()
+    }
+
+
 @dataclass(frozen=True)
 class Section:
     """The shards of a round whose generators want the same kind of worker, so that a GPU is never held by a
@@ -149,6 +171,7 @@ def sections(
     generators: Mapping[str, GeneratorSettings],
     gpu: Collection[str],
     sizes: Mapping[bool, int],
+    shares: Mapping[str, float],
 ) -> tuple[Section, ...]:
     """A round's shards: first those for GPUs, which take longest, then the others.
 
@@ -156,13 +179,14 @@ def sections(
         samples: of the round; divided by the generators' shares. A mix of one kind is one section.
         gpu: names of the generators that want a GPU.
         sizes: the most samples a shard, with and without one.
+        shares: of :func:`shares_of`.
     """
     found: list[Section] = []
-    total = sum(settings.share for settings in generators.values())
+    total = sum(shares.values())
     left, first = samples, 0
     for kind in (True, False):
-        mine = {name: s for name, s in generators.items() if s.share > 0 and (name in gpu) == kind}
-        share = sum(settings.share for settings in mine.values())
+        mine = {name: s for name, s in generators.items() if shares[name] > 0 and (name in gpu) == kind}
+        share = sum(shares[name] for name in mine)
         count = min(left, round(samples * share / total)) if kind and total else left
         if mine and count:
             found.append(Section(mine, kind, count, sizes[kind], first))
@@ -191,8 +215,9 @@ def plan_shard(
 ) -> list[Recipe]:
     """The recipes of one shard, in plan order. ``first`` is the shard with which the ``samples`` begin.
 
-    Generators appear in proportion to their shares (systematic sampling, so that even a small shard keeps
-    the mix), categories and their pictures in proportion to theirs (1 if not named) in expectation, area
+    Generators appear in proportion to their shares (:func:`shares_of`; systematic sampling, so that even a
+    small shard keeps the mix), categories and their pictures in proportion to theirs (1 if not named), and
+    categories also to those that the generator has for them, in expectation, area
     log-uniformly, severity and count uniformly in their ranges. All numbers come from
     ``SeedSequence(seed, spawn_key=(round, shard))``; each recipe carries a seed of its own, from which every
     attempt spawns its stream. Prompts are drawn from a stream of their own (spawn key ``(round, shard, 0)``),
@@ -211,23 +236,28 @@ def plan_shard(
     size = min(shard_size, samples - (shard - first) * shard_size)
     if size <= 0 or shard < first:
         raise IndexError(f"shard {shard} is beyond a plan of {samples} samples in shards of {shard_size}")
-    names = [name for name in sorted(generators) if generators[name].share > 0]
+    categories = list(pool.normals)
+    every = shares_of(generators, categories, category_shares)
+    names = [name for name in sorted(generators) if every[name] > 0]
     if not names:
         raise UsageError("generation.generators: no generator has a share above 0")
-    shares = np.array([generators[name].share for name in names])
+    shares = np.array([every[name] for name in names])
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard)))
 
     places = (rng.random() + np.arange(size)) / size
     chosen = np.searchsorted(np.cumsum(shares / shares.sum())[:-1], places, side="right")
     rng.shuffle(chosen)
-    categories = list(pool.normals)
     category_draw = rng.integers(len(categories), size=size)
-    if set(category_shares) & set(categories):
+    named = {*category_shares, *(c for name in names for c in generators[name].categories)}
+    if named & set(categories):
         weights = np.array([category_shares.get(name, 1.0) for name in categories])
         if not weights.any():
             raise UsageError("generation.categories: no category has a share above 0")
         own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard, 1)))
-        category_draw = _weighted(weights, own.random(size))
+        places = own.random(size)
+        for at, name in enumerate(names):
+            mine = weights * [generators[name].categories.get(c, 1.0) for c in categories]
+            category_draw[chosen == at] = _weighted(mine, places[chosen == at])
     often = {
         name: np.array([normal_weights.get(image.image_id, 1.0) for image in pictures])
         for name, pictures in pool.normals.items()

@@ -16,7 +16,16 @@ from training.proxy import Figures, Judged, gain
 from workflows import loop
 from workflows.config import Config, Generation
 from workflows.loop import spent, timed, why_stop
-from workflows.rules import Alarm, Found, Likeness, from_errors, from_likeness, hard_normals, synthetic_label
+from workflows.rules import (
+    Alarm,
+    Found,
+    Likeness,
+    from_errors,
+    from_likeness,
+    from_matches,
+    hard_normals,
+    synthetic_label,
+)
 from workflows.searching import SURE, search, verdict, winner
 from workflows.space import present_values, search_space
 
@@ -98,6 +107,21 @@ def test_many_specks_on_one_part_or_one_hard_category_are_no_evidence():
     easy = [Found("easy", "d", f"{i}", 0.05, 1.0, 1.0) for i in range(20)]
     hard = [Found("hard", "d", f"{i}", 0.001, 1.0, 0.0) for i in range(20)]
     assert "area.low" not in from_errors(easy + hard, SPACE, PRESENT)[0]
+
+
+def test_a_matched_category_is_made_as_the_match_says_and_others_stay_as_they_are():
+    """A quarter of it by the shares alone; as many samples of it as before."""
+    own = GeneratorSettings(categories={"nut": 2.0})
+    generators = {"perlin": GeneratorSettings(share=3), "chip": own, "cut": GeneratorSettings(share=0)}
+    often, decisions = from_matches({"bolt": {"perlin": 0.3, "chip": 0.7}}, generators)
+    assert often == {"perlin": {"bolt": 0.55}, "chip": {"bolt": 2.35, "nut": 2.0}, "cut": {}}
+    assert sum(generators[name].share * often[name]["bolt"] for name in ("perlin", "chip")) == pytest.approx(
+        4
+    )
+    (one,) = decisions
+    assert (one.setting, one.before) == ("generators.*.categories.bolt", "perlin 1, chip 1")
+    assert one.after == "perlin 0.55, chip 2.35" and "chip 70%, perlin 30%" in one.reason
+    assert from_matches({}, generators) == ({"perlin": {}, "chip": {"nut": 2.0}, "cut": {}}, [])
 
 
 def test_without_anomalies_what_teaches_nothing_fades():

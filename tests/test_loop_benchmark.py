@@ -93,7 +93,7 @@ def test_arms_run_in_small(plan, monkeypatch):
     """Chance is the loop but for the settings of its second round; the ceiling stands on ours."""
     monkeypatch.setattr(loop_cells, "THREADS", 1)
     monkeypatch.setattr(probing, "SHARD", 6)  # samples a trial
-    short = {**loop.STEERED, "feedback": {"trials": 16}}
+    short = {**loop.STEERED, **loop.PRACTICE, "feedback": {"trials": 16}}
     small = {
         name: replace(ARMS[name], without="cut", rounds=2, settings=short) for name in ("chance", "loop")
     }
@@ -183,19 +183,18 @@ def test_arms_differ_in_what_they_are_named_for(plan):
     practice = {"generation.practice.candidates", "generation.practice.guidance"}
     lacks = {
         "few-loop-no-feedback": {"feedback.enabled"},
-        "few-loop-no-guidance": practice,
         "few-loop-no-weights": {"training.weigh"},
         "few-loop-no-cut": {f"{mix}.cut"},
         "few-loop-no-frequency": {f"{mix}.band", f"{mix}.wavelet"},
     }
     assert set(lacks) == {name for name in ARMS if name.startswith("few-loop-no-")}
-    for name, parts in lacks.items():
+    for name, parts in (*lacks.items(), ("few-loop-practice", practice)):
         assert changed(config("few-loop"), config(name)) == parts, name
     features = {f"{mix}.{name}" for name in FAMILIES["feature"]}
     assert changed(config("few-onenip-loop"), config("few-onenip-loop-no-feature")) == features
     assert changed(config("loop"), config("chance")) == set()
     assert ARMS["chance"] == replace(ARMS["loop"], base="chance", chance=True)
-    assert changed(config("loop"), config("ours")) == {f"{mix}.cut.vary", "training.weigh", *practice}
+    assert changed(config("loop"), config("ours")) == {f"{mix}.cut.vary", "training.weigh"}
     assert config("loop")["generation"]["generators"]["cut"]["vary"] > 0
     size = config("few-onenip-loop")["generation"]["generators"]["feature-ascent"]["params"]["size"]
     assert size == get("onenip").settings().size

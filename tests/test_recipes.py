@@ -15,6 +15,7 @@ from manifests.recipes import (
     pool_from,
     sections,
     shard_count,
+    shares_of,
 )
 from manifests.schema import RECIPES, Image, canonical_json, recipes_from, to_table
 from workflows.config import Generation
@@ -79,7 +80,7 @@ def test_every_sample_is_planned_exactly_once(samples, shard_size):
 def test_sections_hold_every_sample_once_and_one_kind_of_worker_each(samples, on_gpu, without, mix):
     generators = {f"g{i}": GeneratorSettings(share=share) for i, (share, _) in enumerate(mix)}
     wants = {f"g{i}" for i, (_, gpu) in enumerate(mix) if gpu}
-    found = sections(samples, generators, wants, {True: on_gpu, False: without})
+    found = sections(samples, generators, wants, {True: on_gpu, False: without}, shares_of(generators, []))
     assert [shard for part in found for shard in part.shards] == list(range(found[-1].shards.stop))
     total = sum(settings.share for settings in generators.values())
     for part in found:
@@ -103,7 +104,8 @@ def test_sections_hold_every_sample_once_and_one_kind_of_worker_each(samples, on
 
 
 def test_a_mix_of_one_kind_is_one_section_and_the_plan_that_it_always_was():
-    (part,) = sections(1000, PLAN["generators"], [], {True: 8, False: 64})
+    own = PLAN["generators"]
+    (part,) = sections(1000, own, [], {True: 8, False: 64}, shares_of(own, []))
     assert plan(3, first=part.first, samples=part.samples, shard_size=part.shard_size) == plan(3)
 
 
@@ -120,6 +122,38 @@ def test_ranges_shares_and_donors_are_kept():
             assert r.defect == "dent"
         else:
             assert r.donors == () and r.defect == "blob"
+
+
+def test_a_generator_draws_the_categories_as_often_as_its_own_shares_say():
+    """P(generator, category) goes with share × the category's × the generator's for it, in every section."""
+    own = {
+        "perlin": GeneratorSettings(share=3, categories={"bolt": 0.5, "nowhere": 9}),
+        "poisson": GeneratorSettings(share=1, categories={"bolt": 4}),
+    }
+    categories = list(POOL.normals)
+    often = {c: 2.0 if c == categories[-1] else 1.0 for c in categories}
+    weights = {
+        (name, c): s.share * often[c] * s.categories.get(c, 1.0)
+        for name, s in own.items()
+        for c in categories
+    }
+    shares = shares_of(own, categories, often)
+    total = sum(weights.values())
+    for name in own:
+        wanted = sum(w for (n, _), w in weights.items() if n == name) / total
+        assert shares[name] / sum(shares.values()) == pytest.approx(wanted)
+    recipes = [
+        r for shard in range(60) for r in plan(shard, generators=own, samples=60 * 64, category_shares=often)
+    ]
+    drawn = Counter((r.generator, r.category) for r in recipes)
+    for key, weight in weights.items():
+        assert abs(drawn[key] / len(recipes) - weight / total) < 0.02, key
+    parts = sections(1000, own, ["poisson"], {True: 8, False: 64}, shares)
+    for part in parts:
+        wanted = sum(w for (n, _), w in weights.items() if n in part.generators) / total
+        assert abs(part.samples - 1000 * wanted) <= 1
+    only = {"perlin": GeneratorSettings(categories=dict.fromkeys(categories, 0.0)), "poisson": own["poisson"]}
+    assert {r.generator for r in plan(0, generators=only)} == {"poisson"}
 
 
 def test_batches_have_the_planned_size_and_one_generator():

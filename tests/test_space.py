@@ -102,7 +102,8 @@ def test_settings_that_vary_are_drawn_around_the_present_ones():
         for values in drawn
     ]  # fmt: skip
     for wanted in (0.45, 0.55):
-        weights = weights_at_hand(apply_values(mix, {"generators.cut.params.gamma": wanted}), mix, recipes)
+        after = apply_values(mix, {"generators.cut.params.gamma": wanted})
+        weights = weights_at_hand(after, mix, recipes, {"cut": 1.0, "perlin": 1.0})
         assert weights.sum() == pytest.approx(1)
         assert abs(weights @ gammas - wanted) < abs(np.mean(gammas) - wanted)
     assert "generators.cut.params.gamma" in space

@@ -118,6 +118,12 @@ def test_defects_of_one_generators_kind_ask_for_more_of_it(tmp_path, monkeypatch
     after = steered(space)
     shares = {name: s.share for name, s in after.generators.items()}
     assert shares["peak"] > 1.5 * shares["blur"], steering.explain(space, 0)
+    often = {name: s.categories["cloth"] for name, s in after.generators.items()}
+    assert often["peak"] > 1.5 * often["blur"] and "look most like samples of peak" in steering.explain(
+        space, 0
+    )
+    drawn = [recipe.generator for recipe in open_round(space, 1).plan(0)]
+    assert drawn.count("peak") > 3 * drawn.count("blur")
 
 
 def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
@@ -129,6 +135,7 @@ def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
     space.write_table(round_file(0, "alarms.parquet"), to_table(rows, ALARMS))
     before, after = open_round(space, 0).generation, steered(space)
     assert present_values(after) == present_values(before)
+    assert not any(own.categories for own in after.generators.values())
     decisions = space.read_table(round_file(0, "decisions.parquet")).to_pylist()
     assert all(row["reason"] for row in decisions)
     # False alarms become hard normals, of the train split only, and are drawn more often.

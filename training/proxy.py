@@ -41,12 +41,17 @@ def normal_bank(features: torch.Tensor, rng: np.random.Generator) -> torch.Tenso
 
 def residuals(features: torch.Tensor, bank: torch.Tensor) -> np.ndarray:
     """|f − nearest normal token| for every token: N×C×h×w to N×h×w×C float32."""
+    return np.abs(differences(features, bank))
+
+
+def differences(features: torch.Tensor, bank: torch.Tensor) -> np.ndarray:
+    """f − nearest normal token for every token: N×C×h×w to N×h×w×C float32."""
     count, channels, height, width = features.shape
     out = np.empty((count, height, width, channels), np.float32)
     for index in range(count):
         tokens = features[index].float().permute(1, 2, 0).reshape(-1, channels)
         nearest = bank[torch.cdist(tokens, bank).argmin(dim=1)]
-        out[index] = (tokens - nearest).abs().reshape(height, width, channels).numpy()
+        out[index] = (tokens - nearest).reshape(height, width, channels).numpy()
     return out
 
 
@@ -111,7 +116,7 @@ def with_samples(
     counts = np.empty(len(samples), np.float32)
     scatter = np.empty((len(samples), size, size), np.float32) if squares else None
     for index, (sample, mask) in enumerate(zip(samples, masks, strict=True)):
-        x = described(sample[_covered(mask, sample.shape)], evidence.scale)
+        x = described(sample[covered(mask, sample.shape)], evidence.scale)
         sums[index], counts[index] = x.sum(axis=0), len(x)
         if scatter is not None:
             scatter[index] = x.T @ x
@@ -129,7 +134,7 @@ def joined(evidence: Evidence, other: Evidence, chosen: Sequence[int]) -> Eviden
     )
 
 
-def _covered(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def covered(mask: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Which tokens of an h×w grid a mask makes anomalous: bool h×w."""
     cover = cv2.resize(mask.astype(np.float32), (shape[1], shape[0]), interpolation=cv2.INTER_AREA)
     return cover >= min(0.25, float(cover.max()))
@@ -146,7 +151,7 @@ def split_distances(sample: np.ndarray, mask: np.ndarray, scale: np.ndarray) -> 
     height, width = sample.shape[:2]
     touched = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) > 0
     far = distances(sample, scale)
-    return far[_covered(mask, sample.shape)], far[~touched]
+    return far[covered(mask, sample.shape)], far[~touched]
 
 
 def solve(evidence: Evidence, weights: np.ndarray, spread: float = 0.0) -> np.ndarray:

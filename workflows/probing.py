@@ -21,10 +21,10 @@ from generation.backbones import Backbone, load_backbone, to_batch
 from generation.synthesis import Outcome, Signatures, synthesise
 from manifests.errors import FlawsmithError
 from manifests.pictures import load
-from manifests.recipes import GeneratorSettings, Section
+from manifests.recipes import GeneratorSettings, Section, shares_of
 from manifests.schema import GOOD, Image, Recipe
 from manifests.workspace import Workspace, round_file
-from training import proxy
+from training import matching, proxy
 from training.evaluation import ignored, truth
 from training.examples import at_once, chunks
 from training.loading import FeatureSample, Sample
@@ -36,10 +36,20 @@ from workflows.stages import PictureCache, Round, evenly, load_model, traits_of
 SIZE = 256  # side of the proxy's pictures, and of those that a probe's samples are made on
 SHARD = 48  # samples of a probe's shard
 ATTEMPTS = 2  # draws of one recipe of a probe
+ALIKE = 10  # samples of a generator and category that are compared with its real defects
 SLOW = 0.2  # seconds a sample above which a generator is not probed
 MOST_SAMPLES, MOST_NORMALS, MOST_JUDGED = 600, 48, 120  # the last two a category
 NEAR = 0.15  # of the limits: deviation of the weights of settings that vary
 OFF_RANGE = 0.1  # weight of a sample at hand that lies outside the ranges asked for
+
+
+@dataclass(frozen=True)
+class Defects:
+    """Real ones of one category: ``directions`` R×C, of :func:`training.matching.direction`, one a picture
+    with a mask, and the ``groups`` of the pictures."""
+
+    directions: np.ndarray
+    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class Ground:
         images: the pictures behind ``judged``, in order; empty for samples.
         held: residuals of calibration normals by the same names.
         labelled: whether real defects judge.
+        directions: S×C, of the round's own samples; ``real`` are those of real defects, by category.
         kin: by generator, what ``Judged.family`` calls it: its family or, where all are of one, itself.
         made: evidence and generators of the probes' shards so far, by their settings.
     """
@@ -74,6 +85,8 @@ class Ground:
     images: dict[str, list[Image]]
     held: dict[str, np.ndarray]
     labelled: bool
+    directions: np.ndarray
+    real: dict[str, Defects]
     kin: dict[str, str]
     made: dict[tuple[str, int, int], tuple[proxy.Evidence, list[str]]] = field(default_factory=dict)
 
@@ -118,11 +131,12 @@ def prepare(
     )
     step = max(1, -(-accepted // MOST_SAMPLES))
     samples = (sample for at, sample in enumerate(all_samples_of(space, round_.number)) if at % step == 0)
-    recipes, residuals, masks = [], [], []
-    for sample, residual in _residuals(samples, backbone, banks, advance):
+    recipes, residuals, masks, directions = [], [], [], []
+    for sample, difference in _differences(samples, backbone, banks, advance):
         recipes.append(sample.recipe)
-        residuals.append(residual)
+        residuals.append(np.abs(difference))
         masks.append(sample.mask)
+        directions.append(matching.direction(difference, sample.mask))
     if not recipes:
         raise FlawsmithError(
             f"round {round_.number}: the proxy can read none of its samples (rejected by hand, or features "
@@ -131,7 +145,7 @@ def prepare(
     normals = proxy.of_normals(np.concatenate(negatives))
     evidence = proxy.with_samples(normals, residuals, masks, squares=squares)
     small = [proxy.shrink_mask(m, r.shape[:2]) for m, r in zip(masks, residuals, strict=True)]
-    judged, images = _real(round_, backbone, banks, advance)
+    judged, images, real = _real(round_, backbone, banks, advance)
     labelled = any(group.labels.any() for group in judged.values())
     kin: dict[str, str] = {
         name: registry.get(name).family for name in sorted({recipe["generator"] for recipe in recipes})
@@ -146,21 +160,22 @@ def prepare(
     probed = replace(round_, config=round_.config.model_copy(update={"output": output}))
     return Ground(
         probed, PictureCache(probed), backbone, banks, normals, recipes, residuals, small, evidence, judged,
-        images, held, labelled, kin,
+        images, held, labelled, np.stack(directions), real, kin,
     )  # fmt: skip
 
 
 def _real(
     round_: Round, backbone: Backbone, banks: Mapping[str, torch.Tensor], advance: Callable[[int], None]
-) -> tuple[dict[str, proxy.Judged], dict[str, list[Image]]]:
-    judged, images = {}, {}
+) -> tuple[dict[str, proxy.Judged], dict[str, list[Image]], dict[str, Defects]]:
+    judged, images, real = {}, {}, {}
     for category in round_.pool.normals:
         own = [i for i in round_.images.values() if i.category == category and i.split == "feedback"]
         own = evenly(own, MOST_JUDGED)
         if not own:
             continue
         features = features_of(backbone, own, round_.config.output.max_side, advance)
-        residual = proxy.residuals(features, banks[category])
+        differences = proxy.differences(features, banks[category])
+        residual = np.abs(differences)
         labels = np.array([image.defect != GOOD for image in own])
         truths = [truth(image, SIZE) for image in own]
         grid = (residual.shape[1], residual.shape[2])
@@ -173,7 +188,12 @@ def _real(
         fold = proxy.folds([category] * len(own), groups, labels)
         judged[category] = proxy.Judged(residual, labels, masked, ignore, groups, fold)
         images[category] = own
-    return judged, images
+        masks = [t if label else None for t, label in zip(truths, labels, strict=True)]
+        seen = [k for k, mask in enumerate(masks) if mask is not None and mask.any()]
+        if seen:
+            found = [matching.direction(differences[k], mask) for k in seen if (mask := masks[k]) is not None]
+            real[category] = Defects(np.stack(found), tuple(groups[k] for k in seen))
+    return judged, images, real
 
 
 def _by_family(
@@ -211,7 +231,7 @@ def judge_settings(ground: Ground, generation: Generation, shards: range, stream
 
     Args:
         shards: numbers of the probe's shards; equal numbers of one stream have equal random numbers.
-        stream: 0 for trials, 1 to confirm.
+        stream: 0 for trials, 1 to confirm; 2 is for :func:`directions_of`.
     """
     evidence, weights, generators = learned_from(ground, generation, shards, stream)
     families = np.array([ground.kin.get(name, name) for name in generators])
@@ -222,8 +242,9 @@ def learned_from(
     ground: Ground, generation: Generation, shards: range, stream: int
 ) -> tuple[proxy.Evidence, np.ndarray, list[str]]:
     """(evidence, weight a sample, generator a sample) of settings: fresh samples, then those at hand."""
-    used = {name: s for name, s in generation.generators.items() if s.share > 0}
-    total = sum(settings.share for settings in used.values())
+    shares = shares_of(generation.generators, ground.banks, generation.categories)
+    used = {name: s for name, s in generation.generators.items() if shares[name] > 0}
+    total = sum(shares.values())
     probed = {name: settings for name, settings in used.items() if is_probed(name)}
     evidence, weights = ground.normals, np.empty(0)
     generators: list[str] = []
@@ -232,7 +253,7 @@ def learned_from(
             more, names = _shard(ground, generation, probed, shard, stream)
             evidence = proxy.joined(evidence, more, range(len(names)))
             generators = generators + names
-        share = sum(settings.share for settings in probed.values()) / total
+        share = sum(shares[name] for name in probed) / total
         weights = np.full(len(generators), share / max(len(generators), 1))
     slow = [k for k, recipe in enumerate(ground.recipes) if not is_probed(recipe["generator"])]
     if slow and len(probed) < len(used):
@@ -240,7 +261,7 @@ def learned_from(
         own = [ground.recipes[k] for k in slow]
         drawn = ground.round_.generation
         generators += [recipe["generator"] for recipe in own]
-        weights = np.concatenate([weights, weights_at_hand(generation, drawn, own) / total])
+        weights = np.concatenate([weights, weights_at_hand(generation, drawn, own, shares) / total])
     return evidence, weights, generators
 
 
@@ -255,20 +276,49 @@ def _shard(
     key = (generation.model_dump_json(), shard, stream)
     if key not in ground.made:
         made = list(fresh(ground, generation, probed, shard, stream))
-        evidence = proxy.with_samples(ground.normals, [m[1] for m in made], [m[2] for m in made])
+        residuals, masks = [np.abs(m[1]) for m in made], [m[2] for m in made]
+        evidence = proxy.with_samples(ground.normals, residuals, masks)
         ground.made[key] = evidence, [recipe.generator for recipe, _, _ in made]
     return ground.made[key]
 
 
+def directions_of(
+    ground: Ground, generation: Generation, advance: Callable[[int], None]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Directions of samples, S×C, by category and generator, for the categories with real defects: of the
+    round's own and, of what is probed, of some ``ALIKE`` fresh ones each."""
+    found: dict[str, dict[str, list[np.ndarray]]] = {category: {} for category in ground.real}
+    for recipe, own in zip(ground.recipes, ground.directions, strict=True):
+        if recipe["category"] in found:
+            found[recipe["category"]].setdefault(recipe["generator"], []).append(own)
+    shares = {name: float(name in found) for name in ground.banks}
+    even = generation.model_copy(update={"categories": shares})
+    for name, settings in generation.generators.items():
+        if settings.share > 0 and is_probed(name) and found:
+            alone = {name: settings.model_copy(update={"categories": {}})}
+            for shard in range(-(-ALIKE * len(found) // SHARD)):
+                for made, difference, mask in fresh(ground, even, alone, shard, 2):
+                    own = matching.direction(difference, mask)
+                    found[made.category].setdefault(name, []).append(own)
+                    advance(1)
+    return {
+        category: {name: np.stack(own) for name, own in by_name.items()}
+        for category, by_name in found.items()
+    }
+
+
 def weights_at_hand(
-    generation: Generation, drawn: Generation, recipes: Sequence[Mapping[str, Any]]
+    generation: Generation,
+    drawn: Generation,
+    recipes: Sequence[Mapping[str, Any]],
+    shares: Mapping[str, float],
 ) -> np.ndarray:
     """How much samples that were made with the settings ``drawn`` weigh for others: float64 S.
 
-    A generator's samples weigh its share in all. Among them, one outside the ranges of area or severity
-    weighs ``OFF_RANGE`` for each, and each weighs as much more as its category and its defect are drawn more
-    often and, where its generator's settings ``vary``, by a Gaussian of their distance to the settings
-    (``NEAR`` of the limits).
+    A generator's samples weigh its share (``shares``, by name) in all. Among them, one outside the ranges of
+    area or severity weighs ``OFF_RANGE`` for each, and each weighs as much more as its category and its
+    defect are drawn more often and, where its generator's settings ``vary``, by a Gaussian of their distance
+    to the settings (``NEAR`` of the limits).
     """
     weights = np.array([_weight(generation, drawn, recipe) for recipe in recipes], np.float64)
     present = present_values(generation)
@@ -283,9 +333,7 @@ def weights_at_hand(
     names = np.array([recipe["generator"] for recipe in recipes])
     for name in set(names.tolist()):
         own = names == name
-        settings = generation.generators.get(name)
-        share = settings.share if settings is not None else 0.0
-        weights[own] *= share / max(weights[own].sum(), 1e-12)
+        weights[own] *= shares.get(name, 0.0) / max(weights[own].sum(), 1e-12)
     return weights
 
 
@@ -301,7 +349,9 @@ def _weight(generation: Generation, drawn: Generation, recipe: Mapping[str, Any]
 def _often(generation: Generation, recipe: Mapping[str, Any]) -> float:
     """How often settings draw a recipe's defect and category, beside others."""
     own = generation.generators.get(recipe["generator"]) or GeneratorSettings()
-    return own.defects.get(recipe["defect"], 1.0) * generation.categories.get(recipe["category"], 1.0)
+    category = recipe["category"]
+    often = generation.categories.get(category, 1.0) * own.categories.get(category, 1.0)
+    return often * own.defects.get(recipe["defect"], 1.0)
 
 
 def cost_of(generation: Generation) -> float:
@@ -317,7 +367,7 @@ def fresh(
     shard: int,
     stream: int,
 ) -> Iterator[tuple[Recipe, np.ndarray, np.ndarray]]:
-    """(recipe, residual, mask) of a probe's accepted samples."""
+    """(recipe, difference of its tokens from the nearest normal ones, mask) of a probe's accepted samples."""
     round_ = ground.round_
     spawn = (round_.number, 2, stream)
     seed = np.random.SeedSequence(round_.config.seed, spawn_key=spawn).generate_state(1)[0]
@@ -351,17 +401,18 @@ def fresh(
 
 def _probed(ground: Ground, outcome: Outcome, feature: torch.Tensor) -> tuple[Recipe, np.ndarray, np.ndarray]:
     assert outcome.mask is not None  # accepted samples have one
-    residual = proxy.residuals(feature[None], ground.banks[outcome.recipe.category])[0]
-    return outcome.recipe, residual, outcome.mask > 0
+    difference = proxy.differences(feature[None], ground.banks[outcome.recipe.category])[0]
+    return outcome.recipe, difference, outcome.mask > 0
 
 
-def _residuals(
+def _differences(
     samples: Iterator[Sample | FeatureSample],
     backbone: Backbone,
     banks: Mapping[str, torch.Tensor],
     advance: Callable[[int], None],
 ) -> Iterator[tuple[Sample | FeatureSample, np.ndarray]]:
-    """Samples with their residuals; those of another backbone's features are left out."""
+    """Samples with how their tokens differ from the nearest normal ones, h×w×C; those of another backbone's
+    features are left out."""
     for chunk in chunks(samples, at_once(backbone.device.type)):
         pictures = [sample.image for sample in chunk if isinstance(sample, Sample)]
         features = iter(backbone.features(to_batch(pictures, SIZE)) if pictures else ())
@@ -372,7 +423,7 @@ def _residuals(
                 feature = torch.from_numpy(sample.feature)
             else:
                 continue
-            yield sample, proxy.residuals(feature[None], banks[sample.category])[0]
+            yield sample, proxy.differences(feature[None], banks[sample.category])[0]
         advance(len(chunk))
 
 

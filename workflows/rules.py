@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from manifests.recipes import GeneratorSettings
 from manifests.searching import Search
 from workflows.space import at_place, place_of
 
@@ -161,6 +162,42 @@ def _tilt(found: Sequence[Found], attribute: str, word: str) -> tuple[float, str
     if abs(z) < SIGNIFICANT:
         return 0.0, f"{facts}: no more than chance"
     return float(np.clip(r, -1, 1)), facts
+
+
+# -- what real defects look like ------------------------------------------------------------------------
+
+EVEN = 0.25  # of a category's samples, made by the shares alone: for defects that nobody has seen yet
+
+
+def from_matches(
+    matched: Mapping[str, Mapping[str, float]], generators: Mapping[str, GeneratorSettings]
+) -> tuple[dict[str, dict[str, float]], list[Decision]]:
+    """How often each generator makes a sample of each category, beside its share; and a decision for each
+    category where that changes.
+
+    Args:
+        matched: the shares of the generators, of sum 1, by category and name; a category of which nothing is
+            concluded is not among them and stays as it is, and a generator that makes none of one makes none.
+        generators: with their settings at present.
+    """
+    mix = {name: own.share for name, own in generators.items() if own.share > 0}
+    total = sum(mix.values())
+    found = {name: dict(own.categories) for name, own in generators.items()}
+    decisions = []
+    for category, shares in sorted(matched.items()):
+        before = {name: generators[name].categories.get(category, 1.0) for name in mix}
+        after = {
+            name: float(f"{EVEN + (1 - EVEN) * shares[name] * total / share:.3g}") if name in shares else 0.0
+            for name, share in mix.items()
+        }
+        for name, value in after.items():
+            found[name][category] = value
+        first = sorted(shares, key=lambda name: (-shares[name], name))[:3]
+        told = ", ".join(f"{name} {shares[name]:.0%}" for name in first)
+        reason = f"its real defects, those of parts left out as well, look most like samples of {told}"
+        words = [", ".join(f"{name} {value:g}" for name, value in own.items()) for own in (before, after)]
+        decisions.append(Decision(f"generators.*.categories.{category}", words[0], words[1], reason))
+    return found, decisions
 
 
 # -- without labelled anomalies -------------------------------------------------------------------------

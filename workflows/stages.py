@@ -26,7 +26,7 @@ from generation.protocol import Generator, Source
 from generation.synthesis import Outcome, Signatures, synthesise
 from manifests import pictures, shards
 from manifests.plain import from_json
-from manifests.recipes import Pool, Section, Trait, plan_shard, pool_from, sections
+from manifests.recipes import Pool, Section, Trait, plan_shard, pool_from, sections, shares_of
 from manifests.schema import (
     RECIPES,
     SAMPLES,
@@ -96,6 +96,7 @@ class Round:
             self.generation.generators,
             [name for name in self.generation.generators if registry.get(name).gpu],
             {gpu: min(size, self.sizes.get(kind, size)) for gpu, kind in KINDS.items()},
+            shares_of(self.generation.generators, self.pool.normals, self.generation.categories),
         )
 
     @property

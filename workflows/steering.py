@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from training import proxy
 from training.components import label_components
 from training.evaluation import map_shape, truth
 from training.intervals import Estimate
+from training.matching import matched
 from training.metrics import pixel_metrics
 from training.proxy import Figures
 from workflows.config import Generation
@@ -27,6 +28,7 @@ from workflows.probing import (
     MOST_NORMALS,
     Ground,
     cost_of,
+    directions_of,
     features_of,
     is_probed,
     judge_settings,
@@ -42,6 +44,7 @@ from workflows.rules import (
     Likeness,
     from_errors,
     from_likeness,
+    from_matches,
     hard_normals,
 )
 from workflows.searching import SURE, Point, Trial, Verdict, search, verdict
@@ -113,6 +116,10 @@ def feedback(space: Workspace, number: int) -> bool:
     after, decisions = decide(generation, values, asked, reasons, result)
     if after == generation:
         after = round_.generation
+    if ground.labelled:
+        with progress(f"round {number}: samples beside real defects", None, "samples") as advance:
+            after, more = _as_matched(ground, after, advance)
+        decisions += more
     alarms = _alarms(space, round_, ground)
     hard, nearest, hard_decisions = hard_normals(alarms, round_.generation.normals)
     after = after.model_copy(update={"normals": hard, "nearest": nearest})
@@ -231,6 +238,28 @@ def decide(
             rule = f"{reasons[setting]}; the rule asks for {_asked(setting, asked, before_values)}; "
         decisions.append(Decision(setting, before, then, f"{rule}{result.short}"))
     return after, decisions
+
+
+def _as_matched(
+    ground: Ground, after: Generation, advance: Callable[[int], None]
+) -> tuple[Generation, list[Decision]]:
+    """The settings with each category made by the generators whose samples look like its real defects."""
+    found: dict[str, dict[str, float]] = {}
+    for category, samples in directions_of(ground, after, advance).items():
+        real = ground.real[category]
+        shares = {
+            name: own.share * own.categories.get(category, 1.0) for name, own in after.generators.items()
+        }
+        shares = {name: share for name, share in shares.items() if share > 0}
+        own = [samples.get(name, real.directions[:0]) for name in shares]
+        best = matched(real.directions, real.groups, own, np.array(list(shares.values())))
+        if best is not None:
+            found[category] = dict(zip(shares, best.tolist(), strict=True))
+    often, decisions = from_matches(found, after.generators)
+    generators = {
+        name: own.model_copy(update={"categories": often[name]}) for name, own in after.generators.items()
+    }
+    return after.model_copy(update={"generators": generators}), decisions
 
 
 def _asked(setting: str, asked: Point, present: Point) -> str:

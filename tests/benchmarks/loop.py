@@ -14,16 +14,18 @@ The arms (one multi-category model each; equal recipes a round, steps and settin
 
 * A standard: Perlin textures and CutPaste as published, the textures' weight chosen once on what steers;
 * B ours: one round of our generators at their default settings;
-* C loop: the product's rounds with all that it steers by: weights of samples, practice against the detector
-  of the round before, and settings of `cut` that vary between shards, for no trial makes samples of it;
-* C0 chance: the loop in everything (rounds, samples, first round, weights, practice, the round that is
-  judged) but one: each later round's settings are drawn evenly from those that the loop's search can reach
-  from the present ones, in place of being chosen, and no normal picture counts as hard. A pick at random
-  from as many such settings as the loop tries is one such setting, so no trials are run;
+* C loop: the product's rounds with what it steers by, weights of samples, and settings of `cut` that vary
+  between shards, for no trial makes samples of it; without practice against the detector of the round before,
+  which is measured beside it;
+* C0 chance: the loop in everything (rounds, samples, first round, weights, the round that is judged) but one:
+  each later round's settings are drawn evenly from those that the loop's search can reach from the present
+  ones, in place of being chosen, no category has a mix of its own, and no normal picture counts as hard. A
+  pick at random from as many such settings as the loop tries is one such setting, so no trials are run;
 * D ceiling: ours, and the real anomalies of the pictures that steer, as half of what is drawn;
-* few-loop, few-loop-no-…: the loop on four categories, and the same without feedback, practice (few-loop-
-  no-guidance), weights, `cut` or frequency. Without the feature level: few-onenip-loop-no-feature against
-  few-onenip-loop, for `onenip` alone learns from features that a generator made;
+* few-loop, few-loop-no-…, few-loop-practice: the loop on four categories, the same without feedback, weights,
+  `cut` or frequency, and with guidance by the detector of the round before. Without the feature level:
+  few-onenip-loop-no-feature against few-onenip-loop, for `onenip` alone learns from features that a generator
+  made;
 * few-ours, few-loop-half, -third, -sixth: ours in one round of as many samples as all rounds of few-loop
   have together, and the loop with that share of them in as many rounds.
 
@@ -77,9 +79,8 @@ from workflows.stages import prepare_process
 
 ROUNDS = 3
 # What the arms that are steered by the product set beyond its defaults, by section.
+STEERED: dict[str, dict[str, Any]] = {"training": {"weigh": True}}
 PRACTICE: dict[str, dict[str, Any]] = {"generation": {"practice": {"candidates": 4, "guidance": 0.3}}}
-WEIGHED: dict[str, dict[str, Any]] = {"training": {"weigh": True}}
-STEERED = {**WEIGHED, **PRACTICE}
 UNFED: dict[str, dict[str, Any]] = {"feedback": {"enabled": False}}
 FEW_LOOP = Arm("few-loop", rounds=ROUNDS, few=True, settings=STEERED)
 ONENIP: dict[str, dict[str, Any]] = {"detector": {"name": "onenip", "settings": {}}}
@@ -96,15 +97,15 @@ ARMS = {
     "few-loop-third": replace(FEW_LOOP, base="few-third", samples=1 / 3),
     "few-loop-sixth": replace(FEW_LOOP, base="few-sixth", samples=1 / 6),
     "few-loop-no-feedback": replace(FEW_LOOP, base="few-no-feedback", settings={**STEERED, **UNFED}),
-    "few-loop-no-guidance": replace(FEW_LOOP, base="few-no-guidance", settings=WEIGHED),
-    "few-loop-no-weights": replace(FEW_LOOP, base="few-no-weights", settings=PRACTICE),
+    "few-loop-no-weights": replace(FEW_LOOP, base="few-no-weights", settings={}),
     "few-loop-no-cut": replace(FEW_LOOP, base="few-no-cut", without="cut"),
     "few-loop-no-frequency": replace(FEW_LOOP, base="few-no-frequency", without="frequency"),
+    "few-loop-practice": replace(FEW_LOOP, base="few-practice", settings={**STEERED, **PRACTICE}),
     "few-onenip-loop": FEW_ONENIP,
     "few-onenip-loop-no-feature": replace(FEW_ONENIP, base="few-onenip-no-feature", without="feature"),
 }
 EFFICIENCY = ("few-loop-sixth", "few-loop-third", "few-loop-half", "few-loop")
-WHOLES = ("few-loop", "few-onenip-loop")  # each is followed by itself without a part
+WHOLES = ("few-loop", "few-onenip-loop")  # each is followed by itself without a part, or with one more
 MAIN = ("standard", "ours", "chance", "loop", "ceiling")
 SEEDS = (0, 1, 2)
 DETECTOR = "residual"
@@ -288,12 +289,15 @@ def verdicts(plan: Plan, known: Mapping[str, Figures]) -> list[str]:
 
 def few_table(plan: Plan, known: Mapping[str, Figures]) -> Table:
     rows = table(
-        "four categories: the loop, and without a part of it (its lead over the whole)",
+        "four categories: the loop, without a part of it, and with practice (their leads over it)",
         "arm",
         *(TITLES[m] for m in METRICS),
     )
     for whole in WHOLES:
-        for name in (whole, *(name for name in ARMS if name.startswith(f"{whole}-no-"))):
+        for name in (
+            whole,
+            *(name for name in ARMS if name.startswith((f"{whole}-no-", f"{whole}-practice"))),
+        ):
             if name not in known:
                 rows.add_row(name, *["–"] * len(METRICS))
                 continue

@@ -69,6 +69,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cutpaste": {},
     "scar": {},
     "poisson": {},
+    "chip": {},
     "band": {},
     "wavelet": {},
     "cut": {},
