@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from detectors import protocol
 from detectors.onenip import OneNIPSettings
+from detectors.residual import ResidualSettings
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
 from tests.plain_detector import NAME, PLACE, Plain, PlainSettings
@@ -339,17 +340,37 @@ def onenip_without_noise(rank: int, ranks: int) -> dict:
     return {"weights": weights, "rows": seen, "losses": losses, "calibration": detector.calibration}
 
 
+def residual_broken_off(rank: int, ranks: int) -> dict:
+    """Trains with held-out samples, and once more from the state after five of eight steps, which only the
+    first process finds."""
+    resuming.EVERY, resuming.TIME_SHARE = 0.0, 1e9
+    kept: list[bytes] = []
+
+    def run(slot: Slot, lines: list[str]) -> dict:
+        wanted = ResidualSettings(size=64, steps=8, batch=4, coreset=40, width=8, patience=20)
+        detector = train(
+            "residual", wanted, islice(SAMPLES, rank, None, ranks), NORMALS[:6], NORMALS[6:], seed=0,
+            slot=slot, weight=lambda s: float(s.sample_id != "s3"), say=lines.append,
+        )  # fmt: skip
+        return {"weights": detector.state_dict(), "calibration": detector.calibration, "lines": lines}
+
+    whole = run(Slot(lambda: None, kept.append), [])
+    again = run(Slot(lambda: kept[4] if kept else None, lambda _data: None), [])
+    return {"whole": whole, "again": again, "states": len(kept)}
+
+
 def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
+def in_two_processes(work: str, out: Path) -> list[dict]:
+    """What a function of this module returns in either."""
     port = free_port()
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", str(tmp_path / "out")],
+            [sys.executable, "-m", "tests.ranks", work, str(out)],
             cwd=ROOT,
             env={
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
@@ -360,7 +381,22 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         for rank in (0, 1)
     ]  # fmt: skip
     assert [process.wait(300) for process in running] == [0, 0]
-    first, second = (torch.load(f"{tmp_path}/out-{rank}.pt", weights_only=True) for rank in (0, 1))
+    return [torch.load(f"{out}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_processes_go_on_as_if_they_had_not_been_broken_off(tmp_path):
+    """With the statistics of batch norms and the held-out loss, which each process sees a part of."""
+    first, second = in_two_processes("residual_broken_off", tmp_path / "out")
+    assert (first["states"], second["states"]) == (8, 0), "the first process alone writes"
+    assert "going on after step 5" in first["again"]["lines"][0]
+    for found in (first["again"], second["whole"], second["again"]):
+        assert found["calibration"] == first["whole"]["calibration"]
+        for key, tensor in first["whole"]["weights"].items():
+            assert torch.equal(tensor, found["weights"][key]), key
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    first, second = in_two_processes("onenip_without_noise", tmp_path / "out")
     for key, tensor in first["weights"].items():
         assert torch.equal(tensor, second["weights"][key]), f"{key} differs between the processes"
     assert first["calibration"] == second["calibration"]
