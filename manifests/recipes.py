@@ -180,6 +180,9 @@ def sections(
         gpu: names of the generators that want a GPU.
         sizes: the most samples a shard, with and without one.
         shares: of :func:`shares_of`.
+
+    Raises:
+        UsageError: none is above 0.
     """
     found: list[Section] = []
     total = sum(shares.values())
@@ -191,6 +194,8 @@ def sections(
         if mine and count:
             found.append(Section(mine, kind, count, sizes[kind], first))
             left, first = left - count, found[-1].shards.stop
+    if not found:
+        raise UsageError("generation.generators: no generator has a share above 0 for any category")
     return tuple(found)
 
 

@@ -109,19 +109,25 @@ def test_many_specks_on_one_part_or_one_hard_category_are_no_evidence():
     assert "area.low" not in from_errors(easy + hard, SPACE, PRESENT)[0]
 
 
-def test_a_matched_category_is_made_as_the_match_says_and_others_stay_as_they_are():
-    """A quarter of it by the shares alone; as many samples of it as before."""
-    own = GeneratorSettings(categories={"nut": 2.0})
+def test_a_matched_category_is_made_as_the_match_says_and_as_often_as_before():
+    own = GeneratorSettings(categories={"nut": 2.0, "bolt": 0.0})
     generators = {"perlin": GeneratorSettings(share=3), "chip": own, "cut": GeneratorSettings(share=0)}
-    often, decisions = from_matches({"bolt": {"perlin": 0.3, "chip": 0.7}}, generators)
-    assert often == {"perlin": {"bolt": 0.55}, "chip": {"bolt": 2.35, "nut": 2.0}, "cut": {}}
-    assert sum(generators[name].share * often[name]["bolt"] for name in ("perlin", "chip")) == pytest.approx(
-        4
-    )
+
+    def volume(often, category):
+        return sum(generators[name].share * often[name].get(category, 1.0) for name in ("perlin", "chip"))
+
+    often, decisions = from_matches({"nut": {"perlin": 0.3, "chip": 0.7}}, generators, generators)
+    assert volume(often, "nut") == pytest.approx(5) and volume(often, "bolt") == pytest.approx(3)
+    assert often["perlin"]["nut"] / often["chip"]["nut"] == pytest.approx(0.1 / 0.7, rel=1e-2)
+    assert often["chip"]["bolt"] == 0 and often["cut"] == {}
     (one,) = decisions
-    assert (one.setting, one.before) == ("generators.*.categories.bolt", "perlin 1, chip 1")
-    assert one.after == "perlin 0.55, chip 2.35" and "chip 70%, perlin 30%" in one.reason
-    assert from_matches({}, generators) == ({"perlin": {}, "chip": {"nut": 2.0}, "cut": {}}, [])
+    assert (one.setting, one.before) == ("generators.*.categories.nut", "perlin 1, chip 2")
+    assert one.after == "perlin 0.5, chip 3.5" and "chip 70%, perlin 30%" in one.reason
+    # Without a match, only what a change of the shares would do to the number of samples is taken back.
+    assert from_matches({}, generators, generators)[0]["chip"] == {"nut": 2.0, "bolt": 0.0}
+    more = {**generators, "chip": own.model_copy(update={"share": 3.0})}
+    often, decisions = from_matches({}, generators, more)
+    assert decisions == [] and (3 + 3 * 2) / 6 * often["chip"]["nut"] / 2 == pytest.approx(5 / 4, rel=1e-2)
 
 
 def test_without_anomalies_what_teaches_nothing_fades():

@@ -148,10 +148,17 @@ def test_a_generator_draws_the_categories_as_often_as_its_own_shares_say():
     drawn = Counter((r.generator, r.category) for r in recipes)
     for key, weight in weights.items():
         assert abs(drawn[key] / len(recipes) - weight / total) < 0.02, key
-    parts = sections(1000, own, ["poisson"], {True: 8, False: 64}, shares)
+    parts = sections(60 * 64, own, ["poisson"], {True: 8, False: 64}, shares)
+    drawn = Counter()
     for part in parts:
-        wanted = sum(w for (n, _), w in weights.items() if n in part.generators) / total
-        assert abs(part.samples - 1000 * wanted) <= 1
+        given = {k: getattr(part, k) for k in ("generators", "samples", "shard_size", "first")}
+        for shard in part.shards:
+            drawn.update((r.generator, r.category) for r in plan(shard, category_shares=often, **given))
+    assert len(parts) == 2
+    for key, weight in weights.items():
+        assert abs(drawn[key] / (60 * 64) - weight / total) < 0.02, key
+    with pytest.raises(UsageError, match="no generator has a share above 0 for any category"):
+        sections(10, own, [], {True: 8, False: 64}, dict.fromkeys(own, 0.0))
     only = {"perlin": GeneratorSettings(categories=dict.fromkeys(categories, 0.0)), "poisson": own["poisson"]}
     assert {r.generator for r in plan(0, generators=only)} == {"poisson"}
 

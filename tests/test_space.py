@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from generation import registry
 from manifests.recipes import GeneratorSettings
 from workflows.config import Generation, parse_config
-from workflows.probing import weights_at_hand
+from workflows.probing import cost_of, weights_at_hand
 from workflows.space import (
     apply_values,
     at_place,
@@ -107,6 +107,32 @@ def test_settings_that_vary_are_drawn_around_the_present_ones():
         assert weights.sum() == pytest.approx(1)
         assert abs(weights @ gammas - wanted) < abs(np.mean(gammas) - wanted)
     assert "generators.cut.params.gamma" in space
+
+
+def test_samples_at_hand_weigh_as_often_as_their_category_would_be_drawn():
+    """More, the more often a generator's category is drawn than when the samples were made."""
+    drawn = Generation(generators={"cut": GeneratorSettings(categories={"nut": 2.0})})
+    after = Generation(
+        generators={"cut": GeneratorSettings(categories={"nut": 3.0})}, categories={"bolt": 0.5}
+    )
+    recipes = [
+        {
+            "generator": "cut",
+            "area": 0.01,
+            "severity": 0.5,
+            "defect": "",
+            "category": category,
+            "params": "{}",
+        }
+        for category in ("nut", "bolt")
+    ]
+    nut, bolt = weights_at_hand(after, drawn, recipes, {"cut": 0.4})
+    assert nut + bolt == pytest.approx(0.4) and nut / bolt == pytest.approx((3 / 2) / 0.5)
+    one = cost_of(drawn, ["nut", "bolt"])
+    mix = {**drawn.generators, "perlin": GeneratorSettings()}
+    two = cost_of(Generation(generators=mix), ["nut", "bolt"])
+    fast = registry.get("perlin").seconds
+    assert one == registry.get("cut").seconds and two == pytest.approx((1.5 * one + fast) / 2.5)
 
 
 def test_ranges_that_vary_stay_in_order():

@@ -1,6 +1,7 @@
 """A feedback step on drawn surfaces with planted defects: the settings move towards what the defects are."""
 
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -118,12 +119,19 @@ def test_defects_of_one_generators_kind_ask_for_more_of_it(tmp_path, monkeypatch
     after = steered(space)
     shares = {name: s.share for name, s in after.generators.items()}
     assert shares["peak"] > 1.5 * shares["blur"], steering.explain(space, 0)
+
+
+def test_a_category_is_made_by_what_its_defects_look_like(tmp_path):
+    two = {"generators": {"peak": {}, "perlin": {}}, "severity": [0.6, 1.0]}
+    space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.02, 0.06), 60), two)
+    round_ = open_round(space, 0)
+    ground = probing.prepare(space, round_, lambda _count: None)
+    after, (decision,) = steering._as_matched(ground, round_.generation, lambda _count: None)
     often = {name: s.categories["cloth"] for name, s in after.generators.items()}
-    assert often["peak"] > 1.5 * often["blur"] and "look most like samples of peak" in steering.explain(
-        space, 0
-    )
-    drawn = [recipe.generator for recipe in open_round(space, 1).plan(0)]
-    assert drawn.count("peak") > 3 * drawn.count("blur")
+    assert often["peak"] > 2 * often["perlin"] and sum(often.values()) == pytest.approx(2, abs=0.02)
+    assert "look most like samples of peak" in decision.reason
+    drawn = [recipe.generator for recipe in replace(round_, generation=after).plan(0)]
+    assert drawn.count("peak") > 2 * drawn.count("perlin")
 
 
 def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):

@@ -72,7 +72,7 @@ class Practice(Settings):
 
 class Generation(Settings):
     """What is made in a round. The feedback of a round changes for the next what is marked ``Search``, here
-    and in the generators' own settings, ``normals`` and ``nearest``."""
+    and in the generators' own settings, ``normals``, ``nearest`` and the generators' ``categories``."""
 
     generators: dict[str, GeneratorSettings] = Field(
         default_factory=lambda: dict(DEFAULT_MIX), description="the mix; see `flawsmith doctor` for names"

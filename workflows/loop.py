@@ -162,5 +162,10 @@ def _remember_yield(space: Workspace, number: int) -> None:
         for path, value in present_values(generation).items()
         if ".params." in path or path.startswith("categories.")
     }
-    facts = {**shares, **ranges, "location": generation.location, **others}
+    often = {
+        f"generators.{name}.categories.{category}": value
+        for name, own in generation.generators.items()
+        for category, value in own.categories.items()
+    }
+    facts = {**shares, **often, **ranges, "location": generation.location, **others}
     remember(space, number, "setting", facts)

@@ -9,7 +9,7 @@ as the settings would have drawn them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ from workflows.stages import PictureCache, Round, evenly, load_model, traits_of
 SIZE = 256  # side of the proxy's pictures, and of those that a probe's samples are made on
 SHARD = 48  # samples of a probe's shard
 ATTEMPTS = 2  # draws of one recipe of a probe
-ALIKE = 10  # samples of a generator and category that are compared with its real defects
+ALIKE = 16  # recipes of a generator and category, on average, that are compared with its real defects
 SLOW = 0.2  # seconds a sample above which a generator is not probed
 MOST_SAMPLES, MOST_NORMALS, MOST_JUDGED = 600, 48, 120  # the last two a category
 NEAR = 0.15  # of the limits: deviation of the weights of settings that vary
@@ -188,11 +188,13 @@ def _real(
         fold = proxy.folds([category] * len(own), groups, labels)
         judged[category] = proxy.Judged(residual, labels, masked, ignore, groups, fold)
         images[category] = own
-        masks = [t if label else None for t, label in zip(truths, labels, strict=True)]
-        seen = [k for k, mask in enumerate(masks) if mask is not None and mask.any()]
-        if seen:
-            found = [matching.direction(differences[k], mask) for k in seen if (mask := masks[k]) is not None]
-            real[category] = Defects(np.stack(found), tuple(groups[k] for k in seen))
+        found = {}
+        for k, (mask, no) in enumerate(zip(truths, skipped, strict=True)):
+            seen = mask if mask is None or no is None else mask & ~no
+            if labels[k] and seen is not None and seen.any():
+                found[k] = matching.direction(differences[k], seen)
+        if found:
+            real[category] = Defects(np.stack(list(found.values())), tuple(groups[k] for k in found))
     return judged, images, real
 
 
@@ -286,7 +288,7 @@ def directions_of(
     ground: Ground, generation: Generation, advance: Callable[[int], None]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Directions of samples, S×C, by category and generator, for the categories with real defects: of the
-    round's own and, of what is probed, of some ``ALIKE`` fresh ones each."""
+    round's own and, of what is probed, of at least ``ALIKE`` fresh recipes each on average."""
     found: dict[str, dict[str, list[np.ndarray]]] = {category: {} for category in ground.real}
     for recipe, own in zip(ground.recipes, ground.directions, strict=True):
         if recipe["category"] in found:
@@ -354,10 +356,10 @@ def _often(generation: Generation, recipe: Mapping[str, Any]) -> float:
     return often * own.defects.get(recipe["defect"], 1.0)
 
 
-def cost_of(generation: Generation) -> float:
+def cost_of(generation: Generation, categories: Collection[str]) -> float:
     """Seconds that a sample of the mix takes, by what the generators say of themselves."""
-    used = {name: s.share for name, s in generation.generators.items() if s.share > 0}
-    return sum(share * registry.get(name).seconds for name, share in used.items()) / sum(used.values())
+    shares = shares_of(generation.generators, categories, generation.categories)
+    return sum(share * registry.get(name).seconds for name, share in shares.items()) / sum(shares.values())
 
 
 def fresh(

@@ -166,38 +166,52 @@ def _tilt(found: Sequence[Found], attribute: str, word: str) -> tuple[float, str
 
 # -- what real defects look like ------------------------------------------------------------------------
 
-EVEN = 0.25  # of a category's samples, made by the shares alone: for defects that nobody has seen yet
+
+ROUNDED = 0.01  # what values of three digits may be off
 
 
 def from_matches(
-    matched: Mapping[str, Mapping[str, float]], generators: Mapping[str, GeneratorSettings]
+    matched: Mapping[str, Mapping[str, float]],
+    drawn: Mapping[str, GeneratorSettings],
+    generators: Mapping[str, GeneratorSettings],
 ) -> tuple[dict[str, dict[str, float]], list[Decision]]:
     """How often each generator makes a sample of each category, beside its share; and a decision for each
-    category where that changes.
+    category whose mix changes. As many samples of a category are made as before.
 
     Args:
         matched: the shares of the generators, of sum 1, by category and name; a category of which nothing is
-            concluded is not among them and stays as it is, and a generator that makes none of one makes none.
-        generators: with their settings at present.
+            concluded is not among them and stays as it is. A generator that makes none of one is not named.
+        drawn: the generators with the settings of the round that was judged. generators: of the next.
     """
     mix = {name: own.share for name, own in generators.items() if own.share > 0}
-    total = sum(mix.values())
     found = {name: dict(own.categories) for name, own in generators.items()}
     decisions = []
-    for category, shares in sorted(matched.items()):
+    for category in sorted({*matched, *(c for own in generators.values() for c in own.categories)}):
         before = {name: generators[name].categories.get(category, 1.0) for name in mix}
-        after = {
-            name: float(f"{EVEN + (1 - EVEN) * shares[name] * total / share:.3g}") if name in shares else 0.0
-            for name, share in mix.items()
-        }
+        shares = matched.get(category)
+        wanted = before
+        if shares is not None:
+            wanted = {name: shares.get(name, 0.0) / share for name, share in mix.items()}
+        volume = sum(mix[name] * value for name, value in wanted.items()) / sum(mix.values())
+        scale = _volume(drawn, category) / volume if volume > 0 else 1.0
+        if shares is None and abs(scale - 1) < ROUNDED:
+            continue
+        after = {name: float(f"{scale * value:.3g}") for name, value in wanted.items()}
         for name, value in after.items():
             found[name][category] = value
-        first = sorted(shares, key=lambda name: (-shares[name], name))[:3]
-        told = ", ".join(f"{name} {shares[name]:.0%}" for name in first)
-        reason = f"its real defects, those of parts left out as well, look most like samples of {told}"
-        words = [", ".join(f"{name} {value:g}" for name, value in own.items()) for own in (before, after)]
-        decisions.append(Decision(f"generators.*.categories.{category}", words[0], words[1], reason))
+        if shares is not None:
+            first = sorted(shares, key=lambda name: (-shares[name], name))[:3]
+            told = ", ".join(f"{name} {shares[name]:.0%}" for name in first)
+            reason = f"its real defects, those of parts left out as well, look most like samples of {told}"
+            words = [", ".join(f"{name} {value:g}" for name, value in own.items()) for own in (before, after)]
+            decisions.append(Decision(f"generators.*.categories.{category}", words[0], words[1], reason))
     return found, decisions
+
+
+def _volume(generators: Mapping[str, GeneratorSettings], category: str) -> float:
+    """How many samples of a category generators make, over what their shares alone would."""
+    used = [own for own in generators.values() if own.share > 0]
+    return sum(own.share * own.categories.get(category, 1.0) for own in used) / sum(own.share for own in used)
 
 
 # -- without labelled anomalies -------------------------------------------------------------------------

@@ -47,11 +47,12 @@ from workflows.rules import (
     from_matches,
     hard_normals,
 )
-from workflows.searching import SURE, Point, Trial, Verdict, search, verdict
+from workflows.searching import COST, SURE, Point, Trial, Verdict, search, verdict
 from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
 from workflows.stages import Round, evenly, read_settings, traits_of
 
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
+MATCH = 4  # spawn key of what decides by chance whether a mix is matched
 CONFIRM = range(4)  # shards of the probe that confirms a winner
 RESAMPLES = 400  # of the groups, behind a confirmed gain
 ROUNDING = 0.01  # of the mean distance of normals; what is nearer to the bank is in it
@@ -191,7 +192,7 @@ def _drawable(generation: Generation, values: Point, round_: Round) -> bool:
 def _measured(ground: Ground, generation: Generation, shards: int) -> tuple[tuple[Figures, Figures], float]:
     maps = judge_settings(ground, generation, range(shards), 0)
     first, second = (proxy.measure(maps, ground.judged, fold) for fold in (0, 1))
-    return (first, second), cost_of(generation)
+    return (first, second), cost_of(generation, ground.banks)
 
 
 def _confirmed(ground: Ground, generation: Generation, values: Point, fold: int) -> Estimate:
@@ -243,23 +244,39 @@ def decide(
 def _as_matched(
     ground: Ground, after: Generation, advance: Callable[[int], None]
 ) -> tuple[Generation, list[Decision]]:
-    """The settings with each category made by the generators whose samples look like its real defects."""
+    """The settings with each category made by the generators whose samples look like its real defects, as far
+    as a sample costs no more than ``COST`` times as much for it."""
+    drawn = ground.round_.generation
     found: dict[str, dict[str, float]] = {}
-    for category, samples in directions_of(ground, after, advance).items():
+    for at, (category, samples) in enumerate(directions_of(ground, after, advance).items()):
         real = ground.real[category]
-        shares = {
-            name: own.share * own.categories.get(category, 1.0) for name, own in after.generators.items()
-        }
-        shares = {name: share for name, share in shares.items() if share > 0}
-        own = [samples.get(name, real.directions[:0]) for name in shares]
-        best = matched(real.directions, real.groups, own, np.array(list(shares.values())))
+        used = {name: own for name, own in after.generators.items() if own.share > 0}
+        used = {name: own for name, own in used.items() if own.categories.get(category, 1.0) > 0}
+        shares = np.array([own.share for own in used.values()])
+        present = np.array([own.share * own.categories.get(category, 1.0) for own in used.values()])
+        own = [samples.get(name, real.directions[:0]) for name in used]
+        spawn = (ground.round_.number, MATCH, at)
+        rng = np.random.default_rng(np.random.SeedSequence(ground.round_.config.seed, spawn_key=spawn))
+        best = matched(real.directions, real.groups, own, shares, present, rng)
         if best is not None:
-            found[category] = dict(zip(shares, best.tolist(), strict=True))
-    often, decisions = from_matches(found, after.generators)
-    generators = {
-        name: own.model_copy(update={"categories": often[name]}) for name, own in after.generators.items()
-    }
-    return after.model_copy(update={"generators": generators}), decisions
+            found[category] = dict(zip(used, best.tolist(), strict=True))
+
+    def made(matches: Mapping[str, Mapping[str, float]]) -> tuple[Generation, list[Decision]]:
+        often, decisions = from_matches(matches, drawn.generators, after.generators)
+        generators = {
+            name: own.model_copy(update={"categories": often[name]}) for name, own in after.generators.items()
+        }
+        return after.model_copy(update={"generators": generators}), decisions
+
+    plain, _ = made({})
+    settings, decisions = made(found)
+    most = COST * cost_of(plain, ground.banks)
+    for category in sorted(found, key=lambda c: -cost_of(made({c: found[c]})[0], ground.banks)):
+        if cost_of(settings, ground.banks) <= most:
+            break
+        del found[category]
+        settings, decisions = made(found)
+    return settings, decisions
 
 
 def _asked(setting: str, asked: Point, present: Point) -> str:
