@@ -103,7 +103,7 @@ def test_arms_run_in_small(plan, monkeypatch):
     for cell in found.values():
         json.dumps(cell)
         assert set(cell["categories"]) == {"ring"}
-        assert 0 < cell["samples"] <= 8 + len(plan.steering(small["ceiling"], 0))
+        assert 0 < cell["samples"] <= 12 + len(plan.steering(small["ceiling"], 0))
     steered, chance = (workspace(plan, name, 0, 0) for name in ("loop", "chance"))
     assert steered.rounds() == chance.rounds() == [0, 1]
     detector = "detectors/residual/model.safetensors"
@@ -194,7 +194,9 @@ def test_arms_differ_in_what_they_are_named_for(plan):
     assert changed(config("few-onenip-loop"), config("few-onenip-loop-no-feature")) == features
     assert changed(config("loop"), config("chance")) == set()
     assert ARMS["chance"] == replace(ARMS["loop"], base="chance", chance=True)
-    assert changed(config("loop"), config("ours")) == {f"{mix}.cut.vary", "training.weigh"}
+    assert changed(config("loop"), config("ours")) == {
+        f"{mix}.cut.vary", "training.weigh", "training.earlier", "samples",
+    }  # fmt: skip
     assert config("loop")["generation"]["generators"]["cut"]["vary"] > 0
     size = config("few-onenip-loop")["generation"]["generators"]["feature-ascent"]["params"]["size"]
     assert size == get("onenip").settings().size
@@ -208,6 +210,7 @@ def test_arms_differ_in_what_they_are_named_for(plan):
 def test_samples_are_those_of_all_rounds(data, tmp_path):
     """The loop and the run that it is compared with make as many; the smaller loops are whole loops."""
     plan = Plan(read_case(data, tmp_path, "feedback", 0.0), "residual", SETTINGS, 24)
+    assert {samples_in_all(plan, name) for name in loop.MAIN} == {24 * 3 * len(plan.categories(ARMS["loop"]))}
     assert samples_in_all(plan, "few-ours") == samples_in_all(plan, "few-loop") == 72
     assert [samples_in_all(plan, name) for name in EFFICIENCY] == [12, 24, 36, 72]
     for name in EFFICIENCY:

@@ -10,13 +10,14 @@ printed as missing. Cells of another code, of other settings or of an arm that i
 FILE.work/ keeps the workspaces; they hold pictures derived from those of DIR: keep them out of the
 repository.
 
-The arms (one multi-category model each; equal recipes a round, steps and settings of the detector):
+The arms (one multi-category model each; equal recipes in all rounds together, steps and settings of the
+detector):
 
 * A standard: Perlin textures and CutPaste as published, the textures' weight chosen once on what steers;
 * B ours: one round of our generators at their default settings;
-* C loop: the product's rounds with what it steers by, weights of samples, and settings of `cut` that vary
-  between shards, for no trial makes samples of it; without practice against the detector of the round before,
-  which is measured beside it;
+* C loop: the product's rounds, each detector learning from all samples so far (``training.earlier: 1``), with
+  what it steers by, weights of samples, and settings of `cut` that vary between shards, for no trial makes
+  samples of it; without practice against the detector of the round before, which is measured beside it;
 * C0 chance: the loop in everything (rounds, samples, first round, weights, the round that is judged) but one:
   each later round's settings are drawn evenly from those that the loop's search can reach from the present
   ones, in place of being chosen, no category has a mix of its own, and no normal picture counts as hard. A
@@ -29,10 +30,10 @@ The arms (one multi-category model each; equal recipes a round, steps and settin
 * few-ours, few-loop-half, -third, -sixth: ours in one round of as many samples as all rounds of few-loop
   have together, and the loop with that share of them in as many rounds.
 
-Of the rounds of an arm, that which does best on the pictures that steer is judged. Its detector learned from
-that round's samples alone. All but CPU time for making samples and steering is equal; it is told beside the
-figures, but what several cells have in common (samples of a first round, and a detector trained on them) is
-made, and counted, in the first of them.
+Of the rounds of an arm, that which does best on the pictures that steer is judged; an earlier one of a loop
+has fewer samples. All but CPU time for making samples and steering is equal; it is told beside the figures,
+but what several cells have in common (samples of a first round, and a detector trained on them) is made, and
+counted, in the first of them.
 
 Development is on the feedback split, cross-fitted: its groups are dealt to two folds, one steers (is the
 ``feedback`` split of the workspace, and the ceiling's), the other judges, both ways round. --final steers by
@@ -79,16 +80,17 @@ from workflows.stages import prepare_process
 
 ROUNDS = 3
 # What the arms that are steered by the product set beyond its defaults, by section.
-STEERED: dict[str, dict[str, Any]] = {"training": {"weigh": True}}
+POOLED: dict[str, dict[str, Any]] = {"training": {"earlier": 1.0}}
+STEERED: dict[str, dict[str, Any]] = {"training": {"weigh": True, "earlier": 1.0}}
 PRACTICE: dict[str, dict[str, Any]] = {"generation": {"practice": {"candidates": 4, "guidance": 0.3}}}
 UNFED: dict[str, dict[str, Any]] = {"feedback": {"enabled": False}}
 FEW_LOOP = Arm("few-loop", rounds=ROUNDS, few=True, settings=STEERED)
 ONENIP: dict[str, dict[str, Any]] = {"detector": {"name": "onenip", "settings": {}}}
 FEW_ONENIP = replace(FEW_LOOP, base="few-onenip", settings={**STEERED, **ONENIP})
 ARMS = {
-    "ours": Arm("ours"),
-    "standard": Arm("standard", standard=True),
-    "ceiling": Arm("ours", real=True),
+    "ours": Arm("ours", samples=ROUNDS),
+    "standard": Arm("standard", standard=True, samples=ROUNDS),
+    "ceiling": Arm("ours", real=True, samples=ROUNDS),
     "loop": Arm("loop", rounds=ROUNDS, settings=STEERED),
     "chance": Arm("chance", rounds=ROUNDS, chance=True, settings=STEERED),
     "few-ours": Arm("few-ours", few=True, samples=ROUNDS),
@@ -97,7 +99,7 @@ ARMS = {
     "few-loop-third": replace(FEW_LOOP, base="few-third", samples=1 / 3),
     "few-loop-sixth": replace(FEW_LOOP, base="few-sixth", samples=1 / 6),
     "few-loop-no-feedback": replace(FEW_LOOP, base="few-no-feedback", settings={**STEERED, **UNFED}),
-    "few-loop-no-weights": replace(FEW_LOOP, base="few-no-weights", settings={}),
+    "few-loop-no-weights": replace(FEW_LOOP, base="few-no-weights", settings=POOLED),
     "few-loop-no-cut": replace(FEW_LOOP, base="few-no-cut", without="cut"),
     "few-loop-no-frequency": replace(FEW_LOOP, base="few-no-frequency", without="frequency"),
     "few-loop-practice": replace(FEW_LOOP, base="few-practice", settings={**STEERED, **PRACTICE}),

@@ -441,7 +441,9 @@ def measure(plan: Plan, arm: Arm, seed: int, part: int) -> dict[str, Any]:
         judged_rounds = [n for n in range(arm.rounds) if space.exists(round_file(n, "found.parquet"))]
         standings = [standing(space, number, sets) for number in judged_rounds]
         number = int(np.argmax(standings))
-        detector, count = load_detector(space, number)[0], len(accepted_samples(space, number))
+        learned = range(number + 1) if arm.rounds > 1 else [number]
+        detector = load_detector(space, number)[0]
+        count = sum(len(accepted_samples(space, one)) for one in learned)
         note |= {"round": number, "standings": standings}
     max_side = open_round(space, 0).config.output.max_side
     judged = judge(detector, plan.judging(arm, part), max_side)
