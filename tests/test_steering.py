@@ -2,16 +2,18 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
 from generation.backbones import to_batch
+from manifests.recipes import GeneratorSettings
 from manifests.schema import SHARDS, to_table
 from manifests.workspace import Workspace, round_file
 from workflows import probing, steering
-from workflows.config import parse_config
+from workflows.config import Generation, parse_config
 from workflows.detecting import ALARMS, FOUND
 from workflows.rounds import begin, open_round
 from workflows.rules import Likeness
@@ -132,6 +134,24 @@ def test_a_category_is_made_by_what_its_defects_look_like(tmp_path):
     assert "look most like samples of peak" in decision.reason
     drawn = [recipe.generator for recipe in replace(round_, generation=after).plan(0)]
     assert drawn.count("peak") > 2 * drawn.count("perlin")
+
+
+def test_a_mix_that_makes_samples_too_dear_is_not_taken(monkeypatch):
+    """Of two categories, that which asks for most of the slow generator stays as it is."""
+    mix = Generation(generators={"perlin": GeneratorSettings(share=15), "cut": GeneratorSettings(share=1)})
+    asked = {"bolt": [0.92, 0.08], "nut": [0.1, 0.9]}
+    real = {c: probing.Defects(np.full((4, 3), at, np.float32), tuple("abcd")) for at, c in enumerate(asked)}
+    ground = SimpleNamespace(
+        round_=SimpleNamespace(generation=mix, number=0, config=SimpleNamespace(seed=0)),
+        real=real, banks=dict.fromkeys(asked),
+    )  # fmt: skip
+    monkeypatch.setattr(steering, "directions_of", lambda *_: {category: {} for category in asked})
+    monkeypatch.setattr(steering, "matched", lambda own, *_: np.array(asked[list(asked)[int(own[0, 0])]]))
+    after, decisions = steering._as_matched(ground, mix, lambda _count: None)
+    assert [decision.setting for decision in decisions] == ["generators.*.categories.bolt"]
+    assert all(set(own.categories) == {"bolt"} for own in after.generators.values())
+    categories = list(asked)
+    assert probing.cost_of(after, categories) <= 2 * probing.cost_of(mix, categories)
 
 
 def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
