@@ -222,12 +222,11 @@ def plan_shard(
 
     Generators appear in proportion to their shares (:func:`shares_of`; systematic sampling, so that even a
     small shard keeps the mix), categories and their pictures in proportion to theirs (1 if not named), and
-    categories also to those that the generator has for them, in expectation, area
-    log-uniformly, severity and count uniformly in their ranges. All numbers come from
-    ``SeedSequence(seed, spawn_key=(round, shard))``; each recipe carries a seed of its own, from which every
-    attempt spawns its stream. Prompts are drawn from a stream of their own (spawn key ``(round, shard, 0)``),
-    and so are categories if any has a share (``(round, shard, 1)``), so that no other number depends on
-    whether there are any.
+    categories also to those that the generator has for them, in expectation, area log-uniformly, severity and
+    count uniformly in their ranges. All numbers come from ``SeedSequence(seed, spawn_key=(round, shard))``;
+    each recipe carries a seed of its own, from which every attempt spawns its stream. Prompts are drawn from
+    a stream of their own (spawn key ``(round, shard, 0)``), and so are categories if any has a share
+    (``(round, shard, 1)``), so that no other number depends on whether there are any.
 
     Args:
         category_shares: by category.
@@ -259,10 +258,10 @@ def plan_shard(
         if not weights.any():
             raise UsageError("generation.categories: no category has a share above 0")
         own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(round_, shard, 1)))
-        places = own.random(size)
+        draws = own.random(size)
         for at, name in enumerate(names):
             mine = weights * [generators[name].categories.get(c, 1.0) for c in categories]
-            category_draw[chosen == at] = _weighted(mine, places[chosen == at])
+            category_draw[chosen == at] = _weighted(mine, draws[chosen == at])
     often = {
         name: np.array([normal_weights.get(image.image_id, 1.0) for image in pictures])
         for name, pictures in pool.normals.items()

@@ -115,17 +115,8 @@ def test_samples_at_hand_weigh_as_often_as_their_category_would_be_drawn():
     after = Generation(
         generators={"cut": GeneratorSettings(categories={"nut": 3.0})}, categories={"bolt": 0.5}
     )
-    recipes = [
-        {
-            "generator": "cut",
-            "area": 0.01,
-            "severity": 0.5,
-            "defect": "",
-            "category": category,
-            "params": "{}",
-        }
-        for category in ("nut", "bolt")
-    ]
+    own = {"generator": "cut", "area": 0.01, "severity": 0.5, "defect": "", "params": "{}"}
+    recipes = [{**own, "category": category} for category in ("nut", "bolt")]
     nut, bolt = weights_at_hand(after, drawn, recipes, {"cut": 0.4})
     assert nut + bolt == pytest.approx(0.4) and nut / bolt == pytest.approx((3 / 2) / 0.5)
     one = cost_of(drawn, ["nut", "bolt"])

@@ -166,7 +166,6 @@ def _tilt(found: Sequence[Found], attribute: str, word: str) -> tuple[float, str
 
 # -- what real defects look like ------------------------------------------------------------------------
 
-
 ROUNDED = 0.01  # what values of three digits may be off
 
 

@@ -244,38 +244,38 @@ def decide(
 def _as_matched(
     ground: Ground, after: Generation, advance: Callable[[int], None]
 ) -> tuple[Generation, list[Decision]]:
-    """The settings with each category made by the generators whose samples look like its real defects, as far
-    as a sample costs no more than ``COST`` times as much for it."""
+    """The settings with each category made by the generators whose samples look like its real defects, and
+    the decisions. Where a sample would cost more than ``COST`` times as much for it, the dearest categories
+    stay as they are."""
     drawn = ground.round_.generation
     found: dict[str, dict[str, float]] = {}
     for at, (category, samples) in enumerate(directions_of(ground, after, advance).items()):
         real = ground.real[category]
-        used = {name: own for name, own in after.generators.items() if own.share > 0}
-        used = {name: own for name, own in used.items() if own.categories.get(category, 1.0) > 0}
-        shares = np.array([own.share for own in used.values()])
-        present = np.array([own.share * own.categories.get(category, 1.0) for own in used.values()])
-        own = [samples.get(name, real.directions[:0]) for name in used]
+        made = {name: one.share * one.categories.get(category, 1.0) for name, one in after.generators.items()}
+        made = {name: often for name, often in made.items() if often > 0}
+        shares = np.array([after.generators[name].share for name in made])
+        own = [samples.get(name, real.directions[:0]) for name in made]
         spawn = (ground.round_.number, MATCH, at)
         rng = np.random.default_rng(np.random.SeedSequence(ground.round_.config.seed, spawn_key=spawn))
-        best = matched(real.directions, real.groups, own, shares, present, rng)
+        best = matched(real.directions, real.groups, own, shares, np.array(list(made.values())), rng)
         if best is not None:
-            found[category] = dict(zip(used, best.tolist(), strict=True))
+            found[category] = dict(zip(made, best.tolist(), strict=True))
 
-    def made(matches: Mapping[str, Mapping[str, float]]) -> tuple[Generation, list[Decision]]:
+    def with_mixes(matches: Mapping[str, Mapping[str, float]]) -> tuple[Generation, list[Decision]]:
         often, decisions = from_matches(matches, drawn.generators, after.generators)
         generators = {
             name: own.model_copy(update={"categories": often[name]}) for name, own in after.generators.items()
         }
         return after.model_copy(update={"generators": generators}), decisions
 
-    plain, _ = made({})
-    settings, decisions = made(found)
+    plain, _ = with_mixes({})
+    settings, decisions = with_mixes(found)
     most = COST * cost_of(plain, ground.banks)
-    for category in sorted(found, key=lambda c: -cost_of(made({c: found[c]})[0], ground.banks)):
+    for category in sorted(found, key=lambda c: -cost_of(with_mixes({c: found[c]})[0], ground.banks)):
         if cost_of(settings, ground.banks) <= most:
             break
         del found[category]
-        settings, decisions = made(found)
+        settings, decisions = with_mixes(found)
     return settings, decisions
 
 

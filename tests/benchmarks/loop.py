@@ -81,7 +81,7 @@ from workflows.stages import prepare_process
 ROUNDS = 3
 # What the arms that are steered by the product set beyond its defaults, by section.
 POOLED: dict[str, dict[str, Any]] = {"training": {"earlier": 1.0}}
-STEERED: dict[str, dict[str, Any]] = {"training": {"weigh": True, "earlier": 1.0}}
+STEERED: dict[str, dict[str, Any]] = {"training": {**POOLED["training"], "weigh": True}}
 PRACTICE: dict[str, dict[str, Any]] = {"generation": {"practice": {"candidates": 4, "guidance": 0.3}}}
 UNFED: dict[str, dict[str, Any]] = {"feedback": {"enabled": False}}
 FEW_LOOP = Arm("few-loop", rounds=ROUNDS, few=True, settings=STEERED)
