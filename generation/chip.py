@@ -7,8 +7,9 @@ edge of a part, and for holes in a material that fills the picture.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import cv2
@@ -24,7 +25,9 @@ from manifests.searching import Search
 TRIES = 12  # places and shapes tried for one piece
 CORNERS = 28  # of an outline
 ROUGH = 0.22  # deviation of an outline's radius, as a share of it
-JAG = 0.12  # deviation of a gap's sides, as a share of its width
+JAG = 0.1  # deviation of a gap's sides, as a share of its width, at the coarsest scale
+SEEN = 0.5  # of how much the part differs from the ground: what a piece's loss changes at least
+LOOKED_AT = 1024  # pixels of the part that tell that difference
 LEAN = 0.6  # radians between a gap and the shortest way into the part, at most
 SHIFTS = 48  # places of the ground that are tried for what shows at one piece, the nearest first
 BLOCKS = (16, 4, 1)  # pixels
@@ -68,8 +71,13 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ChipDraw:
     rim = _rim(part) & allowed
     shares = rng.uniform(1, 3, recipe.count)
     sizes = np.maximum(shares / shares.sum() * recipe.area * part.size, SMALLEST).tolist()
-    pieces = [np.flatnonzero(_piece(rng, part, allowed, rim, size, params)) for size in sizes]
-    ground = np.concatenate([_ground(rng, source, part, piece) for piece in pieces])
+    free = cv2.erode((~part).view(np.uint8), np.ones((3, 3), np.uint8))
+    least = SEEN * _difference(source, part, free)
+    found = [
+        _missing(rng, source, partial(_piece, rng, part, allowed, rim, size, params), free, least)
+        for size in sizes
+    ]
+    pieces, ground = [piece for piece, _ in found], np.concatenate([shown for _, shown in found])
     outer, first = np.unique(np.concatenate(pieces), return_index=True)
     places = places_at(outer, part.shape[1])
     away = _from_the_part(part, places)
@@ -81,6 +89,47 @@ def _rim(part: np.ndarray) -> np.ndarray:
     """The part's outermost pixels, but for those at the picture's border: bool, H×W."""
     inner = cv2.erode(part.view(np.uint8), np.ones((3, 3), np.uint8), borderType=cv2.BORDER_REPLICATE)
     return part & (inner == 0)
+
+
+def _difference(source: Source, part: np.ndarray, free: np.ndarray) -> float:
+    """How much the part differs from the ground: of tones in [0, 1]; 0 without ground.
+
+    That of the upper quartile, for what is taken for the part may hold shadows and ground.
+
+    Args:
+        free: uint8, H×W, where ground lies.
+    """
+    spots = np.flatnonzero(free)
+    if len(spots) == 0:
+        return 0.0
+    own = np.flatnonzero(part)
+    ground, tones = (source.at(at[:: -(-len(at) // LOOKED_AT)]) for at in (spots, own))
+    return float(np.quantile(np.abs(tones - np.median(ground, axis=0)).max(axis=1), 0.75))
+
+
+def _missing(
+    rng: np.random.Generator,
+    source: Source,
+    drawn: Callable[[], np.ndarray],
+    free: np.ndarray,
+    least: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A piece, as flat indices, N, and the ground in its place, float32 N×C, whose loss is seen: where a
+    shadow passes for the part, there is nothing to lose.
+
+    Args:
+        drawn: gives one piece, uint8, H×W. free: uint8, H×W, where ground lies. least: the mean change, of
+            tones in [0, 1].
+
+    Raises:
+        Undrawable: no room, or nowhere is it seen.
+    """
+    for _ in range(TRIES):
+        piece = np.flatnonzero(drawn())
+        ground = _ground(rng, source, free, piece)
+        if np.abs(ground - source.at(piece)).max(axis=1).mean() >= least:
+            return piece, ground
+    raise Undrawable("not seen")
 
 
 def _piece(
@@ -129,14 +178,23 @@ def _gap(rng: np.random.Generator, heading: float, size: float, params: ChipPara
     width = math.sqrt(2 * size / ratio)
     depth = ratio * width
     heading += rng.uniform(-LEAN, LEAN)
-    along = np.linspace(-0.3, 1, CORNERS // 2) * depth  # from outside the part on
+    along = np.linspace(-0.3, 1, CORNERS) * depth  # from outside the part on
     bend = rng.uniform(-0.5, 0.5) * width * (along / depth) ** 2
     half = width / 2 * np.clip(1 - along / depth, 0.04, 1)
-    jags = JAG * width * rng.standard_normal((2, CORNERS // 2))
-    left = np.stack([along, bend - half + jags[0]], axis=1)
-    right = np.stack([along, bend + half + jags[1]], axis=1)[::-1]
+    left = np.stack([along, bend - half + width * _jags(rng)], axis=1)
+    right = np.stack([along, bend + half + width * _jags(rng)], axis=1)[::-1]
     sine, cosine = math.sin(heading), math.cos(heading)
     return np.concatenate([left, right]) @ np.array([[cosine, sine], [-sine, cosine]])
+
+
+def _jags(rng: np.random.Generator) -> np.ndarray:
+    """How far a side of width 1 runs beside its line, CORNERS: rough at every scale, as what breaks is."""
+    places = np.linspace(0, 1, CORNERS)
+    found = np.zeros(CORNERS)
+    for k in range(3):
+        count = 6 * 2**k
+        found += JAG / 2**k * np.interp(places, np.linspace(0, 1, count), rng.standard_normal(count))
+    return found
 
 
 def _inwards(part: np.ndarray, y: int, x: int) -> float:
@@ -147,14 +205,13 @@ def _inwards(part: np.ndarray, y: int, x: int) -> float:
     return math.atan2(rows.mean() + top - y, columns.mean() + left - x)
 
 
-def _ground(rng: np.random.Generator, source: Source, part: np.ndarray, piece: np.ndarray) -> np.ndarray:
+def _ground(rng: np.random.Generator, source: Source, free: np.ndarray, piece: np.ndarray) -> np.ndarray:
     """What shows where a piece is missing, float32, N×C: the ground from elsewhere, or a tone where there is
     none. It is moved here from near by as a whole or, where so much does not lie free, block by block.
 
     Args:
-        piece: flat indices, N, ascending.
+        free: uint8, H×W, where ground lies. piece: flat indices, N, ascending.
     """
-    free = cv2.erode((~part).view(np.uint8), np.ones((3, 3), np.uint8))
     spots = np.flatnonzero(free)
     if len(spots) == 0:
         tone = DARK if rng.random() < float(source.at(piece).mean()) else LIGHT

@@ -63,13 +63,14 @@ PARTS = ("first", "second", "whole")
 REAL = 0.5  # share of the ceiling's draws that are real anomalies
 FILLED = 5  # pixels by which a real defect is grown before it is filled
 CHANCE = 3  # spawn key of random settings
-# Our generators, one or more of each family, their settings at the defaults.
+# Our generators, one or more of each family, their settings at the defaults; pieces are missing whole, as the
+# README recommends.
 OURS: dict[str, dict[str, Any]] = {
     "perlin": {"params": {"texture": "procedural"}},
     "cutpaste": {},
     "scar": {},
     "poisson": {},
-    "chip": {},
+    "chip": {"severity": [1.0, 1.0]},
     "band": {},
     "wavelet": {},
     "cut": {},
