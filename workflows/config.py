@@ -48,6 +48,7 @@ DEFAULT_MIX = {
     "cutpaste": GeneratorSettings(),
     "scar": GeneratorSettings(),
     "poisson": GeneratorSettings(),
+    "chip": GeneratorSettings(severity=(1.0, 1.0)),  # a piece that is missing by half looks like a film
     "band": GeneratorSettings(),
 }
 
@@ -261,10 +262,10 @@ class Detector(Settings):
 
 class Training(Settings):
     """The mix that a round's detector learns from. A sample's weight is how often it is drawn, relative to
-    another: with the defaults, all samples of the round come equally often."""
+    another: with the defaults, all samples of this round and of the earlier ones come equally often."""
 
     earlier: float = Field(
-        0.0,
+        1.0,
         ge=0,
         le=1,
         description="weight of the previous round's samples, where this round's have 1; its square for the "

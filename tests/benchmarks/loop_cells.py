@@ -63,8 +63,7 @@ PARTS = ("first", "second", "whole")
 REAL = 0.5  # share of the ceiling's draws that are real anomalies
 FILLED = 5  # pixels by which a real defect is grown before it is filled
 CHANCE = 3  # spawn key of random settings
-# Our generators, one or more of each family, their settings at the defaults; pieces are missing whole, as the
-# README recommends.
+# Our generators, one or more of each family, with the settings of the default mix.
 OURS: dict[str, dict[str, Any]] = {
     "perlin": {"params": {"texture": "procedural"}},
     "cutpaste": {},
