@@ -41,7 +41,14 @@ GENERATORS = {
     "shift": (7.4, 64.4),
     "wavelet": (3.3, 34.0),
 }
-MIX = ("perlin", "cutpaste", "scar", "poisson", "band")  # generation.generators by default, equal shares
+MIX = (
+    "perlin",
+    "cutpaste",
+    "scar",
+    "poisson",
+    "chip",
+    "band",
+)  # generation.generators by default, equal shares
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ _SHEET = "maker's data sheet, dense half precision"
 _S3 = "Amazon S3 user guide"
 INPUTS: dict[str, Figure] = {
     # seconds
-    "run 256": Figure(265, "samples/s a core", "measured", "README, run of 5,000 samples: 250–280"),
+    "run 256": Figure(
+        265, "samples/s a core", "measured", "README, run of 5,000 samples: 250–280, without `chip`"
+    ),
     "overhead 256": Figure(0.15, "of it beside drawing and encoding", "measured", "README, the same run"),
     "encode 256": Figure(1.9, "ms a sample", "measured", _ENCODE),
     "encode 512": Figure(5.9, "ms a sample", "measured", _ENCODE),
