@@ -194,10 +194,11 @@ def test_a_veto_is_honoured_by_training(finished, pictures, tmp_path):
         assert again[n] != weights[n], "a detector that learned from a rejected sample must be trained again"
         assert space.exists(f"rounds/00{n}/found.parquet"), "and judged again"
     assert "2 samples rejected" in explain(space, 0) and "2 samples rejected" not in explain(finished, 0)
-    review(space, [next(sample.sample_id for sample in samples_of(space, 1))])
+    review(space, [s.sample_id for s in samples_of(space, 1) if not detecting.held_out(s.sample_id)][:3])
     loop(pictures, copy)
     last = {n: space.read_bytes(f"rounds/00{n}/detectors/onenip/model.safetensors") for n in (0, 1)}
-    assert last[0] == again[0] and last[1] != again[1], "round 0 knows nothing of the samples of round 1"
+    assert last[0] == again[0], "round 0 knows nothing of the samples of round 1"
+    assert last[1] != again[1]
 
 
 def test_no_picture_is_scored_twice_in_an_evaluation(finished, tmp_path, monkeypatch):

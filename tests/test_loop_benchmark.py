@@ -194,9 +194,7 @@ def test_arms_differ_in_what_they_are_named_for(plan):
     assert changed(config("few-onenip-loop"), config("few-onenip-loop-no-feature")) == features
     assert changed(config("loop"), config("chance")) == set()
     assert ARMS["chance"] == replace(ARMS["loop"], base="chance", chance=True)
-    assert changed(config("loop"), config("ours")) == {
-        f"{mix}.cut.vary", "training.weigh", "training.earlier", "samples",
-    }  # fmt: skip
+    assert changed(config("loop"), config("ours")) == {f"{mix}.cut.vary", "training.weigh", "samples"}
     assert config("loop")["generation"]["generators"]["cut"]["vary"] > 0
     size = config("few-onenip-loop")["generation"]["generators"]["feature-ascent"]["params"]["size"]
     assert size == get("onenip").settings().size
