@@ -170,8 +170,14 @@ def test_a_worker_whose_time_is_up_leaves_without_a_failure(package, pictures, u
         dask_servers.scheduler()
         first = dask_servers.worker("--lifetime", "3s", "--no-nanny")
         settings = config(pictures, {"address": dask_servers.address}, seconds=0.4)
+
+        def replaced() -> int:
+            status = first.wait()
+            dask_servers.worker()
+            return status
+
         with ThreadPoolExecutor() as aside:  # on a busy machine it may leave before it has made a shard
-            left = aside.submit(lambda: (first.wait(), dask_servers.worker())[0])
+            left = aside.submit(replaced)
             space, result = disturbed(settings, tmp_path / "ws", lambda: None)
             assert left.result(30) == 0
         assert result.errors == {}

@@ -304,10 +304,10 @@ def test_no_piece_is_missing_where_a_shadow_passes_for_the_part():
     pixels[shadow] //= 2
     given_source = replace(source(pixels), find_part=lambda: disc | shadow)
     for outcome in make([recipe("chip", k, severity=1.0, count=3) for k in range(24)], given_source):
-        if outcome.status == "accepted":
-            labels = cv2.connectedComponents((outcome.mask > 0).astype(np.uint8), connectivity=8)[1]
-            own = [labels == k for k in range(1, labels.max() + 1)]
-            assert all(disc[one].mean() > 0.5 for one in own if one.sum() > 20)
+        assert outcome.status == "accepted"
+        labels = cv2.connectedComponents((outcome.mask > 0).astype(np.uint8), connectivity=8)[1]
+        own = [labels == k for k in range(1, labels.max() + 1)]
+        assert all(disc[one].mean() > 0.5 for one in own if one.sum() > 20)
 
 
 def test_ground_that_is_scarce_is_moved_in_blocks_and_not_pixel_by_pixel():

@@ -79,7 +79,8 @@ from training.intervals import Estimate
 from workflows.stages import prepare_process
 
 ROUNDS = 3
-# What the arms that are steered by the product set beyond its defaults, by section.
+# What the arms that are steered by the product set, by section. `earlier` is the default: it is said here so
+# that it stands with the figures.
 POOLED: dict[str, dict[str, Any]] = {"training": {"earlier": 1.0}}
 STEERED: dict[str, dict[str, Any]] = {"training": {**POOLED["training"], "weigh": True}}
 PRACTICE: dict[str, dict[str, Any]] = {"generation": {"practice": {"candidates": 4, "guidance": 0.3}}}

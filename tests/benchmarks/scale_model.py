@@ -41,14 +41,8 @@ GENERATORS = {
     "shift": (7.4, 64.4),
     "wavelet": (3.3, 34.0),
 }
-MIX = (
-    "perlin",
-    "cutpaste",
-    "scar",
-    "poisson",
-    "chip",
-    "band",
-)  # generation.generators by default, equal shares
+# generation.generators by default, equal shares
+MIX = ("perlin", "cutpaste", "scar", "poisson", "chip", "band")
 
 
 @dataclass(frozen=True)
