@@ -100,7 +100,7 @@ SHARDS = pa.schema(
 METRICS = pa.schema(
     [
         ("round", pa.int32()),
-        ("detector", pa.string()),
+        ("detector", pa.string()),  # its name, with " (leaking)" if its figures know more than one picture
         ("seed", pa.int64()),
         ("category", pa.string()),  # 'mean' for the unweighted mean over categories
         ("defect", pa.string()),  # 'all' for every type together; MVTec LOCO also 'mean' over the types

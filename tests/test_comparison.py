@@ -333,6 +333,11 @@ def test_figures_that_leak_are_marked(place, capsys):
     comparing.compare(*place.folders, resamples=20)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("it has seen them all: its figures leak") == 1
+    rows = {name: comparing.evaluate_on(name, place.root, resamples=20) for name in place.folders}
+    leaking, clean = (rows[name] for name in place.folders)
+    assert {row["detector"] for row in leaking} == {"brightness (leaking)"}
+    assert {row["detector"] for row in clean} == {"brightness"}
+    assert "brightness (leaking)" in categories_table("round", {"0": leaking})
 
 
 def test_a_category_that_was_not_trained_on_is_judged_if_the_detector_speaks_of_such(place, tmp_path):

@@ -117,7 +117,7 @@ def brightness(size=64):
         return maps.amax(dim=(1, 2)), maps
 
     return SimpleNamespace(
-        settings=SimpleNamespace(size=size), categories=("a", "b"), calibration={"threshold": 0.5},
+        settings=SimpleNamespace(size=size, leak=None), categories=("a", "b"), calibration={"threshold": 0.5},
         extract=lambda images: images.float(), score=score,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from training.comparison import compare as compare_results
 from training.evaluation import Judged, Shape, figures, judge, map_shape
 from training.intervals import RESAMPLES
 from workflows.console import progress, say
-from workflows.detecting import warn_of_leak
+from workflows.detecting import marked, warn_of_leak
 from workflows.stages import device
 
 
@@ -45,7 +45,7 @@ def evaluate_on(checkpoint: str | Path, data: Path, resamples: int = RESAMPLES) 
         return figures(
             judged,
             round_=0,
-            detector=facts["detector"],
+            detector=marked(facts["detector"], detector.settings),
             split="test",
             training_seed=facts.get("seed", 0),
             resamples=resamples,

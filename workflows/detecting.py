@@ -44,6 +44,7 @@ from workflows.stages import Round, device, evenly, read_settings
 
 STATE = "training.state"  # in a round's folder while its detector is trained
 FEW = 5  # below so many calibration normals, augmented train pictures serve too
+LEAKING = "leaking"  # beside the names of detectors whose figures know more than a single picture says
 HELD_OUT = 10  # one sample in so many is kept from training, to be judged as heldout_synthetic
 
 FOUND = pa.schema(
@@ -344,6 +345,11 @@ def warn_of_leak(name: str, settings: Settings) -> None:
         say(f"warning: {name}: {settings.leak}: its figures leak, compare them with such alone")
 
 
+def marked(name: str, settings: Settings) -> str:
+    """A detector's name as it stands beside its figures, in tables, charts and files of them."""
+    return name if settings.leak is None else f"{name} ({LEAKING})"
+
+
 def evaluate(space: Workspace, number: int, against: int | None = None) -> bool:
     """Judges a round's detector on the feedback split and on held-out samples; whether it did. ``against``
     is a round whose detector it is compared with too (:func:`compare_rounds`), while the scores are at hand.
@@ -488,7 +494,7 @@ def _write_figures(
 ) -> list[dict[str, Any]]:
     labels: dict[str, Any] = {
         "round_": round_.number,
-        "detector": round_.config.detector.name,
+        "detector": marked(round_.config.detector.name, round_.config.detector.resolved()[1]),
         "split": split,
         "training_seed": round_.config.seed,
     }

@@ -11,7 +11,7 @@ from training.evaluation import UNDISTURBED, Judged, ends, judge, mean_estimates
 from training.intervals import Estimate
 from training.stress import LEVELS, STRENGTHS, Stress
 from workflows.console import progress
-from workflows.detecting import load_detector
+from workflows.detecting import load_detector, marked
 from workflows.rounds import open_round
 
 FILE = "stress.parquet"
@@ -33,7 +33,8 @@ def stress(space: Workspace, number: int) -> list[dict[str, Any]]:
     round_ = open_round(space, number)
     detector, _ = load_detector(space, number)
     images = [image for image in round_.images.values() if image.split == "feedback"]
-    labels = {"round": number, "detector": round_.config.detector.name, "seed": round_.config.seed}
+    labels = {"round": number, "detector": marked(round_.config.detector.name, detector.settings)}
+    labels["seed"] = round_.config.seed
     levels = [Stress(kind, level) for kind in STRENGTHS for level in LEVELS[1:]]
     rows: list[dict[str, Any]] = []
     with progress(f"round {number}: stress", len(images) * (1 + len(levels)), "pictures") as advance:

@@ -31,13 +31,13 @@ def categories_table(title: str, named: Mapping[str, Sequence[Mapping[str, Any]]
     }
     saturated = any(row["metric"] == "spro" for own in stored.values() for row in own)
     metrics = (*IMAGE_METRICS, *PIXEL_METRICS, *(["spro"] if saturated else []))
-    rows = [[title, "category", *metrics]]
+    rows = [[title, "detector", "category", *metrics]]
     for label, own in stored.items():
-        found: dict[str, dict[str, str]] = {}
+        found: dict[tuple[str, str], dict[str, str]] = {}
         for row in own:
-            found.setdefault(row["category"], {})[row["metric"]] = _with_interval(row)
-        for category in sorted(found, key=lambda name: (name == "mean", name)):
-            rows.append([label, category, *(found[category].get(m, "–") for m in metrics)])
+            found.setdefault((row["detector"], row["category"]), {})[row["metric"]] = _with_interval(row)
+        for key in sorted(found, key=lambda key: (key[0], key[1] == "mean", key[1])):
+            rows.append([label, *key, *(found[key].get(m, "–") for m in metrics)])
     return _align(rows) if len(rows) > 1 else ""
 
 
@@ -113,18 +113,21 @@ def rounds_table(space: Workspace) -> str:
             history.setdefault(row["round"], {})[row["name"]] = row["value"]
     stages = ("generate", "train", "evaluate", "feedback")
     metrics = ("image_auroc", "image_ap", "pixel_ap", "aupro")
-    rows = [["round", *(f"{m} (feedback)" for m in metrics), "accepted", *(f"{s} s" for s in stages)]]
+    head = ["round", "detector", *(f"{m} (feedback)" for m in metrics), "accepted"]
+    rows = [[*head, *(f"{s} s" for s in stages)]]
     for number in space.rounds():
-        means = {
-            row["metric"]: _with_interval(row)
+        judged = [
+            row
             for row in metric_rows(space, number)
             if [row[key] for key in ("split", "category", "defect", "size")]
             == ["feedback", "mean", "all", "all"]
-        }
+        ]
+        means = {row["metric"]: _with_interval(row) for row in judged}
         facts = history.get(number, {})
         rows.append(
             [
                 str(number),
+                judged[0]["detector"] if judged else "–",
                 *(means.get(metric, "–") for metric in metrics),
                 facts.get("acceptance", "–"),
                 *(facts.get(stage, "–") for stage in stages),
