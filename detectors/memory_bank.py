@@ -331,11 +331,13 @@ class MemoryBank(nn.Module):
         place = distances.argmax()
         if skip is not None:  # where nothing counts, as low as can be
             skipped = skip.flatten()
-            place = distances.argmin() if skipped.all() else distances.masked_fill(skipped, -1.0).argmax()
+            counting = distances.masked_fill(skipped, -1.0).argmax()
+            place = torch.where(skipped.all(), distances.argmin(), counting)  # no branch: a graph has none
+        at = place[None]  # one-element lists, for a graph cannot make an index of a number
         count = min(self.settings.neighbours, len(bank))
         if count < 2:
-            return distances[place]
-        return distances[place] * novelty(patches[place], bank[nearest[place]], bank, count)
+            return distances[at][0]
+        return distances[at][0] * novelty(patches[at][0], bank[nearest[at]][0], bank, count)
 
     def _tokens(self, features: Tensor) -> Tensor:
         """N×P packed taps to float32 features N×T×C of the places."""

@@ -513,6 +513,21 @@ def load_location(path: str, shape: tuple[int, int]) -> np.ndarray:
     return cv2.resize(np.asarray(mask, np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)
 
 
+def small_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """A mask at size×size, or h×w, by nearest neighbour (core.md 6.2); one that would vanish keeps every
+    pixel it touches.
+
+    Args:
+        mask: bool, H×W.
+    """
+    levels = mask.astype(np.float32)
+    side = (size, size) if isinstance(size, int) else size[::-1]
+    small = cv2.resize(levels, side, interpolation=cv2.INTER_NEAREST_EXACT) > 0
+    if mask.any() and not small.any():
+        return cv2.resize(levels, side, interpolation=cv2.INTER_AREA) > 0
+    return small
+
+
 def apply_window(pixels: np.ndarray, window: tuple[int, int], bits: int) -> np.ndarray:
     """Map 16-bit levels linearly so that ``window`` = (low, high) fills the range, clipped outside.
 

@@ -216,7 +216,7 @@ def _read(number: int, source: SourceSettings, found: Found) -> tuple[_Read | No
         decoded = pictures.decode(data, name=found.path, max_pixels=source.max_pixels)
         shape = decoded.pixels.shape[:2]
         mask_path = found.mask_path and _checked_mask(found, found.mask_path, shape, decoded.orientation)
-        roi, ignore = _location(source.roi, found.path), _location(source.ignore, found.path)
+        roi, ignore = location_of(source.roi, found.path), location_of(source.ignore, found.path)
         _check_locations(found.path, roi, ignore, shape)
     except PictureError as error:
         return None, [_problem(found.path, error)]
@@ -270,8 +270,13 @@ def _checked_mask(found: Found, path: str, shape: tuple[int, int], orientation: 
     return path
 
 
-def _location(setting: str | None, path: str) -> str | None:
-    """The mask for one picture: the source's one file, or the picture's own in a folder, if it is there."""
+def location_of(setting: str | None, path: str) -> str | None:
+    """The region of interest or ignore mask of one picture: the one file for all, or the picture's own in a
+    folder.
+
+    Raises:
+        PictureError: it is not in the folder.
+    """
     if setting is None or not os.path.isdir(setting):
         return setting and os.path.abspath(setting)
     name = os.path.basename(path.partition("::")[0])

@@ -26,10 +26,11 @@ from detectors.dfd import (
 from detectors.patches import STRIDES, to_maps
 from generation.backbones import load_backbone, to_batch
 from manifests.errors import UsageError
+from manifests.pictures import small_mask
 from training import checkpoints
 from training.evaluation import predict
 from training.fitting import Normal, batches, extract, train
-from training.loading import Sample, small_mask
+from training.loading import Sample
 from training.metrics import pixel_metrics
 
 TINY = {"size": 64, "channels": 32, "width": 16, "heads": 2}

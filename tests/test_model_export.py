@@ -129,11 +129,15 @@ def test_a_bank_of_normal_patches_becomes_a_graph_too(tmp_path, category):
     [
         ("dfd", {"channels": 16, "noise": 0.1}),
         ("memory_bank", {"coreset": 40}),
+        ("memory_bank", {"coreset": 40, "entries": "patches"}),
+        ("residual", {"coreset": 40, "width": 8}),
+        ("onenip", {"hidden": 16, "depth": 1, "heads": 2, "ffn": 16, "refiner": 8, "bank": 2}),
         ("vlad", {"bank": 2}),
     ],
 )
 def test_every_detector_becomes_a_graph(tmp_path_factory, tmp_path, name, settings):
-    """Of one category, whose name some look at although it is the only one."""
+    """Of one category, whose name some look at although it is the only one; with and without places that do
+    not count, which may be left out."""
     if name == "vlad":
         settings = {**settings, "backbone": str(write_clip(tmp_path_factory.mktemp("clip")))}
     chosen = protocol.get(name).settings(
@@ -146,11 +150,21 @@ def test_every_detector_becomes_a_graph(tmp_path_factory, tmp_path, name, settin
     )
     export_model(tmp_path / name, tmp_path / "it.onnx", "onnx", None)
     run = onnx(tmp_path / "it.onnx")
-    wanted_maps = open_detector(tmp_path / name).score(pictures(), "nut")
-    for picture, (score, map_) in zip(pictures(), wanted_maps, strict=True):
+    eager, exported = open_detector(tmp_path / name), open_detector(tmp_path / "it.onnx")
+    free = []
+    for picture, (score, map_) in zip(pictures(), eager.score(pictures(), "nut", None), strict=True):
         found = run(colour(picture)[None])
         np.testing.assert_allclose(found[1][0], map_, rtol=0, atol=1e-3)
         assert found[0][0] == pytest.approx(score, abs=1e-3)
+        free.append(score)
+    places: list[np.ndarray | None] = [map_ > np.quantile(map_, 0.5), None] * 3
+    both = (one.score(pictures(), "nut", places) for one in (eager, exported))
+    lower = []
+    for (score, map_), (other, found_map), before in zip(*both, free, strict=True):
+        np.testing.assert_allclose(found_map, map_, rtol=0, atol=1e-3)
+        assert other == pytest.approx(score, abs=1e-3)
+        lower.append(score < before)
+    assert any(lower[::2]) and not any(lower[1::2])
 
 
 def test_one_file_holds_all_facts(folder, eager):
@@ -207,10 +221,10 @@ def test_any_detector_of_the_protocol_even_one_that_asks_for_a_category(tmp_path
     picture = np.zeros((50, 40, 3), np.uint8)
     picture[:, :, 1] = 204
     exported = open_detector(tmp_path / "toy.onnx")
-    scores = [score for score, _ in exported.score([picture, picture // 2], "green")]
+    scores = [score for score, _ in exported.score([picture, picture // 2], "green", None)]
     assert scores == pytest.approx([1.6, 0.8], abs=1e-3)
     with pytest.raises(UsageError, match="pictures of green only"):
-        list(exported.score([picture], "red"))
+        list(exported.score([picture], "red", None))
 
 
 WITHOUT_TORCH = """

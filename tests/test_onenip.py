@@ -20,9 +20,10 @@ from detectors.onenip import (
 )
 from generation.backbones import load_backbone
 from manifests.errors import UsageError
+from manifests.pictures import small_mask
 from training.evaluation import predict
 from training.fitting import Normal, train
-from training.loading import Sample, small_mask
+from training.loading import Sample
 from training.metrics import pixel_metrics
 
 TINY = {"size": 96, "hidden": 32, "depth": 1, "ffn": 64, "refiner": 16, "bank": 2}

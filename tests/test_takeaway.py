@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from detectors.protocol import counted
 from generation.cut import models
 from manifests import pictures, shards
 from manifests.errors import PictureError, UsageError
@@ -260,7 +262,7 @@ def brightness_detector():
 
     def score(batch):
         maps = batch["features"].mean(dim=1) / 255
-        return maps.amax(dim=(1, 2)), maps
+        return counted(maps, batch).amax(dim=(1, 2)), maps
 
     return SimpleNamespace(
         settings=SimpleNamespace(size=32),
@@ -274,10 +276,11 @@ def brightness_detector():
 def use_brightness(monkeypatch, notes=None, identity="one", seen=None):
     """Predictions come from ``brightness_detector``; ``seen`` collects the pictures it is given."""
     facts = {"categories": ["bolt"], "calibration": {"threshold": 0.5}, "notes": notes or {}}
+    facts["settings"] = {"size": 32}
 
-    def score(images, category):
+    def score(images, category, ignore):
         watched = (image for image in images if seen is None or seen.append(image) is None)
-        return score_pictures(brightness_detector(), watched)
+        return score_pictures(brightness_detector(), watched, ignore=ignore)
 
     monkeypatch.setattr(predict, "open_detector", lambda path, device: Runtime(facts, identity, score))
 
@@ -367,6 +370,47 @@ def test_predict_goes_on_where_it_stopped_and_redoes_what_changed(tmp_path, monk
     assert scored_again() == [70, 90]
     assert scored_again(notes={"thresholds": {"bolt": 0.3}}) == list(levels)
     assert scored_again(notes={"thresholds": {"bolt": 0.3}}, identity="two") == list(levels)
+
+
+def test_predict_looks_only_where_it_is_told_to(tmp_path, monkeypatch, capsys):
+    """A bright label at the left and a bright spot at the right: which of them counts is said by masks."""
+    use_brightness(monkeypatch, notes={"places": True})
+    new, rois = tmp_path / "new", tmp_path / "rois"
+    new.mkdir(), rois.mkdir()
+    right, left = np.zeros((2, 60, 80), bool)
+    right[:, 40:], left[:, :40] = True, True
+    for name, spot in (("good", False), ("bad", True)):
+        picture = np.full((60, 80, 1), 10, np.uint8)
+        picture[5:25, 5:25] = 250
+        if spot:
+            picture[30:50, 55:75] = 250
+        (new / f"{name}.png").write_bytes(pictures.encode(picture, "png"))
+        (rois / f"{name}.png").write_bytes(pictures.encode_mask(right))
+    (tmp_path / "left.png").write_bytes(pictures.encode_mask(left))
+
+    def verdicts(out, **places):
+        rows = predict.predict(tmp_path, [new], tmp_path / out, **places)
+        return {Path(row["path"]).stem: row["anomalous"] for row in rows}, rows
+
+    found, unmasked = verdicts("found")
+    assert found == {"bad": True, "good": True}
+    assert "name the masks with --roi and --ignore" in " ".join(capsys.readouterr().err.split())
+    for places in ({"roi": rois}, {"ignore": tmp_path / "left.png"}):
+        found, rows = verdicts("found", **places)  # the rows of the call before do not stand
+        assert found == {"bad": True, "good": False}
+        assert "warning" not in capsys.readouterr().err
+        for row, before in zip(rows, unmasked, strict=True):
+            assert np.array_equal(np.load(row["map"]), np.load(before["map"]))
+            drawn = np.asarray(Pillow.open(row["heat_map"]).convert("L")).astype(int)
+            own = np.asarray(Pillow.open(row["path"]).convert("L")).astype(int)
+            assert np.abs(drawn - own)[:, :38].max() <= 1
+    assert verdicts("found", roi=rois, ignore=rois / "bad.png")[0] == {"bad": None, "good": None}
+    (rois / "good.png").unlink()
+    found, rows = verdicts("found", roi=rois)
+    assert found == {"bad": True, "good": None}
+    assert "good.png: the picture's mask of places is missing" in rows[1]["error"]
+    with pytest.raises(UsageError, match=r"--roi .*gone\.png: there is no such file"):
+        verdicts("found", roi=tmp_path / "gone.png")
 
 
 def test_predict_maps_16_bits_as_in_training_or_says_why_not(tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manifests.pictures import small_mask
 from manifests.workspace import Workspace
 from training.evaluation import predict
 from training.fitting import Normal
-from training.loading import Sample, small_mask
+from training.loading import Sample
 from training.metrics import pixel_metrics
 from training.tiling import blend, tile_normals, tile_samples, windows
 from workflows import detecting, rounds

@@ -14,7 +14,7 @@ import torch
 from detectors.onenip import OneNIPSettings, build
 from detectors.protocol import counted
 from manifests.errors import UsageError
-from manifests.pictures import encode, encode_mask, sha256
+from manifests.pictures import encode, encode_mask, sha256, small_mask
 from manifests.schema import METRICS, SCORES, Image, to_table
 from manifests.shards import ShardError, pack, sample_json
 from training import checkpoints
@@ -22,7 +22,7 @@ from training.checkpoints import CheckpointError
 from training.evaluation import Judged, at_size, figures, ignored, judge, predict, score_rows, truth
 from training.examples import Normal, collect, draw
 from training.fitting import learning_rate, train
-from training.loading import FeatureSample, Sample, ShardFile, read_all_samples, read_samples, small_mask
+from training.loading import FeatureSample, Sample, ShardFile, read_all_samples, read_samples
 from workflows.detecting import alarm_thresholds
 
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)

@@ -31,12 +31,13 @@ from detectors.vlad import (
 from generation.cut.clip import load_clip
 from generation.cut.prompts import load_bank
 from manifests.errors import UsageError
+from manifests.pictures import small_mask
 from tests.test_onenip import spoil, weave
 from tests.tiny_checkpoints import write_clip
 from training import checkpoints
 from training.evaluation import predict
 from training.fitting import Normal, train
-from training.loading import Sample, small_mask
+from training.loading import Sample
 from training.metrics import pixel_metrics
 
 SIZE = 64

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 
 from detectors.protocol import Detector
-from manifests.pictures import has_saturations, load, load_defects, load_location, load_mask, shrunk
+from manifests.pictures import (
+    has_saturations,
+    load,
+    load_defects,
+    load_location,
+    load_mask,
+    shrunk,
+    small_mask,
+)
 from manifests.schema import GOOD, Image
 from training.components import SIZE_LIMITS, Size, label_components, size_class
 from training.examples import CHUNK, chunks, extract
@@ -29,10 +37,9 @@ from training.intervals import (
     evaluate_spro,
     mean_estimate,
 )
-from training.loading import small_mask
 from training.metrics import LogicalDefect, saturated_pixels
 from training.stress import Stress, disturb, place
-from training.tiling import blend, is_tiled, windows
+from training.tiling import blend, is_tiled, windows, worst
 
 Shape = tuple[int, int]
 UNDISTURBED = Stress("blur", 0)
@@ -111,11 +118,7 @@ def _predict_tiled(
     skipped = None if ignore is None else [small_mask(window.of(ignore), size) for window in at]
     tiles = (window.of(picture) for window in at)
     found = list(predict(detector, tiles, categories and categories * len(at), ignore=skipped))
-    counts = [True] * len(at) if skipped is None else [not skip.all() for skip in skipped]
-    if not any(counts):
-        counts = [True] * len(at)
-    worst = max(score for (score, _), counted in zip(found, counts, strict=True) if counted)
-    return worst, blend((scores for _, scores in found), at, shape)
+    return worst([score for score, _ in found], skipped), blend((scores for _, scores in found), at, shape)
 
 
 def at_size(scores: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -24,7 +24,8 @@ from detectors.protocol import Batch, Detector, Encoder, Settings
 from generation.backbones import square, to_batch
 from manifests.ahead import in_order
 from manifests.errors import UsageError
-from training.loading import FeatureSample, Sample, small_mask
+from manifests.pictures import small_mask
+from training.loading import FeatureSample, Sample
 
 CHUNK = 16  # pictures in memory at once
 # Through a frozen network at once. On a CPU few: from about 8 on, the activations outgrow what the C library

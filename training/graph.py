@@ -60,12 +60,15 @@ class Graph(nn.Module):
         super().__init__()
         self.detector, self.threshold, self.category = detector, threshold, category
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 N×H×W×3 to score (float32, N), map (float32, N×size×size) and decision (bool, N)."""
+    def forward(self, pictures: Tensor, ignore: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 N×H×W×3 to score (float32, N), map (float32, N×size×size) and decision (bool, N). ``ignore``:
+        bool size×size, places that may raise no picture's score."""
         features = self.detector.extract(resize(pictures, self.detector.settings.size))
         batch: dict[str, Any] = {"features": features.half()}  # as they are cached
         if self.category is not None:
             batch["category"] = [self.category] * len(pictures)
+        if ignore is not None:
+            batch["ignore"] = ignore.expand(pictures.shape[0], *ignore.shape)
         score, maps = self.detector.score(batch)
         return score, maps.float(), score > self.threshold
 
@@ -101,7 +104,7 @@ def export(
         _require("onnx", "onnxscript")
     detector, config = checkpoints.load(checkpoint), checkpoints.read_config(checkpoint)
     graph = Graph(detector, threshold, category if _reads_category(detector, category) else None).eval()
-    program, batch = _trace(graph)
+    program, batch, places = _trace(graph, format == "onnx")
     facts = {
         **config,
         "category": category,
@@ -114,6 +117,10 @@ def export(
             "to the longest side notes.max_side by area averaging, and map 16 bits so that notes.window "
             "becomes 0..255",
             "category": graph.category,
+            "ignore": "bool, size×size, may be left out; true where no picture's score may come from, as "
+            "outside a region of interest"
+            if places
+            else None,
         },
         "outputs": {
             "score": "float32, one a picture; higher = more anomalous",
@@ -127,29 +134,34 @@ def export(
     return facts
 
 
-def _trace(graph: Graph) -> tuple[torch.export.ExportedProgram, Any]:
-    """The traced graph, and its batch size: a name where any will do, 1 where the detector fixes it."""
+def _trace(graph: Graph, ignoring: bool) -> tuple[torch.export.ExportedProgram, Any, bool]:
+    """The traced graph; its batch size: a name where any will do, 1 where the detector fixes it; whether it
+    has the input ``ignore``, if that is wished for.
+
+    A detector may have steps that stand in the way of either, such as a list with an item a picture or a
+    branch on what is ignored; torch has no single error for those, so the best that can be traced is taken.
+    """
     height, width = (torch.export.Dim(name, min=1, max=2**16) for name in ("height", "width"))
-    axes: dict[int, Any] = {1: height, 2: width}
-    example = torch.zeros(EXAMPLE, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    pictures = torch.zeros(EXAMPLE, dtype=torch.uint8)
+    nothing = torch.zeros((graph.detector.settings.size,) * 2, dtype=torch.bool)
+    failure: Exception | None = None
     with _traceable():
-        try:
-            batch = {0: torch.export.Dim("batch", min=1, max=2**16)}
-            return _exported(graph, example, batch | axes), "batch"
-        except Exception:
-            # such as lists with an item a picture; torch has no single error for "this axis is fixed"
-            try:
-                return _exported(graph, example[:1], axes), 1
-            except Exception as error:
-                first = str(error).strip().partition("\n")[0]
-                raise GraphError(
-                    f"this detector cannot be traced ({type(error).__name__}: {first}): its extract and "
-                    "score must be tensor code without branches on values"
-                ) from error
-
-
-def _exported(graph: Graph, example: Tensor, axes: dict[int, Any]) -> torch.export.ExportedProgram:
-    return torch.export.export(graph, (example,), dynamic_shapes={"pictures": axes}, strict=False)
+        for places in (True, False) if ignoring else (False,):
+            for count, axes in (("batch", {0: batch, 1: height, 2: width}), (1, {1: height, 2: width})):
+                given = (pictures if count == "batch" else pictures[:1], *((nothing,) if places else ()))
+                shapes = {"pictures": axes, "ignore": {}} if places else {"pictures": axes}
+                try:
+                    program = torch.export.export(graph, given, dynamic_shapes=shapes, strict=False)
+                except Exception as error:
+                    failure = error
+                else:
+                    return program, count, places
+    first = str(failure).strip().partition("\n")[0]
+    raise GraphError(
+        f"this detector cannot be traced ({type(failure).__name__}: {first}): its extract and score must be "
+        "tensor code without branches on values"
+    ) from failure
 
 
 @contextmanager
@@ -183,15 +195,22 @@ def _reads_category(detector: Detector, category: str | None) -> bool:
 
 
 def _to_onnx(facts: Mapping[str, Any], program: torch.export.ExportedProgram, path: Path) -> None:
+    import onnx_ir  # of the optional packages, as the exporter's own model
+
     held = [*program.state_dict.values(), *(c for c in program.constants.values() if isinstance(c, Tensor))]
     if sum(tensor.nbytes for tensor in held) > MAX_ONNX_BYTES:
         raise GraphError("more than 2 GiB, which one ONNX file cannot hold; use --format torch-export")
     with warnings.catch_warnings(), _quiet("onnxscript", "onnx_ir", "torch.onnx"):
         warnings.simplefilter("ignore")
+        names = ["pictures", *(["ignore"] if facts["input"]["ignore"] else [])]
         onnx = torch.onnx.export(
-            program, dynamo=True, input_names=["pictures"], output_names=list(OUTPUTS), verbose=False
+            program, dynamo=True, input_names=names, output_names=list(OUTPUTS), verbose=False
         )
     assert onnx is not None
+    for value in onnx.model.graph.inputs[1:]:  # an input that is an initialiser too may be left out
+        assert value.shape is not None
+        value.const_value = onnx_ir.tensor(torch.zeros(value.shape.numpy(), dtype=torch.bool).numpy())
+        onnx.model.graph.register_initializer(value)
     onnx.model.metadata_props.update(
         {PREFIX + name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
     )

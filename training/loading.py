@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import cv2
 import numpy as np
 from webdataset.tariterators import group_by_keys
 
@@ -143,21 +142,6 @@ def read_all_samples(
     """
     chosen = _chosen(shards, excluded, wanted, features=True)
     return in_order(_either, islice(chosen, rank, None, ranks))
-
-
-def small_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """A mask at size×size, or h×w, by nearest neighbour (core.md 6.2); one that would vanish keeps every
-    pixel it touches.
-
-    Args:
-        mask: bool, H×W.
-    """
-    levels = mask.astype(np.float32)
-    side = (size, size) if isinstance(size, int) else size[::-1]
-    small = cv2.resize(levels, side, interpolation=cv2.INTER_NEAREST_EXACT) > 0
-    if mask.any() and not small.any():
-        return cv2.resize(levels, side, interpolation=cv2.INTER_AREA) > 0
-    return small
 
 
 def read_members(shards: Iterable[ShardFile]) -> Iterator[tuple[ShardFile, Iterator[dict[str, Any]]]]:

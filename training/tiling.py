@@ -66,6 +66,15 @@ def _starts(length: int, size: int, overlap: float) -> list[int]:
     return np.rint(np.linspace(0, length - size, count)).astype(int).tolist()
 
 
+def worst(scores: Sequence[float], ignore: Sequence[np.ndarray] | None) -> float:
+    """A picture's score: that of its worst tile, of those that ``ignore`` (bool, one a tile) leaves a place;
+    of all if it leaves none."""
+    counted = [not mask.all() for mask in ignore] if ignore is not None else [True]
+    if ignore is None or not any(counted):
+        return max(scores)
+    return max(score for score, counts in zip(scores, counted, strict=True) if counts)
+
+
 def blend(maps: Iterable[np.ndarray], at: Sequence[Window], shape: tuple[int, int]) -> np.ndarray:
     """One map out of those of the tiles, weighted by a raised cosine that falls towards a tile's edges.
 

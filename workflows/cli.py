@@ -374,7 +374,7 @@ def export(
 
 @app.command(
     epilog="Examples: flawsmith predict runs/bottle/rounds/001/detectors/residual new/*.png --out found | "
-    "flawsmith predict bottle.onnx new --out found"
+    "flawsmith predict bottle.onnx new --roi roi.png --out found"
 )
 def predict(
     checkpoint: Annotated[
@@ -388,6 +388,13 @@ def predict(
     category: Annotated[
         str | None, typer.Option(help="of the pictures, if the detector knows several: its threshold decides")
     ] = None,
+    roi: Annotated[
+        Path | None,
+        typer.Option(metavar="MASK", help="region of interest: a mask, or a folder with <stem>.png"),
+    ] = None,
+    ignore: Annotated[
+        Path | None, typer.Option(metavar="MASK", help="places that do not count: likewise")
+    ] = None,
 ) -> None:
     """Score pictures with a trained detector; writes scores.csv, scores.json, heat maps and raw maps.
 
@@ -395,7 +402,7 @@ def predict(
     """
     from workflows.predict import predict as predict_pictures
 
-    rows = predict_pictures(checkpoint, pictures, out, category=category)
+    rows = predict_pictures(checkpoint, pictures, out, category=category, roi=roi, ignore=ignore)
     failed = [row for row in rows if row.get("error")]
     for row in rows:
         typer.echo(

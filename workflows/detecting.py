@@ -17,7 +17,7 @@ from detectors.protocol import Detector, Settings
 from generation.backbones import square
 from manifests.ahead import in_order
 from manifests.errors import FlawsmithError
-from manifests.pictures import load
+from manifests.pictures import load, small_mask
 from manifests.schema import DECISIONS, GOOD, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import checkpoints
@@ -33,7 +33,6 @@ from training.loading import (
     ShardFile,
     read_all_samples,
     read_samples,
-    small_mask,
 )
 from training.resuming import Slot
 from training.tiling import is_tiled, tile_normals, tile_samples
@@ -147,6 +146,7 @@ def train(space: Workspace, number: int) -> bool:
         "max_side": max_side,
         "tiles": tiles,
         "window": list(windows.pop()) if len(windows) == 1 else None,
+        "places": any(image.roi_path or image.ignore_path for image in images),  # some do not count
         "vetoed": vetoed,
         "thresholds": {category: score for category, (score, _) in thresholds.items()},
         "map_thresholds": {category: value for category, (_, value) in thresholds.items()},

@@ -11,27 +11,31 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from manifests.errors import PictureError, UsageError
-from manifests.pictures import EXTENSIONS, apply_window, decode, encode, read_bytes, shrink
-from workflows.console import progress
+from manifests.pictures import EXTENSIONS, apply_window, decode, encode, load_location, read_bytes, shrink
+from manifests.sources import location_of
+from training.tiling import is_tiled
+from workflows.console import progress, say
 from workflows.export import safe_names
 from workflows.heatmaps import overlay
 from workflows.runtimes import alarm, open_detector
 
 FIELDS = (
     *("path", "score", "threshold", "anomalous", "heat_map", "map", "error", "sha256", "detector"),
-    "category",
+    *("category", "ignored"),
 )
 TABLE, LIST = "scores.csv", "scores.json"
 ODD_NAMES = "surrogateescape"  # file names that are no UTF-8 keep their bytes
 Window = tuple[int, int]
 Row = dict[str, Any]
+Masks = tuple[str | None, str | None]  # files: region of interest, ignore mask
 
 
 def predict(
@@ -40,6 +44,8 @@ def predict(
     out: Path,
     *,
     category: str | None = None,
+    roi: Path | None = None,
+    ignore: Path | None = None,
     device: str = "cpu",
 ) -> list[Row]:
     """Scores pictures and writes, below ``out``, ``scores.csv``, ``scores.json`` and for each picture:
@@ -53,27 +59,33 @@ def predict(
 
     Pictures are read as those trained on were: the same window of grey levels, the same largest side, and in
     tiles if the detector learned from tiles. A row joins ``scores.csv`` as soon as its picture is done; the
-    same call again goes on behind the rows that are there, which stand if picture, detector, category and
-    threshold are still the same. What lies below ``out`` is no picture to score.
+    same call again goes on behind the rows that are there, which stand if picture, detector, category,
+    threshold and ignored places are still the same. What lies below ``out`` is no picture to score.
 
     Args:
         checkpoint: folder of a trained detector, or an exported file.
         pictures: files, or folders whose pictures are taken, subfolders included.
         out: made if need be; files of the same name are replaced.
         category: of the pictures, for a detector of several; its own threshold then decides.
+        roi, ignore: masks, or folders with ``<stem>.png``, as of a run's source: what lies outside the first
+            or inside the second raises no picture's score and shows no heat; the raw map holds it all.
 
     Returns:
         One row a picture in the order given, as in ``scores.csv``: ``path``, ``score``, ``threshold``,
         ``anomalous`` (score above threshold), ``heat_map`` and ``map`` (files), ``error``, ``sha256`` (of the
-        picture's file), ``detector`` (sha256 of its files), ``category``. A picture that cannot be read has
-        an ``error`` and None elsewhere; the others are scored.
+        picture's file), ``detector`` (sha256 of its files), ``category``, ``ignored`` (sha256 of the masks
+        ``roi`` and ``ignore``; None without them). A picture that cannot be read has an ``error`` and None
+        elsewhere; the others are scored.
 
     Raises:
-        UsageError: no picture is named, one would be overwritten, ``out`` holds another table, or the
-            detector needs to know the category.
+        UsageError: no picture is named, one would be overwritten, ``out`` holds another table, the detector
+            needs to know the category, or there is no such mask.
         FlawsmithError: the detector cannot be used.
     """
     files = _files(pictures, out)
+    for option, location in (("--roi", roi), ("--ignore", ignore)):
+        if location is not None and not location.exists():
+            raise UsageError(f"{option} {location}: there is no such file or folder; name a mask")
     detector = open_detector(checkpoint, device)
     notes = detector.facts.get("notes", {})
     category, threshold = alarm(detector.facts, category)
@@ -89,7 +101,13 @@ def predict(
     stored = [row for row in _stored(out / TABLE) if planned.get(row["map"], row["path"]) == row["path"]]
     _write_table(out / TABLE, stored)
     kept = {row["map"]: row for row in stored}
-    waiting: deque[tuple[int, np.ndarray]] = deque()
+    if notes.get("places") and not (roi or ignore):
+        say(
+            "warning: in training some places did not count (region of interest, ignore mask), here all do; "
+            "name the masks with --roi and --ignore"
+        )
+    waiting: deque[tuple[int, np.ndarray, np.ndarray | None]] = deque()
+    skipped: deque[np.ndarray | None] = deque()  # of the pictures handed out, for the detector to take
 
     with (
         progress("scoring", len(files), "pictures") as advance,
@@ -112,23 +130,29 @@ def predict(
                         "sha256": hashlib.sha256(data).hexdigest(),
                         "map": str(out / f"{names[index]}.npy"),
                     }
+                    masks = _masks_of(path, roi, ignore)
+                    row |= {"ignored": _digest(masks)}
                     before = kept.get(row["map"])
                     if before and _same(row, before):
                         row |= before
                         done(row, new=False)
                         continue
                     pixels = _pixels(data, path, window, notes.get("max_side"))
+                    places = _ignored(path, masks, _map_shape(pixels, detector.facts))
                 except (PictureError, OSError) as error:
                     rows[index] = dict.fromkeys(FIELDS) | {"path": str(path), "error": str(error)}
                     done(rows[index])
                     continue
-                waiting.append((index, pixels))
+                waiting.append((index, pixels, places))
+                skipped.append(places)
                 yield pixels
 
-        for score, scores in detector.score(unscored(), category):
-            index, pixels = waiting.popleft()
+        places_in_turn = (skipped.popleft() for _ in repeat(None)) if roi or ignore else None
+        for score, scores in detector.score(unscored(), category, places_in_turn):
+            index, pixels, places = waiting.popleft()
             heat, raw = out / f"{names[index]}.png", io.BytesIO()
-            _replace(heat, encode(overlay(pixels, scores, threshold), "png"))
+            seen = scores if places is None else np.where(places, scores.min(), scores)
+            _replace(heat, encode(overlay(pixels, seen, threshold), "png"))
             np.save(raw, scores.astype(np.float32), allow_pickle=False)
             _replace(Path(rows[index]["map"]), raw.getvalue())
             rows[index] |= {"score": score, "anomalous": score > threshold, "heat_map": str(heat)}
@@ -157,7 +181,8 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _same(row: Row, before: Row) -> bool:
     """Whether an earlier row holds for a picture, and its files are there."""
-    told = all(row[name] == before[name] for name in ("path", "threshold", "detector", "sha256", "category"))
+    same = ("path", "threshold", "detector", "sha256", "category", "ignored")
+    told = all(row[name] == before[name] for name in same)
     return told and Path(before["heat_map"]).is_file() and Path(before["map"]).is_file()
 
 
@@ -203,6 +228,44 @@ def _files(given: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
             f"no pictures in {named}; name files, or folders with {', '.join(sorted(EXTENSIONS))}"
         )
     return files
+
+
+def _masks_of(path: Path, roi: Path | None, ignore: Path | None) -> Masks:
+    """A picture's region of interest and ignore mask."""
+    found = [location_of(None if mask is None else str(mask), str(path)) for mask in (roi, ignore)]
+    return found[0], found[1]
+
+
+def _digest(masks: Masks) -> str | None:
+    """Of their files."""
+    if masks == (None, None):
+        return None
+    parts = (hashlib.sha256(read_bytes(mask)).hexdigest() if mask else "" for mask in masks)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _map_shape(pixels: np.ndarray, facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Of the map that a detector gives a picture."""
+    shape, size = pixels.shape[:2], facts["settings"]["size"]
+    tiled = facts.get("notes", {}).get("tiles") is not None and is_tiled(shape, size)
+    return shape if tiled else (size, size)
+
+
+def _ignored(path: Path, masks: Masks, shape: tuple[int, int]) -> np.ndarray | None:
+    """Where nothing counts: bool, h×w; None if everything does.
+
+    Raises:
+        PictureError: nothing would.
+    """
+    if masks == (None, None):
+        return None
+    roi, ignore = (None if mask is None else load_location(mask, shape) for mask in masks)
+    skipped = np.zeros(shape, bool) if roi is None else ~roi
+    if ignore is not None:
+        skipped |= ignore
+    if skipped.all():
+        raise PictureError(f"{path}: its region of interest and ignore mask leave no place; draw them anew")
+    return skipped
 
 
 def _pixels(data: bytes, path: Path, window: Window | None, max_side: int | None) -> np.ndarray:

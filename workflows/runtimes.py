@@ -10,17 +10,20 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from manifests.errors import FlawsmithError, UsageError
-from training.tiling import blend, is_tiled, windows
+from manifests.pictures import small_mask
+from training.tiling import blend, is_tiled, windows, worst
 
 EXPORTED = ".onnx"
 PREFIX = "flawsmith."  # of the metadata's keys, as training.graph writes them
-Score = Callable[[Iterable[np.ndarray], str | None], Iterator[tuple[float, np.ndarray]]]
+Places = Iterable[np.ndarray | None]
+Score = Callable[[Iterable[np.ndarray], str | None, Places | None], Iterator[tuple[float, np.ndarray]]]
 
 
 class RuntimeFileError(FlawsmithError):
@@ -34,8 +37,9 @@ class Runtime:
     Attributes:
         facts: what it says of itself: the contents of a checkpoint's ``config.yaml``, and more if exported.
         identity: sha256 (hex) of its files.
-        score: ``score(pictures, category)`` gives (score, map), one a picture in order; pictures are uint8
-            H×W×C with C = 1 or 3 and consumed a few at a time, maps are float32.
+        score: ``score(pictures, category, ignore)`` gives (score, map), one a picture in order; pictures are
+            uint8 H×W×C with C = 1 or 3 and consumed a few at a time, maps are float32. ``ignore`` is None, or
+            one a picture, None or bool of the map's shape: true places raise no picture's score.
     """
 
     facts: Mapping[str, Any]
@@ -96,19 +100,16 @@ def _checkpoint(folder: str | Path, device: str) -> Runtime:
     detector = checkpoints.load(folder, device)
     facts["open_categories"] = get(facts["detector"]).open_categories
 
-    def score(pictures: Iterable[np.ndarray], category: str | None) -> Iterator[tuple[float, np.ndarray]]:
+    def score(
+        pictures: Iterable[np.ndarray], category: str | None, ignore: Places | None
+    ) -> Iterator[tuple[float, np.ndarray]]:
         tiles = facts.get("notes", {}).get("tiles")
-        return predict(detector, pictures, _endless(category) if category else None, tiles)
+        return predict(detector, pictures, repeat(category) if category else None, tiles, ignore)
 
     digest = hashlib.sha256()
     for name in (checkpoints.WEIGHTS, checkpoints.CONFIG):
         digest.update(checkpoints.read_part(folder, name))
     return Runtime(facts, digest.hexdigest(), score)
-
-
-def _endless(category: str) -> Iterator[str]:
-    while True:
-        yield category
 
 
 def _exported(file: Path) -> Runtime:
@@ -139,25 +140,36 @@ def _exported(file: Path) -> Runtime:
     if not {"calibration", "categories", "input", "settings"} <= facts.keys():
         raise RuntimeFileError(f"{file} is no detector that `flawsmith export-model` wrote")
 
-    def score(pictures: Iterable[np.ndarray], category: str | None) -> Iterator[tuple[float, np.ndarray]]:
+    def score(
+        pictures: Iterable[np.ndarray], category: str | None, ignore: Places | None
+    ) -> Iterator[tuple[float, np.ndarray]]:
         made_for = facts["input"]["category"]
         if made_for not in (None, category):
             raise UsageError(
                 f"{file} scores pictures of {made_for} only; leave --category out, or export again with it"
             )
         size, tiles = facts["settings"]["size"], facts.get("notes", {}).get("tiles")
+        each = iter(ignore) if ignore is not None else repeat(None)
         for picture in pictures:
+            places = next(each)
+            if places is not None and not facts["input"].get("ignore"):
+                raise UsageError(
+                    f"{file} has no input for places to ignore; export it again, or give the checkpoint"
+                )
             shape = picture.shape[:2]
             if tiles is None or not is_tiled(shape, size):
-                yield run(picture)
+                yield run(picture, places)
                 continue
             at = windows(shape, size, tiles)
-            found = [run(window.of(picture)) for window in at]
-            yield max(value for value, _ in found), blend((scores for _, scores in found), at, shape)
+            skipped = None if places is None else [small_mask(window.of(places), size) for window in at]
+            parts = [window.of(picture) for window in at]
+            found = [run(*both) for both in zip(parts, skipped or repeat(None), strict=False)]
+            yield worst([value for value, _ in found], skipped), blend((m for _, m in found), at, shape)
 
-    def run(picture: np.ndarray) -> tuple[float, np.ndarray]:
+    def run(picture: np.ndarray, places: np.ndarray | None) -> tuple[float, np.ndarray]:
         colour = np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
-        scores, maps = session.run(["score", "map"], {facts["input"]["name"]: colour[None]})
+        given = {facts["input"]["name"]: colour[None]} | ({} if places is None else {"ignore": places})
+        scores, maps = session.run(["score", "map"], given)
         return float(scores[0]), maps[0]
 
     return Runtime(facts, hashlib.sha256(data).hexdigest(), score)

@@ -22,7 +22,7 @@ import numpy as np
 from detectors import protocol
 from generation.backbones import square
 from manifests import shards
-from manifests.pictures import load
+from manifests.pictures import load, small_mask
 from manifests.schema import GOOD, Image
 from manifests.sources import scan_textures
 from tests.benchmarks.peers import run_peer
@@ -30,7 +30,7 @@ from tests.benchmarks.resumed import write_file
 from training.evaluation import Judged, at_size, ignored, judge, predict, truth
 from training.fitting import Normal, train
 from training.intervals import Estimate, evaluate_images, evaluate_pixels, mean_estimate
-from training.loading import Sample, ShardFile, read_samples, small_mask
+from training.loading import Sample, ShardFile, read_samples
 from workflows.config import Config, parse_config
 from workflows.detecting import calibration_normals
 from workflows.stages import Round, make_samples, round_from

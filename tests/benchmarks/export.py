@@ -81,9 +81,9 @@ def measure(name: str) -> dict[str, Any]:
         return score.item(), maps[0].float().numpy()
 
     ways: dict[str, Callable[[np.ndarray], tuple[float, np.ndarray]]] = {
-        "eager float32": lambda picture: next(eager.score([picture], "surface")),
+        "eager float32": lambda picture: next(eager.score([picture], "surface", None)),
         "eager bfloat16": half,
-        "ONNX Runtime": lambda picture: next(exported.score([picture], None)),
+        "ONNX Runtime": lambda picture: next(exported.score([picture], None, None)),
     }
     cases = []
     for side in SIDES:

@@ -23,7 +23,7 @@ import numpy as np
 from distributed import LocalCluster
 
 from detectors.protocol import Detector, get
-from manifests.pictures import load, load_mask
+from manifests.pictures import load, load_mask, small_mask
 from manifests.schema import GOOD, Image, canonical_json
 from manifests.searching import Search
 from manifests.workspace import Workspace, round_file
@@ -40,7 +40,7 @@ from tests.benchmarks.paired import packed
 from training.evaluation import Judged, judge
 from training.fitting import train
 from training.intervals import Estimate, evaluate_pixels
-from training.loading import Sample, small_mask
+from training.loading import Sample
 from workflows.config import Config, Generation, parse_config
 from workflows.detecting import calibration_normals, checkpoint_folder, held_out, load_detector, samples_of
 from workflows.loop import run

@@ -25,6 +25,7 @@ from generation.cut.chain import Twins
 from generation.cut.settings import CutParams
 from generation.protocol import Edit, Generator, Source
 from generation.synthesis import Outcome, synthesise
+from manifests.pictures import small_mask
 from manifests.schema import Recipe
 from tests.benchmarks.pocket_case import (
     Case,
@@ -37,7 +38,6 @@ from tests.benchmarks.pocket_case import (
     table,
     verdict,
 )
-from training.loading import small_mask
 from workflows.contact import GAP, LINE, fit, fit_mask, letterbox, outline
 from workflows.stages import Round
 
