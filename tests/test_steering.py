@@ -148,7 +148,10 @@ def test_a_mix_that_makes_samples_too_dear_is_not_taken(monkeypatch):
     monkeypatch.setattr(steering, "directions_of", lambda *_: {category: {} for category in asked})
     monkeypatch.setattr(steering, "matched", lambda own, *_: np.array(asked[list(asked)[int(own[0, 0])]]))
     after, decisions = steering._as_matched(ground, mix, lambda _count: None)
-    assert [decision.setting for decision in decisions] == ["generators.*.categories.bolt"]
+    taken, left = decisions
+    assert (taken.setting, left.setting) == tuple(f"generators.*.categories.{category}" for category in asked)
+    assert left.before == left.after != taken.after != taken.before
+    assert "look most like samples of cut 90%" in left.reason and "would cost over 2 times" in left.reason
     assert all(set(own.categories) == {"bolt"} for own in after.generators.values())
     categories = list(asked)
     assert probing.cost_of(after, categories) <= 2 * probing.cost_of(mix, categories)

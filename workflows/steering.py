@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ from workflows.space import ENDS, apply_values, numbers_of, present_values, sear
 from workflows.stages import Round, evenly, read_settings, traits_of
 
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
+TOO_DEAR = f", but with the mixes asked for a sample would cost over {COST:g} times as much, most of it here"
 MATCH = 4  # spawn key of what decides by chance whether a mix is matched
 CONFIRM = range(4)  # shards of the probe that confirms a winner
 RESAMPLES = 400  # of the groups, behind a confirmed gain
@@ -246,7 +247,7 @@ def _as_matched(
 ) -> tuple[Generation, list[Decision]]:
     """The settings with each category made by the generators whose samples look like its real defects, and
     the decisions. Where a sample would cost more than ``COST`` times as much for it, the dearest categories
-    stay as they are."""
+    stay as they are, and a decision says so."""
     drawn = ground.round_.generation
     found: dict[str, dict[str, float]] = {}
     for at, (category, samples) in enumerate(directions_of(ground, after, advance).items()):
@@ -270,13 +271,15 @@ def _as_matched(
 
     plain, _ = with_mixes({})
     settings, decisions = with_mixes(found)
+    dear: list[Decision] = []
     most = COST * cost_of(plain, ground.banks)
     for category in sorted(found, key=lambda c: -cost_of(with_mixes({c: found[c]})[0], ground.banks)):
         if cost_of(settings, ground.banks) <= most:
             break
-        del found[category]
+        _, (wish,) = with_mixes({category: found.pop(category)})
+        dear.append(replace(wish, after=wish.before, reason=wish.reason + TOO_DEAR))
         settings, decisions = with_mixes(found)
-    return settings, decisions
+    return settings, [*decisions, *dear]
 
 
 def _asked(setting: str, asked: Point, present: Point) -> str:

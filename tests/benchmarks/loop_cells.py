@@ -63,7 +63,7 @@ PARTS = ("first", "second", "whole")
 REAL = 0.5  # share of the ceiling's draws that are real anomalies
 FILLED = 5  # pixels by which a real defect is grown before it is filled
 CHANCE = 3  # spawn key of random settings
-# Our generators, one or more of each family, with the settings of the default mix.
+# Our generators: those of the default mix with its settings, another of the frequency family, and `cut`.
 OURS: dict[str, dict[str, Any]] = {
     "perlin": {"params": {"texture": "procedural"}},
     "cutpaste": {},
