@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from detectors import protocol
 from detectors.onenip import OneNIPSettings
-from detectors.residual import ResidualSettings
+from detectors.residual import Residual, ResidualSettings
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
 from tests.plain_detector import NAME, PLACE, Plain, PlainSettings
@@ -345,6 +345,18 @@ def residual_broken_off(rank: int, ranks: int) -> dict:
     first process finds."""
     resuming.EVERY, resuming.TIME_SHARE = 0.0, 1e9
     kept: list[bytes] = []
+    encode, forward = Residual.encode, Residual.forward
+    encoded, blank = [0], [False]
+
+    def counted(self, features, categories):
+        encoded[0] += len(features)
+        return encode(self, features, categories)
+
+    def watched(self, batch):
+        blank[0] |= bool((batch["synthetic"].flatten(1) == 0).all(dim=1).any())
+        return forward(self, batch)
+
+    Residual.encode, Residual.forward = counted, watched
 
     def run(slot: Slot, lines: list[str]) -> dict:
         wanted = ResidualSettings(size=64, steps=8, batch=4, coreset=40, width=8, patience=20)
@@ -355,8 +367,9 @@ def residual_broken_off(rank: int, ranks: int) -> dict:
         return {"weights": detector.state_dict(), "calibration": detector.calibration, "lines": lines}
 
     whole = run(Slot(lambda: None, kept.append), [])
+    encoded[0] = 0
     again = run(Slot(lambda: kept[4] if kept else None, lambda _data: None), [])
-    return {"whole": whole, "again": again, "states": len(kept)}
+    return {"whole": whole, "again": again, "states": len(kept), "blank": blank[0], "encoded": encoded[0]}
 
 
 def free_port() -> str:
@@ -385,9 +398,13 @@ def in_two_processes(work: str, out: Path) -> list[dict]:
 
 
 def test_two_processes_go_on_as_if_they_had_not_been_broken_off(tmp_path):
-    """With the statistics of batch norms and the held-out loss, which each process sees a part of."""
+    """With the statistics of batch norms and the held-out loss, which each process sees a part of; each
+    prepares what it will see, and no more."""
     first, second = in_two_processes("residual_broken_off", tmp_path / "out")
     assert (first["states"], second["states"]) == (8, 0), "the first process alone writes"
+    assert not first["blank"] and not second["blank"]
+    for found in (first, second):  # two of four samples in each of three steps, one held out, their normals
+        assert found["encoded"] <= 2 * (3 * 2 + 1) + 2  # and one of either to see the shape
     assert "going on after step 5" in first["again"]["lines"][0]
     for found in (first["again"], second["whole"], second["again"]):
         assert found["calibration"] == first["whole"]["calibration"]

@@ -215,7 +215,8 @@ def encoded(
     their normals. Other arguments as of :func:`collect`.
 
     Args:
-        samples: rows of ``examples``; in the places of all others there is nothing.
+        samples: rows of ``examples``, of several processes those that this one is to look at; in the places
+            of all others there is nothing.
     """
     limit = MEMORY_SHARE * free_memory() / ranks
     wanted = set(samples)

@@ -136,9 +136,9 @@ def fit(
         resuming.restore_moments(optimizer, state.moments)
     if isinstance(detector, Encoder):  # by what was loaded: a preparation may differ in its last bits
         drawn_later = islice(order(examples, s, seed), state.step, s.steps)
-        looked_at = {row for rows, _ in drawn_later for row in rows}
+        looked_at = {row for rows, _ in drawn_later for row in rows[rank::ranks]}
         if s.patience:
-            looked_at |= set(np.flatnonzero(examples.weights == 0).tolist())
+            looked_at |= set(_held_out(examples)[rank::ranks])
         examples = encoded(detector, examples, looked_at, ranks=ranks, folder=folder)
     step, best, held_out = state.step, state.best, state.held_out
     with warnings.catch_warnings():  # torch renames an option that accelerate still passes on
@@ -213,7 +213,7 @@ def held_out_loss(detector: Detector, examples: Examples, accelerator: Accelerat
         UsageError: no sample is held out.
     """
     rank, ranks, s = accelerator.process_index, accelerator.num_processes, detector.settings
-    rows = np.flatnonzero(examples.weights == 0).tolist()
+    rows = _held_out(examples)
     if not rows:
         raise UsageError(
             "patience: no synthetic sample is held out to judge by; make more, or set it to null"
@@ -233,6 +233,11 @@ def held_out_loss(detector: Detector, examples: Examples, accelerator: Accelerat
         found = detector.forward({key: _to(value, accelerator.device) for key, value in batch.items()})
         total += found["loss"] * len(chunk)
     return accelerator.reduce(total).item() / len(rows)
+
+
+def _held_out(examples: Examples) -> list[int]:
+    """Rows of the samples that only judge."""
+    return np.flatnonzero(examples.weights == 0).tolist()
 
 
 def _stalled(held_out: Sequence[float], patience: int | None) -> bool:
