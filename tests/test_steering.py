@@ -157,6 +157,20 @@ def test_a_mix_that_makes_samples_too_dear_is_not_taken(monkeypatch):
     assert probing.cost_of(after, categories) <= 2 * probing.cost_of(mix, categories)
 
 
+def test_no_samples_are_made_for_a_category_whose_mix_cannot_be_told(monkeypatch):
+    """Of two parts with defects nothing is concluded; of three something may be."""
+    mix = Generation(generators={"perlin": GeneratorSettings(params={"texture": "procedural"})})
+    real = {
+        category: probing.Defects(np.zeros((len(parts), 3), np.float32), tuple(parts))
+        for category, parts in {"bolt": "aab", "nut": "abc"}.items()
+    }
+    ground = SimpleNamespace(real=real, recipes=[], directions=[], banks=dict.fromkeys(real))
+    asked = []
+    monkeypatch.setattr(probing, "fresh", lambda _ground, even, *_: asked.append(even.categories) or [])
+    assert probing.directions_of(ground, mix, lambda _count: None) == {"nut": {}}
+    assert asked and all(shares == {"bolt": 0.0, "nut": 1.0} for shares in asked)
+
+
 def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
     space = workspace(tmp_path, lambda rng: blob(rng, 0.01, 30), MIX, shuffled=True, bad=60)
     alarm = {"category": "cloth", "excess": 9.0, "y": 0.5, "x": 0.5}

@@ -287,9 +287,11 @@ def _shard(
 def directions_of(
     ground: Ground, generation: Generation, advance: Callable[[int], None]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Directions of samples, S×C, by category and generator, for the categories with real defects: of the
-    round's own and, of what is probed, of at least ``ALIKE`` fresh recipes each on average."""
-    found: dict[str, dict[str, list[np.ndarray]]] = {category: {} for category in ground.real}
+    """Directions of samples, S×C, by category and generator, for the categories with real defects on enough
+    parts to be matched: of the round's own and, of what is probed, of at least ``ALIKE`` fresh recipes each
+    on average."""
+    enough = [c for c, real in ground.real.items() if len(set(real.groups)) >= matching.FEWEST]
+    found: dict[str, dict[str, list[np.ndarray]]] = {category: {} for category in enough}
     for recipe, own in zip(ground.recipes, ground.directions, strict=True):
         if recipe["category"] in found:
             found[recipe["category"]].setdefault(recipe["generator"], []).append(own)
