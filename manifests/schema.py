@@ -97,10 +97,11 @@ SHARDS = pa.schema(
     ]
 )
 
+LEAKING = "(leaking)"  # behind the names of detectors whose figures know more than a single picture says
 METRICS = pa.schema(
     [
         ("round", pa.int32()),
-        ("detector", pa.string()),  # its name, with " (leaking)" if its figures know more than one picture
+        ("detector", pa.string()),  # its name, in this table and the next two, and perhaps LEAKING
         ("seed", pa.int64()),
         ("category", pa.string()),  # 'mean' for the unweighted mean over categories
         ("defect", pa.string()),  # 'all' for every type together; MVTec LOCO also 'mean' over the types

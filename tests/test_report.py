@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from manifests.schema import DECISIONS, HISTORY, METRICS, SAMPLES, SHARDS, STRESS, to_table
+from manifests.schema import DECISIONS, HISTORY, LEAKING, METRICS, SAMPLES, SHARDS, STRESS, to_table
 from manifests.workspace import Workspace, part, round_file
 from tests.small_workspace import (
     HOSTILE,
@@ -28,7 +28,7 @@ from training.evaluation import Judged
 from workflows import heatmaps
 from workflows.report import charts, pictures, samples
 from workflows.report.facts import read_facts, type_outcomes
-from workflows.report.page import write_report
+from workflows.report.page import _cards, write_report
 
 
 @pytest.fixture
@@ -334,3 +334,12 @@ def test_the_replay_command_survives_a_shell(tmp_path):
     url = str(tmp_path / "my runs; rm -rf ~" / "$HOME")
     command = samples.replay_command(Workspace(url), paths=True)
     assert shlex.split(command) == ["flawsmith", "replay", url]
+
+
+def test_a_detector_whose_figures_leak_is_named_beside_them(judged):
+    facts = read_facts(judged)
+    rows = [row | {"detector": f"dfd {LEAKING}"} for row in facts.metrics]
+    assert all(LEAKING not in one["name"] for one in charts.metrics_chart(facts.metrics)["series"])
+    assert all(one["name"].endswith(f"dfd {LEAKING}") for one in charts.metrics_chart(rows)["series"])
+    cards = [_cards(replace(facts, metrics=metrics), [])[0]["note"] for metrics in (facts.metrics, rows)]
+    assert [LEAKING in note for note in cards] == [False, True]

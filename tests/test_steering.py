@@ -150,8 +150,8 @@ def test_a_mix_that_makes_samples_too_dear_is_not_taken(monkeypatch):
     after, decisions = steering._as_matched(ground, mix, lambda _count: None)
     taken, left = decisions
     assert (taken.setting, left.setting) == tuple(f"generators.*.categories.{category}" for category in asked)
-    assert left.before == left.after != taken.after != taken.before
-    assert "look most like samples of cut 90%" in left.reason and "would cost over 2 times" in left.reason
+    assert (left.before, left.after) == ("perlin 1, cut 1",) * 2 and taken.after != taken.before
+    assert "look most like samples of cut 90%" in left.reason and "cost over 2 times as much" in left.reason
     assert all(set(own.categories) == {"bolt"} for own in after.generators.values())
     categories = list(asked)
     assert probing.cost_of(after, categories) <= 2 * probing.cost_of(mix, categories)

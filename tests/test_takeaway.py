@@ -1,6 +1,7 @@
 """What a user takes out of a workspace: contact sheet, export, predictions, doctor."""
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -273,16 +274,18 @@ def brightness_detector():
     )
 
 
-def use_brightness(monkeypatch, notes=None, identity="one", seen=None):
+def use_brightness(monkeypatch, notes=None, identity="one", seen=None, categories=("bolt",), ignores=True):
     """Predictions come from ``brightness_detector``; ``seen`` collects the pictures it is given."""
-    facts = {"categories": ["bolt"], "calibration": {"threshold": 0.5}, "notes": notes or {}}
+    facts = {"categories": list(categories), "calibration": {"threshold": 0.5}, "notes": notes or {}}
     facts["settings"] = {"size": 32}
 
     def score(images, category, ignore):
         watched = (image for image in images if seen is None or seen.append(image) is None)
         return score_pictures(brightness_detector(), watched, ignore=ignore)
 
-    monkeypatch.setattr(predict, "open_detector", lambda path, device: Runtime(facts, identity, score))
+    monkeypatch.setattr(
+        predict, "open_detector", lambda path, device: Runtime(facts, identity, score, ignores)
+    )
 
 
 def test_predict_goes_on_after_unreadable_pictures(tmp_path, monkeypatch):
@@ -364,6 +367,15 @@ def test_predict_goes_on_where_it_stopped_and_redoes_what_changed(tmp_path, monk
 
     assert scored_again() == list(levels)[4:]
     assert scored_again() == []
+    table = (out / "scores.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(table)))
+    with open(out / "scores.csv", "w", encoding="utf-8", newline="") as file:  # as of a version without masks
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "ignored"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert scored_again() == []
+    (out / "scores.csv").write_text(table.rstrip()[:-70], encoding="utf-8")  # killed in the last row
+    assert scored_again() == [max(levels)]
     (out / "07.npy").unlink()
     changed = folder / "09.png"
     changed.write_bytes(pictures.encode(np.full((13, 13, 1), 90, np.uint8), "png"))
@@ -380,7 +392,7 @@ def test_predict_looks_only_where_it_is_told_to(tmp_path, monkeypatch, capsys):
     right, left = np.zeros((2, 60, 80), bool)
     right[:, 40:], left[:, :40] = True, True
     for name, spot in (("good", False), ("bad", True)):
-        picture = np.full((60, 80, 1), 10, np.uint8)
+        picture = np.full((60, 80, 1), 120, np.uint8)  # nearly as bright as what raises an alarm
         picture[5:25, 5:25] = 250
         if spot:
             picture[30:50, 55:75] = 250
@@ -409,6 +421,16 @@ def test_predict_looks_only_where_it_is_told_to(tmp_path, monkeypatch, capsys):
     found, rows = verdicts("found", roi=rois)
     assert found == {"bad": True, "good": None}
     assert "good.png: the picture's mask of places is missing" in rows[1]["error"]
+    found, _ = verdicts("found", ignore=tmp_path / "left.png")
+    use_brightness(monkeypatch, notes={"places": False})
+    assert verdicts("found", ignore=tmp_path / "left.png")[0] == found
+    assert "in training all places counted" in " ".join(capsys.readouterr().err.split())
+    rois.rename(new / "rois")  # masks among the pictures are none
+    assert verdicts("found", roi=new / "rois")[0] == {"bad": True, "good": None}
+    use_brightness(monkeypatch, ignores=False)
+    with pytest.raises(UsageError, match="no input for places to ignore; export it again"):
+        verdicts("other", ignore=tmp_path / "left.png")
+    assert not (tmp_path / "other").exists()
     with pytest.raises(UsageError, match=r"--roi .*gone\.png: there is no such file"):
         verdicts("found", roi=tmp_path / "gone.png")
 
@@ -426,6 +448,17 @@ def test_predict_maps_16_bits_as_in_training_or_says_why_not(tmp_path, monkeypat
     assert (row["threshold"], row["anomalous"]) == (0.4, True)
     with pytest.raises(UsageError, match="--category nut: the detector was trained on bolt"):
         predict.predict(tmp_path, [picture], tmp_path / "out", category="nut")
+
+
+def test_predict_says_that_a_category_was_not_named(tmp_path, monkeypatch, capsys):
+    notes = {"thresholds": {"bolt": 0.3, "nut": 0.4}}
+    use_brightness(monkeypatch, notes, categories=("bolt", "nut"))
+    picture = tmp_path / "it.png"
+    picture.write_bytes(pictures.encode(np.full((16, 16, 1), 90, np.uint8), "png"))
+    for category, threshold in ((None, 0.5), ("nut", 0.4)):
+        (row,) = predict.predict(tmp_path, [picture], tmp_path / "out", category=category)
+        assert row["threshold"] == threshold
+        assert ("--category NAME" in capsys.readouterr().err) is (category is None)
 
 
 def test_predict_without_pictures_is_a_usage_error(tmp_path):

@@ -39,7 +39,7 @@ from training.intervals import (
 )
 from training.metrics import LogicalDefect, saturated_pixels
 from training.stress import Stress, disturb, place
-from training.tiling import blend, is_tiled, windows, worst
+from training.tiling import blend, is_tiled, scored_shape, windows, worst
 
 Shape = tuple[int, int]
 UNDISTURBED = Stress("blur", 0)
@@ -128,8 +128,7 @@ def at_size(scores: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def map_shape(image: Image, size: int, max_side: int | None, tiles: float | None) -> Shape:
     """(h, w) of the map that :func:`judge` gives a picture."""
-    shape = shrunk((image.height, image.width), max_side)
-    return shape if tiles is not None and is_tiled(shape, size) else (size, size)
+    return scored_shape(shrunk((image.height, image.width), max_side), size, tiles)
 
 
 def judge(

@@ -41,6 +41,11 @@ def is_tiled(shape: tuple[int, int], size: int) -> bool:
     return max(shape) > size
 
 
+def scored_shape(shape: tuple[int, int], size: int, tiles: float | None) -> tuple[int, int]:
+    """(h, w) of the map of a picture: size×size, or the picture's own (H, W) where it is scored in tiles."""
+    return shape if tiles is not None and is_tiled(shape, size) else (size, size)
+
+
 def windows(shape: tuple[int, int], size: int, overlap: float) -> list[Window]:
     """Tiles of size×size that cover a picture, evenly spread, neighbours sharing at least ``overlap``.
 

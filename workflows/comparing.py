@@ -101,6 +101,11 @@ def _results(
 ) -> list[Judged]:
     """Read as the pictures that the detector was trained on, by what its checkpoint notes of them."""
     warn_of_leak(str(folder), detector.settings)
+    if note.get("places") and not any(image.roi_path or image.ignore_path for image in images):
+        say(
+            f"warning: {folder}: in training some places did not count (region of interest, ignore mask); of "
+            "these pictures all do"
+        )
     own = [_with_window(image, note.get("window")) for image in images]
     with progress(f"scoring with {folder}", len(own), "pictures") as advance:
         return judge(

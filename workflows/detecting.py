@@ -18,7 +18,7 @@ from generation.backbones import square
 from manifests.ahead import in_order
 from manifests.errors import FlawsmithError
 from manifests.pictures import load, small_mask
-from manifests.schema import DECISIONS, GOOD, METRICS, SCORES, Image, to_table
+from manifests.schema import DECISIONS, GOOD, LEAKING, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
 from training import checkpoints
 from training.comparison import compare
@@ -35,7 +35,7 @@ from training.loading import (
     read_samples,
 )
 from training.resuming import Slot
-from training.tiling import is_tiled, tile_normals, tile_samples
+from training.tiling import is_tiled, scored_shape, tile_normals, tile_samples
 from workflows.console import progress, say
 from workflows.heatmaps import remove_heatmaps, write_heatmaps
 from workflows.rounds import forget, open_round, remember, vetoes
@@ -43,7 +43,6 @@ from workflows.stages import Round, device, evenly, read_settings
 
 STATE = "training.state"  # in a round's folder while its detector is trained
 FEW = 5  # below so many calibration normals, augmented train pictures serve too
-LEAKING = "leaking"  # beside the names of detectors whose figures know more than a single picture says
 HELD_OUT = 10  # one sample in so many is kept from training, to be judged as heldout_synthetic
 
 FOUND = pa.schema(
@@ -347,7 +346,7 @@ def warn_of_leak(name: str, settings: Settings) -> None:
 
 def marked(name: str, settings: Settings) -> str:
     """A detector's name as it stands beside its figures, in tables, charts and files of them."""
-    return name if settings.leak is None else f"{name} ({LEAKING})"
+    return name if settings.leak is None else f"{name} {LEAKING}"
 
 
 def evaluate(space: Workspace, number: int, against: int | None = None) -> bool:
@@ -520,10 +519,8 @@ def alarm_thresholds(
         own = [normal for normal in normals if normal.category == category]
         places: list[np.ndarray | None] = []
         for normal in own:
-            shape = normal.pixels.shape[:2]
-            tiled = tiles is not None and is_tiled(shape, size)
-            ignore = normal.ignore
-            places.append(ignore if ignore is None else small_mask(ignore, shape if tiled else size))
+            shape, ignore = scored_shape(normal.pixels.shape[:2], size, tiles), normal.ignore
+            places.append(ignore if ignore is None else small_mask(ignore, shape))
         scores, values = [], []
         pictures = (normal.pixels for normal in own)
         found = predict(detector, pictures, [category] * len(own), tiles, places)

@@ -11,7 +11,8 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,20 @@ import numpy as np
 from manifests.errors import PictureError, UsageError
 from manifests.pictures import EXTENSIONS, apply_window, decode, encode, load_location, read_bytes, shrink
 from manifests.sources import location_of
-from training.tiling import is_tiled
+from training.tiling import scored_shape
 from workflows.console import progress, say
 from workflows.export import safe_names
 from workflows.heatmaps import overlay
 from workflows.runtimes import alarm, open_detector
 
 FIELDS = (
-    *("path", "score", "threshold", "anomalous", "heat_map", "map", "error", "sha256", "detector"),
-    *("category", "ignored"),
+    *("path", "score", "threshold", "anomalous", "heat_map", "map", "error", "category", "ignored"),
+    *("sha256", "detector"),  # never empty in a row of a scored picture, so that one cut short shows
 )
 TABLE, LIST = "scores.csv", "scores.json"
 ODD_NAMES = "surrogateescape"  # file names that are no UTF-8 keep their bytes
 Window = tuple[int, int]
+Shape = tuple[int, int]
 Row = dict[str, Any]
 Masks = tuple[str | None, str | None]  # files: region of interest, ignore mask
 
@@ -73,22 +75,30 @@ def predict(
     Returns:
         One row a picture in the order given, as in ``scores.csv``: ``path``, ``score``, ``threshold``,
         ``anomalous`` (score above threshold), ``heat_map`` and ``map`` (files), ``error``, ``sha256`` (of the
-        picture's file), ``detector`` (sha256 of its files), ``category``, ``ignored`` (sha256 of the masks
-        ``roi`` and ``ignore``; None without them). A picture that cannot be read has an ``error`` and None
-        elsewhere; the others are scored.
+        picture's file), ``detector`` (sha256 of its files), ``category``, ``ignored`` (sha256 of the files of
+        ``roi`` and ``ignore``, a dash for none; None without either). A picture that cannot be read has an
+        ``error`` and None elsewhere; the others are scored.
 
     Raises:
         UsageError: no picture is named, one would be overwritten, ``out`` holds another table, the detector
             needs to know the category, or there is no such mask.
         FlawsmithError: the detector cannot be used.
     """
-    files = _files(pictures, out)
     for option, location in (("--roi", roi), ("--ignore", ignore)):
         if location is not None and not location.exists():
             raise UsageError(f"{option} {location}: there is no such file or folder; name a mask")
+    masked = roi is not None or ignore is not None
+    files = _files(pictures, [path for path in (out, roi, ignore) if path is not None])
     detector = open_detector(checkpoint, device)
-    notes = detector.facts.get("notes", {})
+    if masked and not detector.ignores:
+        raise UsageError(
+            f"{checkpoint} has no input for places to ignore; export it again, or give the checkpoint"
+        )
+    notes, size = detector.facts.get("notes", {}), detector.facts["settings"]["size"]
     category, threshold = alarm(detector.facts, category)
+    _warn(category, masked, notes.get("places"))
+    # One mask may serve all pictures.
+    read_mask, hashed = lru_cache(4)(load_location), lru_cache(4)(_sha256_of)
     window = tuple(notes["window"]) if notes.get("window") else None
     names = safe_names([name for _, name in files])
     rows: list[Row] = [dict.fromkeys(FIELDS) | {"path": str(path)} for path, _ in files]
@@ -101,11 +111,6 @@ def predict(
     stored = [row for row in _stored(out / TABLE) if planned.get(row["map"], row["path"]) == row["path"]]
     _write_table(out / TABLE, stored)
     kept = {row["map"]: row for row in stored}
-    if notes.get("places") and not (roi or ignore):
-        say(
-            "warning: in training some places did not count (region of interest, ignore mask), here all do; "
-            "name the masks with --roi and --ignore"
-        )
     waiting: deque[tuple[int, np.ndarray, np.ndarray | None]] = deque()
     skipped: deque[np.ndarray | None] = deque()  # of the pictures handed out, for the detector to take
 
@@ -131,14 +136,16 @@ def predict(
                         "map": str(out / f"{names[index]}.npy"),
                     }
                     masks = _masks_of(path, roi, ignore)
-                    row |= {"ignored": _digest(masks)}
+                    digests = " ".join(hashed(mask) if mask else "-" for mask in masks)
+                    row |= {"ignored": digests if masked else None}
                     before = kept.get(row["map"])
                     if before and _same(row, before):
                         row |= before
                         done(row, new=False)
                         continue
                     pixels = _pixels(data, path, window, notes.get("max_side"))
-                    places = _ignored(path, masks, _map_shape(pixels, detector.facts))
+                    shapes = pixels.shape[:2], scored_shape(pixels.shape[:2], size, notes.get("tiles"))
+                    places = _ignored(path, masks, *shapes, read_mask) if masked else None
                 except (PictureError, OSError) as error:
                     rows[index] = dict.fromkeys(FIELDS) | {"path": str(path), "error": str(error)}
                     done(rows[index])
@@ -147,11 +154,11 @@ def predict(
                 skipped.append(places)
                 yield pixels
 
-        places_in_turn = (skipped.popleft() for _ in repeat(None)) if roi or ignore else None
+        places_in_turn = (skipped.popleft() for _ in repeat(None)) if masked else None
         for score, scores in detector.score(unscored(), category, places_in_turn):
             index, pixels, places = waiting.popleft()
             heat, raw = out / f"{names[index]}.png", io.BytesIO()
-            seen = scores if places is None else np.where(places, scores.min(), scores)
+            seen = scores if places is None else np.where(places, min(threshold / 2, scores.min()), scores)
             _replace(heat, encode(overlay(pixels, seen, threshold), "png"))
             np.save(raw, scores.astype(np.float32), allow_pickle=False)
             _replace(Path(rows[index]["map"]), raw.getvalue())
@@ -196,13 +203,13 @@ def _stored(table: Path) -> list[Row]:
         return []
     try:
         with open(table, encoding="utf-8", errors=ODD_NAMES, newline="") as file:
-            lines = [line for line in csv.DictReader(file) if tuple(line) == FIELDS]
+            lines = [{"ignored": "", **line} for line in csv.DictReader(file)]  # once there were no masks
         return [
             {name: line[name] or None for name in FIELDS}
             | {name: float(line[name]) for name in ("score", "threshold")}
             | {"anomalous": line["anomalous"] == "True"}
             for line in lines
-            if line["score"] and line["detector"]
+            if {*FIELDS} == {*line} and None not in line.values() and line["score"] and line["detector"]
         ]
     except (csv.Error, ValueError) as error:
         raise UsageError(
@@ -210,15 +217,16 @@ def _stored(table: Path) -> list[Row]:
         ) from error
 
 
-def _files(given: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
-    """Every picture with the name of its results: below a folder, its place there. Results of earlier calls,
-    below ``out``, are none."""
+def _files(given: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Every picture with the name of its results: below a folder, its place there. What lies below ``others``
+    (results of earlier calls, masks) is none, unless all of the folder does."""
     files: list[tuple[Path, str]] = []
     for path in given:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            if not path.resolve().is_relative_to(out.resolve()):
-                inside = [p for p in inside if not p.resolve().is_relative_to(out.resolve())]
+            for other in (other.resolve() for other in others):
+                if not path.resolve().is_relative_to(other):
+                    inside = [p for p in inside if not p.resolve().is_relative_to(other)]
             files += [(p, str(p.relative_to(path).with_suffix(""))) for p in inside]
         else:
             files.append((path, path.stem))
@@ -236,36 +244,47 @@ def _masks_of(path: Path, roi: Path | None, ignore: Path | None) -> Masks:
     return found[0], found[1]
 
 
-def _digest(masks: Masks) -> str | None:
-    """Of their files."""
-    if masks == (None, None):
-        return None
-    parts = (hashlib.sha256(read_bytes(mask)).hexdigest() if mask else "" for mask in masks)
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+def _sha256_of(mask: str) -> str:
+    return hashlib.sha256(read_bytes(mask)).hexdigest()
 
 
-def _map_shape(pixels: np.ndarray, facts: Mapping[str, Any]) -> tuple[int, int]:
-    """Of the map that a detector gives a picture."""
-    shape, size = pixels.shape[:2], facts["settings"]["size"]
-    tiled = facts.get("notes", {}).get("tiles") is not None and is_tiled(shape, size)
-    return shape if tiled else (size, size)
-
-
-def _ignored(path: Path, masks: Masks, shape: tuple[int, int]) -> np.ndarray | None:
-    """Where nothing counts: bool, h×w; None if everything does.
+def _ignored(
+    path: Path, masks: Masks, shape: Shape, map_shape: Shape, read_mask: Callable[[str, Shape], np.ndarray]
+) -> np.ndarray:
+    """Where nothing counts, at the size of the map.
 
     Raises:
-        PictureError: nothing would.
+        PictureError: at the size of the picture, nothing would.
     """
-    if masks == (None, None):
-        return None
-    roi, ignore = (None if mask is None else load_location(mask, shape) for mask in masks)
-    skipped = np.zeros(shape, bool) if roi is None else ~roi
-    if ignore is not None:
-        skipped |= ignore
-    if skipped.all():
+
+    def at(size: Shape) -> np.ndarray:
+        roi, ignore = (None if mask is None else read_mask(mask, size) for mask in masks)
+        skipped = np.zeros(size, bool) if roi is None else ~roi
+        return skipped if ignore is None else skipped | ignore
+
+    if at(shape).all():
         raise PictureError(f"{path}: its region of interest and ignore mask leave no place; draw them anew")
-    return skipped
+    return at(map_shape)
+
+
+def _warn(category: str | None, masked: bool, places: bool | None) -> None:
+    """Of scores that are not as those that the threshold was set on. ``places``: whether some did not count
+    then; None: unknown."""
+    if category is None:
+        say(
+            "warning: the detector knows several categories and none is named; its threshold was set on "
+            "pictures whose category was known, so --category NAME decides better"
+        )
+    if places and not masked:
+        say(
+            "warning: in training some places did not count (region of interest, ignore mask), here all do; "
+            "name the masks with --roi and --ignore"
+        )
+    if masked and places is False:
+        say(
+            "warning: in training all places counted, and the threshold was set so; with --roi and --ignore "
+            "fewer pictures exceed it than its quantile says"
+        )
 
 
 def _pixels(data: bytes, path: Path, window: Window | None, max_side: int | None) -> np.ndarray:

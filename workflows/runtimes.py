@@ -40,11 +40,13 @@ class Runtime:
         score: ``score(pictures, category, ignore)`` gives (score, map), one a picture in order; pictures are
             uint8 H×W×C with C = 1 or 3 and consumed a few at a time, maps are float32. ``ignore`` is None, or
             one a picture, None or bool of the map's shape: true places raise no picture's score.
+        ignores: whether it takes ``ignore``.
     """
 
     facts: Mapping[str, Any]
     identity: str
     score: Score
+    ignores: bool = True
 
 
 def open_detector(path: str | Path, device: str = "cpu") -> Runtime:
@@ -152,10 +154,6 @@ def _exported(file: Path) -> Runtime:
         each = iter(ignore) if ignore is not None else repeat(None)
         for picture in pictures:
             places = next(each)
-            if places is not None and not facts["input"].get("ignore"):
-                raise UsageError(
-                    f"{file} has no input for places to ignore; export it again, or give the checkpoint"
-                )
             shape = picture.shape[:2]
             if tiles is None or not is_tiled(shape, size):
                 yield run(picture, places)
@@ -172,4 +170,4 @@ def _exported(file: Path) -> Runtime:
         scores, maps = session.run(["score", "map"], given)
         return float(scores[0]), maps[0]
 
-    return Runtime(facts, hashlib.sha256(data).hexdigest(), score)
+    return Runtime(facts, hashlib.sha256(data).hexdigest(), score, bool(facts["input"].get("ignore")))

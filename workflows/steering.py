@@ -52,7 +52,9 @@ from workflows.space import ENDS, apply_values, numbers_of, present_values, sear
 from workflows.stages import Round, evenly, read_settings, traits_of
 
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
-TOO_DEAR = f", but with the mixes asked for a sample would cost over {COST:g} times as much, most of it here"
+TOO_DEAR = (
+    f", but the mixes asked for would make a sample cost over {COST:g} times as much, this one not least"
+)
 MATCH = 4  # spawn key of what decides by chance whether a mix is matched
 CONFIRM = range(4)  # shards of the probe that confirms a winner
 RESAMPLES = 400  # of the groups, behind a confirmed gain
@@ -271,15 +273,19 @@ def _as_matched(
 
     plain, _ = with_mixes({})
     settings, decisions = with_mixes(found)
-    dear: list[Decision] = []
+    dear: dict[str, Decision] = {}
     most = COST * cost_of(plain, ground.banks)
     for category in sorted(found, key=lambda c: -cost_of(with_mixes({c: found[c]})[0], ground.banks)):
         if cost_of(settings, ground.banks) <= most:
             break
         _, (wish,) = with_mixes({category: found.pop(category)})
-        dear.append(replace(wish, after=wish.before, reason=wish.reason + TOO_DEAR))
+        dear[category] = wish
         settings, decisions = with_mixes(found)
-    return settings, [*decisions, *dear]
+    for category, wish in dear.items():  # its numbers may still change, beside other shares
+        used = {name: one.categories for name, one in settings.generators.items() if one.share > 0}
+        stays = ", ".join(f"{name} {often.get(category, 1.0):g}" for name, often in used.items())
+        decisions.append(replace(wish, after=stays, reason=wish.reason + TOO_DEAR))
+    return settings, decisions
 
 
 def _asked(setting: str, asked: Point, present: Point) -> str:

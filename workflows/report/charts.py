@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from manifests.schema import LEAKING
 from workflows.report.facts import STATUSES, Facts, Row, TypeOutcome, matching
 from workflows.report.tables import HEADLINE, METRICS, count_by, has_interval
 
@@ -40,7 +41,8 @@ def metrics_chart(metrics: Sequence[Row]) -> Chart:
     rows = [row for row in metrics if row["metric"] in HEADLINE and row["value"] is not None]
     rows = matching(rows, defect="all", size="all")
     rounds = sorted({row["round"] for row in rows})
-    several = len({row["detector"] for row in rows}) > 1
+    detectors = {row["detector"] for row in rows}
+    named = len(detectors) > 1 or any(LEAKING in name for name in detectors)
     keys = sorted(
         {(row["split"], row["category"], row["detector"], row["metric"]) for row in rows},
         key=lambda key: (*key[:3], HEADLINE.index(key[3])),
@@ -55,7 +57,7 @@ def metrics_chart(metrics: Sequence[Row]) -> Chart:
         bounded = [row if row and has_interval(row) else None for row in known]
         series.append(
             {
-                "name": label(METRICS[metric].partition(" (")[0] + (f", {detector}" if several else "")),
+                "name": label(METRICS[metric].partition(" (")[0] + (f", {detector}" if named else "")),
                 "values": [row and _finite(row["value"]) for row in known],
                 "low": [row and _finite(row["low"]) for row in bounded],
                 "high": [row and _finite(row["high"]) for row in bounded],

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from manifests.schema import canonical_json
+from manifests.schema import LEAKING, canonical_json
 from manifests.workspace import Workspace
 from workflows.report import charts, pictures, samples, tables
 from workflows.report.facts import (
@@ -136,6 +136,8 @@ def _cards(facts: Facts, types: Sequence[TypeOutcome]) -> list[Row]:
                 change = f"{last['value'] - before[0]['value']:+.3f}".replace("-", "−")
                 note += f"; {change} on round {last['round'] - 1}"
             name = tables.METRICS[metric].partition(" (")[0]
+            if LEAKING in last["detector"]:
+                note += f"; {last['detector']}"
             cards.append({"name": name, "value": f"{last['value']:.3f}", "note": note})
     if types:
         number = max(each.round for each in types)
