@@ -236,6 +236,18 @@ def test_every_normal_is_rebuilt_and_sources_are_found(normals, trained):
         collect(trained, [sample(17, normal=False)], normals)
 
 
+def test_a_normal_of_a_shard_that_is_the_train_splits_is_looked_at_once(normals, trained, monkeypatch):
+    """Another picture under its name is looked at itself."""
+    seen = []
+    extract = trained.extract
+    monkeypatch.setattr(trained, "extract", lambda images: (seen.extend(images), extract(images))[1])
+    same, other = sample(1), replace(sample(2), normal=texture(77))
+    examples = collect(trained, [same, other], normals)
+    assert len(seen) == len(normals) + 2 + 1
+    assert examples.source[:2] == (1, len(normals))
+    assert len(examples.normals) == len(normals) + 1
+
+
 def test_batches_are_fair_and_prompts_share_the_category(trained):
     normals = [Normal(f"n{i}", "ab"[i % 2], texture(i)) for i in range(6)]
     examples = collect(trained, [sample(i, "ab"[i % 2]) for i in range(6)], normals)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -134,8 +134,8 @@ def collect(
     """Features of everything, each picture once.
 
     A sample's ``normal`` is taken from its shard (it went through the same encoding); if the shard holds
-    none, from ``normals`` by ``image_id``. Normals that no sample was made from join as samples with an empty
-    mask, so that all of them are rebuilt in training.
+    none, or the very picture that ``normals`` has under its ``image_id``, from there. Normals that no sample
+    was made from join as samples with an empty mask, so that all of them are rebuilt in training.
 
     Args:
         samples: with several processes, this one's share: its rank and every ``ranks``-th after it. The
@@ -156,7 +156,8 @@ def collect(
     place = {normal.image_id: index for index, normal in enumerate(normals)}
     from_shards: dict[str, int] = {}
     ids, source, weights = [], [], []
-    own = _see(detector, samples, weight or (lambda _: 1.0), tuple(of_normals.shape[1:]))
+    given = {normal.image_id: normal for normal in normals}
+    own = _see(detector, samples, given, weight or (lambda _: 1.0), tuple(of_normals.shape[1:]))
     for seen in _all_ranks(own, ranks):
         if seen.normal is not None and seen.image_id not in from_shards:
             from_shards[seen.image_id] = len(categories)
@@ -245,13 +246,15 @@ def encoded(
 def _see(
     detector: Detector,
     samples: Iterable[Sample | FeatureSample],
+    given: Mapping[str, Normal],
     weight: Callable[[Sample | FeatureSample], float],
     shape: tuple[int, ...],
 ) -> Iterator[list[_Seen]]:
     """Chunks of samples through the frozen part, while threads read the next ones. Samples of features, which
-    must have the ``shape`` of the normals', have passed it when they were made."""
+    must have the ``shape`` of the normals', have passed it when they were made, and so have the ``given``
+    normals, by ``image_id``."""
     found: set[str] = set()
-    small = in_order(partial(_small, size=detector.settings.size), samples)
+    small = in_order(partial(_small, size=detector.settings.size, given=given), samples)
     for chunk in chunks(small, CHUNK):
         fresh = {s.image_id: s.normal for s in chunk if s.normal is not None and s.image_id not in found}
         found |= set(fresh)
@@ -283,13 +286,18 @@ def _checked(sample: FeatureSample, detector: Detector, shape: tuple[int, ...]) 
     return torch.from_numpy(sample.feature)
 
 
-def _small(sample: Sample | FeatureSample, size: int) -> Sample | FeatureSample:
-    if isinstance(sample, FeatureSample):
-        normal = None if sample.normal is None else square(sample.normal, size)
-        return replace(sample, mask=small_mask(sample.mask, size), normal=normal)
+def _small(
+    sample: Sample | FeatureSample, size: int, given: Mapping[str, Normal]
+) -> Sample | FeatureSample:
+    """At the detector's size; without its normal if that is the given one."""
     normal = None if sample.normal is None else square(sample.normal, size)
-    image, mask = square(sample.image, size), small_mask(sample.mask, size)
-    return Sample(sample.sample_id, image, mask, normal, sample.recipe, sample.scores)
+    known = given.get(sample.image_id)
+    if normal is not None and known is not None and np.array_equal(normal, square(known.pixels, size)):
+        normal = None
+    mask = small_mask(sample.mask, size)
+    if isinstance(sample, FeatureSample):
+        return replace(sample, mask=mask, normal=normal)
+    return replace(sample, image=square(sample.image, size), mask=mask, normal=normal)
 
 
 def _all_ranks(own: Iterator[list[_Seen]], ranks: int) -> Iterator[_Seen]:

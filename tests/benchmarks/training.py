@@ -79,7 +79,7 @@ def draw_case(detector: Detector) -> Case:
         samples.append(Sample(f"s{k}", image, mask, pixels, {"category": "a", "image_id": f"n{k}"}, {}))
     began = time.process_time()
     examples = collect(detector, samples, normals)
-    once = (time.process_time() - began) / len(samples) / 3  # normals are read from the shards too
+    once = (time.process_time() - began) / len(samples) / 2
     detector.prepare(examples.normals[: examples.pure], examples.categories[: examples.pure])
     if isinstance(detector, Encoder):
         began = time.process_time()
