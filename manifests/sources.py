@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -268,6 +269,17 @@ def _checked_mask(found: Found, path: str, shape: tuple[int, int], orientation: 
             f"{path}: the mask of a defect picture is empty; draw the defect or correct the label"
         )
     return path
+
+
+def check_masks(roi: Path | None, ignore: Path | None) -> None:
+    """Refuses masks of places that are not there.
+
+    Raises:
+        UsageError: so it is.
+    """
+    for option, location in (("--roi", roi), ("--ignore", ignore)):
+        if location is not None and not location.exists():
+            raise UsageError(f"{option} {location}: there is no such file or folder; name a mask")
 
 
 def location_of(setting: str | None, path: str) -> str | None:

@@ -12,7 +12,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
 
+from detectors.protocol import counted
 from manifests.errors import UsageError
 from manifests.schema import GOOD, IMAGES, Image, to_table
 from manifests.sources import SourceSettings, scan
@@ -30,6 +32,7 @@ from training.evaluation import Judged
 from training.intervals import Estimate, evaluate_images, evaluate_pixels
 from training.metrics import MetricsError
 from workflows import comparing
+from workflows.cli import app
 from workflows.tables import categories_table, comparison_table
 
 
@@ -248,7 +251,7 @@ def brightness(size, signal, categories=("part",)):
         values = batch["features"].float().mean(dim=1) / 255
         noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(len(values)))
         maps = signal * values + noise
-        return maps.amax(dim=(1, 2)), maps
+        return counted(maps, batch).amax(dim=(1, 2)), maps
 
     return SimpleNamespace(
         settings=SimpleNamespace(size=size, leak=None), categories=categories, calibration={"threshold": 0.5},
@@ -326,6 +329,33 @@ def test_figures_of_a_folder_leave_out_what_the_workspace_keeps(place, capsys):
     assert found["pixel_ap"] > 0.5
     assert "are left out" in " ".join(capsys.readouterr().err.split())
     assert "part" in categories_table("round", {"0": rows})
+
+
+def test_masks_of_a_folder_say_what_does_not_count(place, tmp_path, capsys):
+    """All defects lie on one side: on the other alone, good and bad parts are alike."""
+    loose = tmp_path / "loose"
+    place.detectors[loose], place.notes[loose] = brightness(32, 8.0), {"places": True}
+    right = np.zeros((64, 96), np.uint8)
+    right[:, 60:] = 255
+    cv2.imwrite(str(tmp_path / "right.png"), right)
+
+    def auroc(**masks: Path) -> float:
+        rows = comparing.evaluate_on(loose, place.root, resamples=0, **masks)
+        return next(row["value"] for row in rows if row["metric"] == "image_auroc")
+
+    assert auroc() > 0.95
+    assert "name their masks with --roi and --ignore" in " ".join(capsys.readouterr().err.split())
+    assert auroc(ignore=tmp_path / "right.png") > 0.95
+    assert auroc(roi=tmp_path / "right.png") < 0.8
+    assert "--roi and --ignore" not in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UsageError, match=r"--roi .*none\.png: there is no such file"):
+        auroc(roi=tmp_path / "none.png")
+
+
+def test_masks_belong_to_data(tmp_path):
+    for arguments in (["evaluate", str(tmp_path)], ["compare", "A", "B"]):
+        found = CliRunner().invoke(app, [*arguments, "--roi", "roi.png"])
+        assert isinstance(found.exception, UsageError) and "--data" in str(found.exception)
 
 
 def test_figures_that_leak_are_marked(place, capsys):

@@ -286,9 +286,7 @@ def _checked(sample: FeatureSample, detector: Detector, shape: tuple[int, ...]) 
     return torch.from_numpy(sample.feature)
 
 
-def _small(
-    sample: Sample | FeatureSample, size: int, given: Mapping[str, Normal]
-) -> Sample | FeatureSample:
+def _small(sample: Sample | FeatureSample, size: int, given: Mapping[str, Normal]) -> Sample | FeatureSample:
     """At the detector's size; without its normal if that is the given one."""
     normal = None if sample.normal is None else square(sample.normal, size)
     known = given.get(sample.image_id)

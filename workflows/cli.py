@@ -48,6 +48,11 @@ SchedulerOption = Annotated[
 RoundOption = Annotated[
     int | None, typer.Option("--round", min=0, help="which round; default: the latest", show_default=False)
 ]
+RoiOption = Annotated[
+    Path | None,
+    typer.Option(metavar="MASK", help="region of interest: a mask, or a folder with <stem>.png"),
+]
+IgnoreOption = Annotated[Path | None, typer.Option(metavar="MASK", help="places that do not count: likewise")]
 
 
 @app.command(epilog="Examples: flawsmith inspect pictures/bottle | flawsmith inspect list.csv --layout list")
@@ -178,6 +183,8 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="pictures in MVTec AD layout, in place of the feedback pictures"),
     ] = None,
+    roi: RoiOption = None,
+    ignore: IgnoreOption = None,
 ) -> None:
     """Judge a round's detector on the real feedback pictures, or every round on the test split (--final).
 
@@ -192,13 +199,14 @@ def evaluate(
         raise UsageError("--stress and --final: the test split is scored as it is; name one of them")
     if data is not None and (final or stress):
         raise UsageError("--data: its pictures are scored as they are; leave out --final and --stress")
+    _masks_want_data(data, roi, ignore)
     space = _existing(workspace)
     if data is not None:
         from workflows.comparing import evaluate_on
         from workflows.tables import categories_table
 
         number = _round(space, round_)
-        rows = evaluate_on(detecting.trained(space, number), data)
+        rows = evaluate_on(detecting.trained(space, number), data, roi=roi, ignore=ignore)
         table = categories_table("round", {str(number): rows})
         typer.echo(table or f"no figures: {data} has no masks and no good picture under test")
         return
@@ -228,12 +236,15 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="pictures in MVTec AD layout; default: A's feedback pictures"),
     ] = None,
+    roi: RoiOption = None,
+    ignore: IgnoreOption = None,
 ) -> None:
     """Is B better than A? Differences on the same pictures, their intervals, and p values of paired tests."""
     from workflows.comparing import compare as compare_checkpoints
     from workflows.tables import comparison_table
 
-    typer.echo(comparison_table(compare_checkpoints(first, second, data)))
+    _masks_want_data(data, roi, ignore)
+    typer.echo(comparison_table(compare_checkpoints(first, second, data, roi=roi, ignore=ignore)))
     typer.echo("p: image_auroc by DeLong's test, the rest by resampling groups; Holm over the categories")
 
 
@@ -388,13 +399,8 @@ def predict(
     category: Annotated[
         str | None, typer.Option(help="of the pictures, if the detector knows several: its threshold decides")
     ] = None,
-    roi: Annotated[
-        Path | None,
-        typer.Option(metavar="MASK", help="region of interest: a mask, or a folder with <stem>.png"),
-    ] = None,
-    ignore: Annotated[
-        Path | None, typer.Option(metavar="MASK", help="places that do not count: likewise")
-    ] = None,
+    roi: RoiOption = None,
+    ignore: IgnoreOption = None,
 ) -> None:
     """Score pictures with a trained detector; writes scores.csv, scores.json, heat maps and raw maps.
 
@@ -633,6 +639,14 @@ def _existing(url: str) -> Workspace:
     if not space.rounds():
         raise UsageError(f"{url} is no workspace: `flawsmith run CONFIG --workspace DIR` makes one")
     return space
+
+
+def _masks_want_data(data: Path | None, *masks: Path | None) -> None:
+    if data is None and any(masks):
+        raise UsageError(
+            "--roi and --ignore are of the pictures of --data; a workspace has its own (source.roi and "
+            "source.ignore)"
+        )
 
 
 def _round(space: Workspace, number: int | None) -> int:

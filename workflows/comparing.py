@@ -11,7 +11,7 @@ from typing import Any
 from detectors.protocol import Detector, get
 from manifests.errors import UsageError
 from manifests.schema import GOOD, Image, images_from
-from manifests.sources import SourceSettings, scan
+from manifests.sources import SourceSettings, check_masks, scan
 from manifests.splits import side
 from manifests.workspace import Workspace
 from training.checkpoints import load, read_config
@@ -23,7 +23,13 @@ from workflows.detecting import marked, warn_of_leak
 from workflows.stages import device
 
 
-def evaluate_on(checkpoint: str | Path, data: Path, resamples: int = RESAMPLES) -> list[dict[str, Any]]:
+def evaluate_on(
+    checkpoint: str | Path,
+    data: Path,
+    resamples: int = RESAMPLES,
+    roi: Path | None = None,
+    ignore: Path | None = None,
+) -> list[dict[str, Any]]:
     """Rows of :func:`training.evaluation.figures` (``split='test'``) on the test pictures of ``data``, a
     folder in MVTec AD layout; what its workspace trained on or keeps for its test split is left out. Nothing
     is written. Categories that the detector was not trained on are judged if it scores such, as `vlad` does
@@ -31,13 +37,16 @@ def evaluate_on(checkpoint: str | Path, data: Path, resamples: int = RESAMPLES) 
 
     Args:
         checkpoint: folder of a trained detector, or fsspec URL of one.
+        roi, ignore: masks, or folders with ``<stem>.png``, as of a run's source. Where they are not named,
+            the workspace's hold for the pictures that it knows.
 
     Raises:
-        UsageError: there are no pictures to judge on, or the detector does not know their categories.
+        UsageError: there are no pictures to judge on, there is no such mask, or the detector does not know
+            their categories.
         CheckpointError: the checkpoint cannot be used.
     """
     detector, facts = load(checkpoint, device()), read_config(checkpoint)
-    images = _from_data(data, [_workspace_images(checkpoint)])
+    images = _from_data(data, [_workspace_images(checkpoint)], roi, ignore)
     _refuse_unknown(checkpoint, detector, images)
     judged = _results(checkpoint, detector, facts.get("notes", {}), images)
     with warnings.catch_warnings():
@@ -53,7 +62,12 @@ def evaluate_on(checkpoint: str | Path, data: Path, resamples: int = RESAMPLES) 
 
 
 def compare(
-    first: str | Path, second: str | Path, data: Path | None = None, resamples: int = RESAMPLES
+    first: str | Path,
+    second: str | Path,
+    data: Path | None = None,
+    resamples: int = RESAMPLES,
+    roi: Path | None = None,
+    ignore: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of :func:`training.comparison.compare` for two checkpoints.
 
@@ -66,16 +80,18 @@ def compare(
 
     Args:
         first, second: folders of trained detectors, or fsspec URLs of such.
+        roi, ignore: of the pictures in ``data``; as of :func:`evaluate_on`.
 
     Raises:
-        UsageError: there are no pictures to compare on, or a detector does not know their categories.
+        UsageError: there are no pictures to compare on, there is no such mask, or a detector does not know
+            their categories.
         CheckpointError: a checkpoint cannot be used.
     """
     folders = (first, second)
     detectors = [load(folder, device()) for folder in folders]
     notes = [read_config(folder).get("notes", {}) for folder in folders]
     kept = [_workspace_images(folder) for folder in folders]
-    images = _feedback(first, kept) if data is None else _from_data(data, kept)
+    images = _feedback(first, kept) if data is None else _from_data(data, kept, roi, ignore)
     for folder, detector in zip(folders, detectors, strict=True):
         _refuse_unknown(folder, detector, images)
     tiled = any(note.get("tiles") is not None for note in notes)
@@ -104,7 +120,7 @@ def _results(
     if note.get("places") and not any(image.roi_path or image.ignore_path for image in images):
         say(
             f"warning: {folder}: in training some places did not count (region of interest, ignore mask); of "
-            "these pictures all do"
+            "these pictures all do; name their masks with --roi and --ignore"
         )
     own = [_with_window(image, note.get("window")) for image in images]
     with progress(f"scoring with {folder}", len(own), "pictures") as advance:
@@ -156,8 +172,12 @@ def _feedback(first: str | Path, kept: Sequence[list[Image] | None]) -> list[Ima
     return images
 
 
-def _from_data(data: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
-    found = scan([SourceSettings(path=str(data))])
+def _from_data(
+    data: Path, kept: Sequence[list[Image] | None], roi: Path | None, ignore: Path | None
+) -> list[Image]:
+    check_masks(roi, ignore)
+    masks = [None if path is None else str(path) for path in (roi, ignore)]
+    found = scan([SourceSettings(path=str(data), roi=masks[0], ignore=masks[1])])
     for problem in found.problems:
         say(f"{problem.level}: {problem.path}: {problem.what}; {problem.remedy}")
     if any(images is None for images in kept):
@@ -165,7 +185,7 @@ def _from_data(data: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
             "warning: a detector lies in no workspace: pictures that it trained on, or that a test split "
             "keeps, cannot be told and left out"
         )
-    # What belongs together, and where nothing counts, a workspace knows and a folder does not.
+    # What belongs together, and where nothing counts, a workspace knows and a folder alone does not.
     known = {image.image_id: image for images in kept for image in images or []}
     judged = [
         _as_known(image, known.get(image.image_id)) for image in found.images if side(image.split) == "test"
@@ -185,7 +205,12 @@ def _from_data(data: Path, kept: Sequence[list[Image] | None]) -> list[Image]:
 def _as_known(image: Image, known: Image | None) -> Image:
     if known is None:
         return image
-    return replace(image, group=known.group, roi_path=known.roi_path, ignore_path=known.ignore_path)
+    return replace(
+        image,
+        group=known.group,
+        roi_path=image.roi_path or known.roi_path,
+        ignore_path=image.ignore_path or known.ignore_path,
+    )
 
 
 def _with_window(image: Image, window: Sequence[int] | None) -> Image:

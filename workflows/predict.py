@@ -21,7 +21,7 @@ import numpy as np
 
 from manifests.errors import PictureError, UsageError
 from manifests.pictures import EXTENSIONS, apply_window, decode, encode, load_location, read_bytes, shrink
-from manifests.sources import location_of
+from manifests.sources import check_masks, location_of
 from training.tiling import scored_shape
 from workflows.console import progress, say
 from workflows.export import safe_names
@@ -84,9 +84,7 @@ def predict(
             needs to know the category, or there is no such mask.
         FlawsmithError: the detector cannot be used.
     """
-    for option, location in (("--roi", roi), ("--ignore", ignore)):
-        if location is not None and not location.exists():
-            raise UsageError(f"{option} {location}: there is no such file or folder; name a mask")
+    check_masks(roi, ignore)
     masked = roi is not None or ignore is not None
     files = _files(pictures, [path for path in (out, roi, ignore) if path is not None])
     detector = open_detector(checkpoint, device)
