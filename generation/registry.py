@@ -23,6 +23,7 @@ BUILT_IN = {
     "scar": "generation.scar:GENERATOR",
     "crack": "generation.crack:GENERATOR",
     "chip": "generation.chip:GENERATOR",
+    "fibre": "generation.fibre:GENERATOR",
     "poisson": "generation.poisson:GENERATOR",
     "band": "generation.frequency.family:BAND",
     "fda": "generation.frequency.family:FDA",

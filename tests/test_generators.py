@@ -25,7 +25,7 @@ from generation.textures import KINDS, procedural
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe, canonical_json
 
-CLASSIC = ("perlin", "cutpaste", "scar", "crack", "chip", "poisson", "band")
+CLASSIC = ("perlin", "cutpaste", "scar", "crack", "chip", "fibre", "poisson", "band")
 FREQUENCY = ("fda", "fact", "apr", "laplacian", "wavelet", "notch", "peak", "blur", "sharpen", "shift")
 FEATURE = tuple(
     f"feature-{name}"
@@ -240,6 +240,7 @@ GOLDEN = {
     "scar": [(117, 16674), (219, 25883), (152, 20855), (233, 33505)],
     "crack": [(193, 27638), (224, 34100), (197, 30053), (264, 40955)],
     "chip": [(154, 26491), (271, 41191), (267, 55699), (277, 33668)],
+    "fibre": [(270, 24006), (234, 17462), (326, 49782), (239, 18150)],
     "poisson": [(224, 31857), (227, 32417), (239, 31503), (233, 30315)],
     "band": [(213, 20052), (218, 24647), (206, 22082), (219, 22271)],
 }
@@ -267,6 +268,26 @@ def test_golden_samples(name):
     np.testing.assert_allclose(found, GOLDEN[name], rtol=0.005, atol=2)
 
 
+def test_a_fibre_is_long_and_soft_and_the_surface_shows_through():
+    """Straight ones, along their middle and their edge, on grain that goes on below them."""
+    surface = np.random.default_rng(0).integers(100, 156, (200, 200, 1)).astype(np.uint8)
+    params = canonical_json({"bend": 0, "ratio_low": 20, "ratio_high": 30})
+    slender, softer, kept = [], [], []
+    for k in range(20):
+        (outcome,) = make([recipe("fibre", k, severity=0.6, params=params)], source(surface))
+        mask = outcome.mask > 0
+        (_, sides, _) = cv2.minAreaRect(cv2.findNonZero(outcome.mask))
+        slender.append(max(sides) / max(min(sides), 1))
+        depth = cv2.distanceTransform(outcome.mask, cv2.DIST_L2, 3)
+        change = np.abs(outcome.pixels.astype(int) - surface)[..., 0]
+        edge, middle = mask & (depth <= 1), depth > 0.6 * depth.max()
+        softer.append(change[edge].mean() / change[middle].mean())
+        kept.append(np.corrcoef(outcome.pixels[middle].ravel(), surface[middle].ravel())[0, 1])
+    assert np.median(slender) > 4
+    assert np.median(softer) < 0.6
+    assert np.median(kept) > 0.8
+
+
 def plate(seed=0, side=128):
     """A bright, grained disc on a dark ground, and where it is."""
     rng = np.random.default_rng(seed)
@@ -274,6 +295,12 @@ def plate(seed=0, side=128):
     disc = y**2 + x**2 < (0.35 * side) ** 2
     grain = rng.integers(0, 20, (side, side, 1))
     return (np.where(disc[..., None], 170, 20) + grain).astype(np.uint8), disc
+
+
+def test_a_fibre_that_may_lie_on_a_part_alone_has_its_area_there():
+    pixels, disc = plate()
+    outcomes = make([recipe("fibre", k, area=0.02) for k in range(20)], source(pixels, disc))
+    assert 0.75 < np.median([outcome.mask_area for outcome in outcomes]) / 0.02 < 1.35
 
 
 def test_where_a_piece_is_missing_the_ground_shows():

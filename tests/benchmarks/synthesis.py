@@ -80,6 +80,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], tuple[float, float], bool], ...] = 
     ("scar", "scar", {}, DEFAULT_AREA, False),
     ("crack", "crack", {}, DEFAULT_AREA, False),
     ("chip", "chip", {}, DEFAULT_AREA, False),
+    ("fibre", "fibre", {}, DEFAULT_AREA, False),
     ("poisson", "poisson", {}, DEFAULT_AREA, False),
     *((name, name, {}, DEFAULT_AREA, False) for name in FREQUENCY),
 )
