@@ -184,7 +184,7 @@ def _apply(source: Source, one: FibreDraw) -> Edit:
         one.severity,
         lambda opacity: before + np.float32(opacity) * change,
         limit=1.0,
-        takes_away=True,
+        bounded=True,
     )
 
 

@@ -24,7 +24,7 @@ FAINT, BOLD = 1.25, 16.0
 # Of the way from a region's tones to black or white, whichever is further: what severity 1 asks for at most.
 # More is out of most operators' reach; rough materials meet it before BOLD [inferred].
 ROOM = 0.65
-HALVINGS = 4  # strengths tried for the largest change of an operator that only takes away
+HALVINGS = 4  # strengths tried for the largest change of a bounded operator
 CLOSE = 0.04  # relative error at which the search ends
 TRIES = 9  # evaluations at most
 ENOUGH = 1024  # pixels whose change is looked at for the first strength
@@ -50,7 +50,7 @@ def solved(
     *,
     start: float | None = None,
     limit: float,
-    takes_away: bool = False,
+    bounded: bool = False,
     whole: bool = False,
 ) -> Edit:
     """The edit whose change is what a severity asks for, as near as ``render`` comes; its measures tell what
@@ -62,14 +62,14 @@ def solved(
         render: ``strength -> patch``; see :func:`solve`; clipped here.
         start: a likely strength; None where the change grows in proportion to the strength, at least up to
             strength 1.
-        takes_away: whether the operator can do no more than remove or rearrange what is there: severity 1 is
-            then the most that it can do to this region, if that is less than what it asks for elsewhere.
+        bounded: whether the operator can do no more than remove, rearrange or tint what is there: severity 1
+            is then the most that it can do to this region, if that is less than what it asks for elsewhere.
         whole: severity 1 is what the operator does at its limit, less than that or more.
     """
     levels = stored(source.pixels, places.outer)
     variation = local_variation(source.pixels, places.box, places.region)
     most = boldest(before, variation)
-    if takes_away:
+    if bounded:
         limit, largest = _furthest(render, levels, places, limit)
         most = min(most, max(largest / variation, FAINT))
     if whole:

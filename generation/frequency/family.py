@@ -186,14 +186,14 @@ class SharpenParams(FrequencyParams):
 class Operator:
     """Attributes: ``render`` of :mod:`generation.frequency.operators`; ``arguments`` ``(rng, image, other,
     params)`` its noise; ``start`` a likely strength, ``limit`` the largest that makes sense; ``reach`` pixels
-    from which content may be brought; ``takes_away`` as of :func:`generation.severity.solved`."""
+    from which content may be brought; ``bounded`` as of :func:`generation.severity.solved`."""
 
     render: Callable[..., Render]
     arguments: Callable[[np.random.Generator, np.ndarray, np.ndarray, Any], dict[str, Any]]
     start: float
     limit: float
     reach: int = CONTEXT
-    takes_away: bool = False
+    bounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def _apply(source: Source, one: FrequencyDraw, operator: Operator) -> Edit:
             patch,
             start=operator.start,
             limit=operator.limit,
-            takes_away=operator.takes_away,
+            bounded=operator.bounded,
         )
     if not one.whole:
         return edit
@@ -474,7 +474,7 @@ FACT = _generator(
 )
 APR = _generator(
     "apr",
-    Operator(operators.recombine, _pair, 0.5, 1.0, takes_away=True),
+    Operator(operators.recombine, _pair, 0.5, 1.0, bounded=True),
     OtherParams,
     "foreign structure",
     "the phase of another picture (APR): misplaced structure in the material's own tones",
@@ -495,7 +495,7 @@ WAVELET = _generator(
 )
 NOTCH = _generator(
     "notch",
-    Operator(operators.notch, _notch, 0.5, 1.0, takes_away=True),
+    Operator(operators.notch, _notch, 0.5, 1.0, bounded=True),
     NotchParams,
     "missing weave",
     "periodic components missing: skipped threads, worn print, filled grooves",
@@ -509,7 +509,7 @@ PEAK = _generator(
 )
 BLUR = _generator(
     "blur",
-    Operator(operators.blur, _nothing, 2.0, 8.0, reach=24, takes_away=True),
+    Operator(operators.blur, _nothing, 2.0, 8.0, reach=24, bounded=True),
     FrequencyParams,
     "blurred area",
     "a local low-pass: worn, smeared or polished places",
@@ -523,7 +523,7 @@ SHARPEN = _generator(
 )
 SHIFT = _generator(
     "shift",
-    Operator(operators.shift, _shift, 2.0, 32.0, reach=32, takes_away=True),
+    Operator(operators.shift, _shift, 2.0, 32.0, reach=32, bounded=True),
     FrequencyParams,
     "misaligned pattern",
     "the pattern moved by its phase: misprint, slipped weave, offset joints",

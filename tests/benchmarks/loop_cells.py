@@ -70,6 +70,7 @@ OURS: dict[str, dict[str, Any]] = {
     "scar": {},
     "poisson": {},
     "chip": {"severity": [1.0, 1.0]},
+    "fibre": {},
     "band": {},
     "wavelet": {},
     "cut": {},
