@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import cv2
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from generation.masks import place
 from generation.protocol import Edit, Generator, Params, Places, Source, Undrawable, places_of
@@ -27,13 +27,14 @@ PIECES, CORNERS = 8, 6  # of a strand, each as thick as it is there; straight li
 LONGEST = 1.2  # of the picture's longer side
 WAVES, WAVE = (0.5, 2.0), 0.5  # how often a strand swings to and fro, and by how many radians at most
 TAPER = 0.3  # least thickness of the thin end, as a share of the thick one
-SHARPEST = 0.5  # pixels of blur, at least: between two pieces the thickness changes by whole pixels
-# What is seen of a strand is wider than it was drawn: by pixels of its antialiased edge, and by deviations of
-# its blur.
-EDGE, SEEN = 1.0, 3.7
-LEAST = 0.3  # share of a strand that lies on allowed places: one with less is no thicker for it
+SHARPEST = 1  # pixels of blur, at least: between two pieces the thickness changes by whole pixels
+# What is seen of a strand is wider than it was drawn: by pixels of its antialiased edge, and by as many times
+# the reach of its blur.
+EDGE, SEEN = 1.5, 1.4
+LEAST = 0.3  # share of a strand that lies on allowed places; one with less counts as having so much
 OWN, DARK = 0.6, 0.7  # share of strands that have the surface's own hue; of these, of darker ones
 DEEP = 0.5  # nearest that an own tone comes to the surface's, as a share of the way from black or white
+DIM = 0.25  # mean of a surface below which its own strands are lighter; from as near to white on, darker
 
 
 class FibreParams(Params):
@@ -42,27 +43,28 @@ class FibreParams(Params):
     Attributes:
         ratio_low, ratio_high: length over width, drawn log-uniformly.
         bend: turn from end to end, at most, in radians.
-        softness: deviation of the blur over the width, at most.
+        softness: reach of the blur over the width, at most.
     """
 
-    ratio_low: Annotated[float, Search(4, 15, log=True), Field(gt=1)] = 8.0
-    ratio_high: Annotated[float, Search(15, 80, log=True), Field(gt=1)] = 40.0
-    bend: Annotated[float, Search(0, 4), Field(ge=0)] = 2.5
-    softness: Annotated[float, Search(0, 0.6), Field(ge=0, le=1)] = 0.4
+    ratio_low: Annotated[float, Search(4, 15, log=True), Field(gt=1, allow_inf_nan=False)] = 8.0
+    ratio_high: Annotated[float, Search(15, 80, log=True), Field(gt=1, allow_inf_nan=False)] = 40.0
+    bend: Annotated[float, Search(0, 4), Field(ge=0, allow_inf_nan=False)] = 2.5
+    softness: Annotated[float, Search(0, 1), Field(ge=0, le=1)] = 0.8
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FibreParams:
+        if self.ratio_low > self.ratio_high:
+            raise ValueError(f"ratio_low {self.ratio_low:g} exceeds ratio_high {self.ratio_high:g}")
+        return self
 
 
 @dataclass(frozen=True)
 class Strand:
     """Attributes: ``pieces``: corners in sixteenths of a pixel, x and y, int32, N×2, with the thickness in
-    pixels; ``blur`` in pixels."""
+    pixels; ``blur``, its reach to each side in pixels."""
 
     pieces: list[tuple[np.ndarray, int]]
-    blur: float
-
-    @property
-    def margin(self) -> int:
-        """Pixels around the corners in which it shows."""
-        return max(thickness for _, thickness in self.pieces) // 2 + math.ceil(3 * self.blur) + 2
+    blur: int
 
 
 @dataclass(frozen=True)
@@ -86,27 +88,9 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> FibreDraw:
     allowed = source.allowed
     shares = rng.uniform(1, 2, recipe.count)
     sizes = np.maximum(shares / shares.sum() * recipe.area * allowed.size, 4.0).tolist()
-    strands = [_strand(rng, allowed, size, params) for size in sizes]
     cover = np.zeros(allowed.shape, np.uint8)
-    boxes = []
-    for strand in strands:
-        left, top, width, height = cv2.boundingRect(np.concatenate([corners for corners, _ in strand.pieces]))
-        x0, x1 = (
-            max(left // 16 - strand.margin, 0),
-            min((left + width) // 16 + strand.margin, allowed.shape[1]),
-        )
-        y0, y1 = (
-            max(top // 16 - strand.margin, 0),
-            min((top + height) // 16 + strand.margin, allowed.shape[0]),
-        )
-        if x0 >= x1 or y0 >= y1:
-            continue
-        boxes.append((y0, y1, x0, x1))
-        drawn = np.zeros((y1 - y0, x1 - x0), np.uint8)
-        for corners, thickness in strand.pieces:
-            cv2.polylines(drawn, [corners - (16 * x0, 16 * y0)], False, 255, thickness, cv2.LINE_AA, 4)
-        drawn = cv2.GaussianBlur(drawn, (0, 0), strand.blur, borderType=cv2.BORDER_REPLICATE)
-        np.maximum(cover[y0:y1, x0:x1], drawn, out=cover[y0:y1, x0:x1])
+    for size in sizes:
+        _lay(cover, _strand(rng, allowed, size, params))
     cover *= allowed
     x, y, width, height = cv2.boundingRect(cover)
     if not width:
@@ -116,6 +100,22 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> FibreDraw:
     places = places_of(box, cover > 0, allowed.shape[1])
     weight = cover.reshape(-1)[places.inner] * np.float32(1 / 255)
     return FibreDraw(places, weight, _colour(rng, source.at(places.outer)), recipe.severity)
+
+
+def _lay(cover: np.ndarray, strand: Strand) -> None:
+    """Draws a strand into what is covered, uint8, H×W, where it covers more."""
+    left, top, width, height = cv2.boundingRect(np.concatenate([corners for corners, _ in strand.pieces]))
+    margin = max(thickness for _, thickness in strand.pieces) // 2 + strand.blur + 2
+    x0, x1 = max(left // 16 - margin, 0), min((left + width) // 16 + margin, cover.shape[1])
+    y0, y1 = max(top // 16 - margin, 0), min((top + height) // 16 + margin, cover.shape[0])
+    around = strand.blur + 1  # beyond the picture, so that its border does not bend what is soft
+    drawn = np.zeros((y1 - y0 + 2 * around, x1 - x0 + 2 * around), np.uint8)
+    for corners, thickness in strand.pieces:
+        at = corners - (16 * (x0 - around), 16 * (y0 - around))
+        cv2.polylines(drawn, [at], False, 255, thickness, cv2.LINE_AA, 4)
+    side = 2 * strand.blur + 1
+    drawn = cv2.stackBlur(drawn, (side, side))[around:-around, around:-around]
+    np.maximum(cover[y0:y1, x0:x1], drawn, out=cover[y0:y1, x0:x1])
 
 
 def _strand(rng: np.random.Generator, allowed: np.ndarray, pixels: float, params: FibreParams) -> Strand:
@@ -133,11 +133,12 @@ def _strand(rng: np.random.Generator, allowed: np.ndarray, pixels: float, params
     line -= line[through]
     length = min(math.sqrt(pixels * ratio), LONGEST * max(allowed.shape))
     pixels /= max(_share(allowed, line * length + (x, y)), LEAST)
-    # As thick as leaves room for its soft edges; where that is too thin, it is shorter.
-    wide = pixels / length - EDGE
-    width = max(wide - SEEN * max(softness * wide / (1 + SEEN * softness), SHARPEST), 1.0)
-    blur = max(softness * width, SHARPEST)
-    length = min(length, pixels / (width + SEEN * blur + EDGE))
+    # As thick as leaves room for its soft edges, and its round ends; where that is too thin, it is shorter.
+    wide = pixels / (length + pixels / length)
+    width = max((wide - EDGE) / (1 + SEEN * softness), 1.0)
+    blur = max(round(softness * width), SHARPEST)
+    seen = max(wide, width + SEEN * blur + EDGE)
+    length = min(length, max(pixels / seen - seen, 1.0))
 
     corners = np.rint(16 * (line * length + (x, y))).astype(np.int32)
     # The mean of what the thick end and the thin one have is the width.
@@ -149,7 +150,7 @@ def _strand(rng: np.random.Generator, allowed: np.ndarray, pixels: float, params
 
 
 def _share(allowed: np.ndarray, line: np.ndarray) -> float:
-    """Of a line's corners (x, y; float, N×2), how many are on allowed places."""
+    """The share of a line's corners (x, y; float, N×2) that are on allowed places."""
     x, y = np.rint(line).astype(np.int64).T
     inside = (x >= 0) & (y >= 0) & (x < allowed.shape[1]) & (y < allowed.shape[0])
     return float(allowed[y[inside], x[inside]].sum()) / len(line)
@@ -165,6 +166,7 @@ def _colour(rng: np.random.Generator, before: np.ndarray) -> np.ndarray:
     tint = TINTS[rng.integers(len(TINTS))] * rng.uniform(0.7, 1.1)
     if own:
         mean = before.mean(axis=0, dtype=np.float64)
+        dark = (dark or mean.mean() > 1 - DIM) and mean.mean() >= DIM
         return (share * mean if dark else 1 - share * (1 - mean)).astype(np.float32)
     return np.minimum(tint if before.shape[1] == 3 else tint.mean(keepdims=True), 1).astype(np.float32)
 
