@@ -344,7 +344,7 @@ def test_masks_of_a_folder_say_what_does_not_count(place, tmp_path, capsys):
         return next(row["value"] for row in rows if row["metric"] == "image_auroc")
 
     assert auroc() > 0.95
-    assert "name their masks with --roi and --ignore" in " ".join(capsys.readouterr().err.split())
+    assert "name their masks with --data, --roi and --ignore" in " ".join(capsys.readouterr().err.split())
     assert auroc(ignore=tmp_path / "right.png") > 0.95
     assert auroc(roi=tmp_path / "right.png") < 0.8
     assert "--roi and --ignore" not in " ".join(capsys.readouterr().err.split())
@@ -352,10 +352,45 @@ def test_masks_of_a_folder_say_what_does_not_count(place, tmp_path, capsys):
         auroc(roi=tmp_path / "none.png")
 
 
-def test_masks_belong_to_data(tmp_path):
+@pytest.mark.parametrize("option", ["--roi", "--ignore"])
+def test_masks_belong_to_data(tmp_path, option):
     for arguments in (["evaluate", str(tmp_path)], ["compare", "A", "B"]):
-        found = CliRunner().invoke(app, [*arguments, "--roi", "roi.png"])
+        found = CliRunner().invoke(app, [*arguments, option, "mask.png"])
         assert isinstance(found.exception, UsageError) and "--data" in str(found.exception)
+
+
+def test_the_command_compares_where_its_masks_say(place, tmp_path, monkeypatch):
+    """A mask that is named stands in place of the workspace's own of that kind alone."""
+    for name, level in (("roi", 255), ("ignore", 0), ("known", 0)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((64, 96), level, np.uint8))
+    known = [replace(image, ignore_path=str(tmp_path / "known.png")) for image in place.images]
+    Workspace(str(tmp_path / "w")).write_table("images.parquet", to_table(known, IMAGES))
+    seen: list[tuple[str | None, ...]] = []
+
+    def paths(one, other, resamples):
+        kept = [(entry.image.roi_path, entry.image.ignore_path) for entry in (*one, *other)]
+        seen.extend(tuple(path and Path(path).name for path in pair) for pair in kept)
+        return []
+
+    monkeypatch.setattr(
+        comparing, "judge", lambda _detector, images, *_, **__: [SimpleNamespace(image=i) for i in images]
+    )
+    monkeypatch.setattr(comparing, "compare_results", paths)
+    arguments = [
+        "compare",
+        *map(str, place.folders),
+        "--data",
+        str(place.root),
+        "--roi",
+        str(tmp_path / "roi.png"),
+    ]
+    monkeypatch.setattr(comparing, "load", lambda folder, device: place.detectors[Path(folder)])
+    monkeypatch.setattr(comparing, "read_config", lambda folder: {"detector": "brightness", "notes": {}})
+    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert set(seen) == {("roi.png", "known.png")}
+    seen.clear()
+    CliRunner().invoke(app, [*arguments, "--ignore", str(tmp_path / "ignore.png")], catch_exceptions=False)
+    assert set(seen) == {("roi.png", "ignore.png")}
 
 
 def test_figures_that_leak_are_marked(place, capsys):

@@ -134,8 +134,9 @@ def collect(
     """Features of everything, each picture once.
 
     A sample's ``normal`` is taken from its shard (it went through the same encoding); if the shard holds
-    none, or the very picture that ``normals`` has under its ``image_id``, from there. Normals that no sample
-    was made from join as samples with an empty mask, so that all of them are rebuilt in training.
+    none, or the very picture that ``normals`` has under its ``image_id``, from there. (Samples of one
+    ``image_id`` have one normal: a run encodes them alike.) Normals that no sample was made from join as
+    samples with an empty mask, so that all of them are rebuilt in training.
 
     Args:
         samples: with several processes, this one's share: its rank and every ``ranks``-th after it. The

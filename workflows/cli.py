@@ -50,7 +50,9 @@ RoundOption = Annotated[
 ]
 RoiOption = Annotated[
     Path | None,
-    typer.Option(metavar="MASK", help="region of interest: a mask, or a folder with <stem>.png"),
+    typer.Option(
+        metavar="MASK", help="region of interest: a mask, or a folder with <stem>.png of every picture"
+    ),
 ]
 IgnoreOption = Annotated[Path | None, typer.Option(metavar="MASK", help="places that do not count: likewise")]
 

@@ -37,14 +37,15 @@ def evaluate_on(
 
     Args:
         checkpoint: folder of a trained detector, or fsspec URL of one.
-        roi, ignore: masks, or folders with ``<stem>.png``, as of a run's source. Where they are not named,
-            the workspace's hold for the pictures that it knows.
+        roi, ignore: masks, or folders with ``<stem>.png`` of every picture in ``data``, as of a run's
+            source. Where they are not named, the workspace's hold for the pictures that it knows.
 
     Raises:
         UsageError: there are no pictures to judge on, there is no such mask, or the detector does not know
             their categories.
         CheckpointError: the checkpoint cannot be used.
     """
+    check_masks(roi, ignore)
     detector, facts = load(checkpoint, device()), read_config(checkpoint)
     images = _from_data(data, [_workspace_images(checkpoint)], roi, ignore)
     _refuse_unknown(checkpoint, detector, images)
@@ -87,6 +88,7 @@ def compare(
             their categories.
         CheckpointError: a checkpoint cannot be used.
     """
+    check_masks(roi, ignore)
     folders = (first, second)
     detectors = [load(folder, device()) for folder in folders]
     notes = [read_config(folder).get("notes", {}) for folder in folders]
@@ -120,7 +122,7 @@ def _results(
     if note.get("places") and not any(image.roi_path or image.ignore_path for image in images):
         say(
             f"warning: {folder}: in training some places did not count (region of interest, ignore mask); of "
-            "these pictures all do; name their masks with --roi and --ignore"
+            "these pictures all do; name their masks with --data, --roi and --ignore"
         )
     own = [_with_window(image, note.get("window")) for image in images]
     with progress(f"scoring with {folder}", len(own), "pictures") as advance:
@@ -175,7 +177,6 @@ def _feedback(first: str | Path, kept: Sequence[list[Image] | None]) -> list[Ima
 def _from_data(
     data: Path, kept: Sequence[list[Image] | None], roi: Path | None, ignore: Path | None
 ) -> list[Image]:
-    check_masks(roi, ignore)
     masks = [None if path is None else str(path) for path in (roi, ignore)]
     found = scan([SourceSettings(path=str(data), roi=masks[0], ignore=masks[1])])
     for problem in found.problems:

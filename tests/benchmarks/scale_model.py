@@ -26,7 +26,7 @@ GENERATORS = {
     "chip": (2.3, 25.5),  # of another day and machine
     "crack": (1.6, 7.5),  # of a machine half as fast
     "cutpaste": (1.3, 14.1),
-    "fibre": (2.2, 10.7),  # processor time, of another day and machine
+    "fibre": (2.5, 12.3),  # processor time, of another day and machine
     "perlin": (1.8, 18.8),
     "poisson": (1.3, 13.3),
     "scar": (2.0, 26.8),
