@@ -63,16 +63,13 @@ PARTS = ("first", "second", "whole")
 REAL = 0.5  # share of the ceiling's draws that are real anomalies
 FILLED = 5  # pixels by which a real defect is grown before it is filled
 CHANCE = 3  # spawn key of random settings
-# Our generators: those of the default mix with its settings, `crack`, `fibre`, another of the frequency
-# family, and `cut`.
+# Our generators: those of the default mix with its settings, another of the frequency family, and `cut`.
 OURS: dict[str, dict[str, Any]] = {
     "perlin": {"params": {"texture": "procedural"}},
     "cutpaste": {},
     "scar": {},
     "poisson": {},
     "chip": {"severity": [1.0, 1.0]},
-    "crack": {},
-    "fibre": {},
     "band": {},
     "wavelet": {},
     "cut": {},
