@@ -33,7 +33,7 @@ from training.intervals import Estimate, evaluate_images, evaluate_pixels
 from training.metrics import MetricsError
 from workflows import comparing
 from workflows.cli import app
-from workflows.tables import categories_table, comparison_table
+from workflows.tables import categories_table, comparison_table, parts_table
 
 
 def brute_force(first, second, labels):
@@ -206,7 +206,7 @@ def judged_by(rng, signal, categories=("a", "b"), pictures=16):
 
 def test_a_comparison_has_a_row_a_category_and_metric_and_the_right_sign():
     weak, strong = (judged_by(np.random.default_rng(k), signal) for k, signal in enumerate((0.5, 2.5)))
-    rows = compare(weak, strong, resamples=200)
+    rows = compare(weak, strong, resamples=200, parts=False)
     by_place = {(row["category"], row["metric"]): row for row in rows}
     metrics = {
         "image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro",
@@ -225,11 +225,70 @@ def test_a_comparison_has_a_row_a_category_and_metric_and_the_right_sign():
 
     same = compare(weak, weak, resamples=50)
     assert {(row["difference"], row["p"]) for row in same} == {(0.0, 1.0)}
-    back = {(row["category"], row["metric"]): row for row in compare(strong, weak, resamples=200)}
+    turned = compare(strong, weak, resamples=200, parts=False)
+    back = {(row["category"], row["metric"]): row for row in turned}
     for place, row in by_place.items():
         assert back[place]["difference"] == -row["difference"]
         assert back[place]["low"] == pytest.approx(-row["high"])
         assert back[place]["p"] == pytest.approx(row["p"])
+
+
+def test_a_comparison_tells_at_which_defects():
+    """B sees the scratches, all tiny, and A does not; either sees the holes alike. A type or a size has its
+    exact figures, its own tests and corrections."""
+    both: list[list[Judged]] = [[], []]
+    rng = np.random.default_rng(0)
+    for category, number in itertools.product("ab", range(60)):
+        defect = ("good", "hole", "scratch")[number % 3]
+        mask = np.zeros((64, 64), bool)
+        if defect == "hole":
+            mask[8:24, 8:24] = True
+        elif defect == "scratch":
+            mask[40, 20:23] = True
+        noise = rng.standard_normal((2, 64, 64)).astype(np.float32)
+        image = replace(picture(category, number, defect), group=f"g{number // 6}")
+        for judged, own, signal in zip(both, noise, (0.0, 6.0), strict=True):
+            scores = own + np.float32(6.0 if defect == "hole" else signal) * mask
+            judged.append(Judged(image, float(scores.max()), scores, mask, None))
+    rows = compare(*both, resamples=400)
+    found = {tuple(row[key] for key in ("category", "defect", "size", "metric")): row for row in rows}
+    slices = {("all", "all"), ("all", "tiny"), ("all", "large")}
+    types = {("hole", "all"), ("scratch", "all")}
+    assert {place[1:3] for place in found if place[0] == "mean"} == slices
+    assert {place[1:3] for place in found if place[0] == "a"} == slices | types
+    for category, (slice_, gains) in itertools.product(
+        "ab", {("scratch", "all"): True, ("hole", "all"): False, ("all", "tiny"): True}.items()
+    ):
+        row = found[category, *slice_, "pixel_ap"]
+        assert (row["low"] > 0.2 and row["holm"] < 0.05) == gains
+        assert gains or row["p"] > 0.05
+    assert ("a", "all", "tiny", "image_auroc") not in found  # a picture may have defects of several sizes
+
+    own = [entry for entry in both[1] if entry.image.category == "a" and entry.image.defect != "hole"]
+    labels = np.array([entry.anomalous for entry in own])
+    groups = [entry.image.group for entry in own]
+    exact = evaluate_pixels([e.map for e in own], [e.mask for e in own], groups, resamples=5)
+    assert found["a", "scratch", "all", "aupro"]["second"] == pytest.approx(exact["aupro"].value)
+    first = [entry for entry in both[0] if entry.image.category == "a" and entry.image.defect != "hole"]
+    tested = normal_test(delong(*(np.array([e.score for e in j]) for j in (first, own)), labels, groups))
+    row = found["a", "scratch", "all", "image_auroc"]
+    assert (row["first"], row["second"], row["p"]) == pytest.approx((tested.first, tested.second, tested.p))
+    family = [found[c, t, "all", "image_ap"] for c in "ab" for t in ("hole", "scratch")]
+    assert [row["holm"] for row in family] == pytest.approx(holm([row["p"] for row in family]))
+
+    few = [
+        [e for e in judged if e.image.defect != "hole" or int(e.image.image_id[1:]) < 18] for judged in both
+    ]
+    for row in compare(*few, resamples=50):  # three groups with holes, ten with scratches
+        untested = row["defect"] == "hole" or row["size"] == "large"
+        assert np.isnan(row["low"]) == untested, row
+    table = parts_table(rows).splitlines()
+    assert [line.split()[:2] for line in table] == [
+        ["category", "defects"], ["a", "hole"], ["a", "scratch"], ["b", "hole"], ["b", "scratch"],
+        ["a", "large"], ["a", "tiny"], ["b", "large"], ["b", "tiny"], ["mean", "large"], ["mean", "tiny"],
+    ]  # fmt: skip
+    assert "*" in table[2] and "*" not in table[1]
+    assert parts_table(compare(*both, resamples=5, parts=False)) == ""
 
 
 def test_results_on_other_pictures_are_no_pair():
@@ -302,11 +361,16 @@ def test_rounds_are_compared_on_feedback_pictures_and_the_test_split_is_not_read
         if image.split == "test":
             Path(image.path).unlink()
     rows = comparing.compare(*place.folders, resamples=50)
-    found = {row["metric"]: row for row in rows}
+    found = {row["metric"]: row for row in rows if (row["defect"], row["size"]) == ("all", "all")}
     assert {row["category"] for row in rows} == {"part"}
+    assert {(row["defect"], row["size"]) for row in rows} == {
+        ("all", "all"),
+        ("spot", "all"),
+        ("all", "large"),
+    }
     assert found["pixel_ap"]["difference"] > 0.2 and found["pixel_ap"]["low"] > 0
     table = comparison_table(rows)
-    assert len(table.splitlines()) == 1 + len(rows) and "image_auroc" in table
+    assert len(table.splitlines()) == 1 + len(found) and "image_auroc" in table
 
 
 def test_a_folder_with_pictures_of_the_test_split_loses_them(place, capsys):

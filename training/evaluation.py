@@ -66,6 +66,13 @@ class Judged:
     def anomalous(self) -> bool:
         return self.image.defect != GOOD
 
+    @property
+    def sizes(self) -> set[Size]:
+        """The size classes of its defects; none without a mask."""
+        if self.mask is None:
+            return set()
+        return {size_class(area / self.mask.size) for area in label_components(self.mask)[1]}
+
 
 def predict(
     detector: Detector,
@@ -227,7 +234,7 @@ def figures(
     categories = sorted({entry.image.category for entry in judged})
     for number, category in enumerate(categories):
         own = [entry for entry in judged if entry.image.category == category]
-        for (defect, size), estimates in _category(own, number, resamples).items():
+        for (defect, size), estimates in category_figures(own, number, resamples).items():
             rows[category, defect, size] = estimates
         if thresholds is not None:
             for defect, estimates in _alarms(own, thresholds[category], number, resamples).items():
@@ -342,10 +349,15 @@ def _masked(own: Sequence[Judged]) -> bool:
     return all(entry.mask is not None for entry in own)
 
 
-def _category(
-    own: Sequence[Judged], number: int, resamples: int
-) -> Mapping[tuple[str, str], dict[str, Estimate]]:
-    """Estimates of one category by (defect, size). ``number`` keeps the categories' resamples apart."""
+def category_figures(
+    own: Sequence[Judged], number: int, resamples: int, parts: bool = True
+) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """Estimates of one category by (defect, size): all defects; with ``parts`` each defect type against all
+    good pictures, each size class of defects too, and ``mean`` (see :func:`figures`). Empty without a defect.
+
+    Args:
+        number: see :func:`whole_category`.
+    """
     found: dict[tuple[str, str], dict[str, Estimate]] = {}
     own = _good_first(own)
     good = [entry for entry in own if not entry.anomalous]
@@ -353,18 +365,17 @@ def _category(
     if not bad:
         return found
     seed, masked = _seed(number), _masked(own)
-    for defect in ["all", *sorted({entry.image.defect for entry in bad})]:
+    for defect in ["all", *(sorted({entry.image.defect for entry in bad}) if parts else [])]:
         chosen = good + [entry for entry in bad if defect in ("all", entry.image.defect)]
         found[defect, "all"] = _whole(chosen, masked, resamples, seed)
-    if masked:
-        masks = [entry.mask for entry in bad if entry.mask is not None]
-        areas = [area / mask.size for mask in masks for area in label_components(mask)[1]]
-        for size in sorted({size_class(area) for area in areas}):
+    if masked and parts:
+        for size in sorted({size for entry in bad for size in entry.sizes}):
             found["all", size] = _pixels(own, size, resamples, seed)
     saturated = spro_figures(own, number, resamples)
-    for defect, estimate in saturated.items():
-        found[defect, "all"] |= {"spro": estimate}
-    if saturated and good:
+    for (defect, size), estimates in found.items():
+        if size == "all" and defect in saturated:
+            estimates["spro"] = saturated[defect]
+    if saturated and good and parts:
         defects = np.array([entry.image.defect for entry in own])
         types = [
             _images(own, resamples, seed, (defects == GOOD) | (defects == name))["image_auroc"]

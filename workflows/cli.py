@@ -241,13 +241,20 @@ def compare(
     roi: RoiOption = None,
     ignore: IgnoreOption = None,
 ) -> None:
-    """Is B better than A? Differences on the same pictures, their intervals, and p values of paired tests."""
+    """Is B better than A, at what? Differences on the same pictures, of all defects of a category, of each
+    defect type and of each size, their intervals, and p values of paired tests."""
     from workflows.comparing import compare as compare_checkpoints
-    from workflows.tables import comparison_table
+    from workflows.tables import comparison_table, parts_table
 
     _masks_want_data(data, roi, ignore)
-    typer.echo(comparison_table(compare_checkpoints(first, second, data, roi=roi, ignore=ignore)))
-    typer.echo("p: image_auroc by DeLong's test, the rest by resampling groups; Holm over the categories")
+    rows = compare_checkpoints(first, second, data, roi=roi, ignore=ignore)
+    typer.echo(comparison_table(rows))
+    typer.echo("p: image_auroc by DeLong's test, the rest by resampling groups; Holm over the categories\n")
+    typer.echo(parts_table(rows))
+    typer.echo(
+        "A's figure, B − A, its 95 % interval; *: p < 5 % after Holm over all defect types, or all sizes "
+        "(tiny: under 0.1 % of the picture, small: under 1 %); no interval: such defects on under five parts"
+    )
 
 
 @app.command(epilog="Examples: flawsmith feedback runs/bottle | flawsmith feedback runs/bottle --explain")

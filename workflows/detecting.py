@@ -417,7 +417,7 @@ def _difference(one: Sequence[Judged], other: Sequence[Judged], resamples: int) 
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined figures give no row
-        rows = compare(one, other, resamples=resamples)
+        rows = compare(one, other, resamples=resamples, parts=False)
     for metric in ("pixel_ap", "image_ap"):
         own = {row["category"]: row for row in rows if row["metric"] == metric}
         row = own.get("mean") or next(iter(own.values()), None)

@@ -86,23 +86,50 @@ def stress_table(rows: list[dict[str, Any]]) -> str:
     return _align(lines) + (f"\n{worst[1]}" if worst[1] else "")
 
 
-def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """Two detectors: a line a metric and category, as :func:`training.comparison.compare` gives them."""
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two detectors, as :func:`training.comparison.compare` gives them, all defects of a category together:
+    a line a metric and category."""
     lines = [["metric", "category", "A", "B", "B − A", "95 % interval", "p", "p (Holm)"]]
     for row in rows:
-        known = not math.isnan(row["low"])
+        if row["size"] != "all" or row["defect"] not in ("all", "mean"):
+            continue
         lines.append(
             [
-                row["metric"],
+                row["metric"] + (" (mean of types)" if row["defect"] == "mean" else ""),
                 row["category"],
                 f"{row['first']:.3f}",
                 f"{row['second']:.3f}",
                 f"{row['difference']:+.3f}",
-                f"[{row['low']:+.3f}, {row['high']:+.3f}]" if known else "–",
+                _ends(row) or "–",
                 *("–" if math.isnan(row[name]) else f"{row[name]:.2g}" for name in ("p", "holm")),
             ]
         )
     return _align(lines)
+
+
+def parts_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same by defect type, then by size of defects: a line each, in a column a metric A's figure, B − A
+    with its interval, and a star where Holm's p is below 5 %; empty without any."""
+    columns = ("image_auroc", "pixel_ap", "aupro", "spro")
+    found: dict[tuple[bool, str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["size"] == "all" and row["defect"] in ("all", "mean"):
+            continue
+        sized = row["size"] != "all"
+        cell = f"{row['first']:.3f} {row['difference']:+.3f} {_ends(row)}"
+        star = " *" if row["holm"] < 0.05 else ""
+        place = found.setdefault((sized, row["category"], row["size"] if sized else row["defect"]), {})
+        place[row["metric"]] = cell.rstrip() + star
+    if not found:
+        return ""
+    shown = [metric for metric in columns if any(metric in own for own in found.values())]
+    order = sorted(found, key=lambda place: (place[0], place[1] == "mean", place[1]))
+    lines = [[*place[1:], *(found[place].get(metric, "–") for metric in shown)] for place in order]
+    return _align([["category", "defects", *shown], *lines])
+
+
+def _ends(row: Mapping[str, Any]) -> str:
+    return "" if math.isnan(row["low"]) else f"[{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
 def rounds_table(space: Workspace) -> str:
