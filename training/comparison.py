@@ -204,19 +204,21 @@ def compare(
         raise MetricsError("a comparison needs both detectors' results on the same pictures, in one order")
     found: list[Compared] = []
     for number, category in enumerate(sorted({entry.image.category for entry in first})):
-        own = [[entry for entry in judged if entry.image.category == category] for judged in (first, second)]
-        found += _compare_category(category, *own, number, resamples, parts)
+        one, other = (
+            [entry for entry in judged if entry.image.category == category] for judged in (first, second)
+        )
+        found += _compare_category(category, one, other, number, resamples, parts)
     rows: list[dict[str, Any]] = []
-    metrics = dict.fromkeys(metric for one in found for metric in one.first)
-    for metric, family in product(metrics, dict.fromkeys(one.family for one in found)):
-        members = [one for one in found if one.family == family and one.has(metric)]
-        gaps = [_difference(metric, one) for one in members]
-        for one, gap, adjusted in zip(members, gaps, holm([gap.p for gap in gaps]), strict=True):
-            rows.append(_row(one.category, one.defect, one.size, metric, gap, adjusted))
+    metrics = dict.fromkeys(metric for each in found for metric in each.first)
+    for metric, family in product(metrics, dict.fromkeys(each.family for each in found)):
+        members = [each for each in found if each.family == family and each.has(metric)]
+        gaps = [_difference(metric, each) for each in members]
+        for each, gap, adjusted in zip(members, gaps, holm([gap.p for gap in gaps]), strict=True):
+            rows.append(_row(each.category, each.defect, each.size, metric, gap, adjusted))
         if family[0] == "type":
             continue
-        for defect, size in dict.fromkeys((one.defect, one.size) for one in members):
-            shares = [one for one in members if (one.defect, one.size) == (defect, size)]
+        for defect, size in dict.fromkeys((each.defect, each.size) for each in members):
+            shares = [each for each in members if (each.defect, each.size) == (defect, size)]
             if len(shares) > 1:
                 gap = _mean_difference(metric, shares)
                 rows.append(_row("mean", defect, size, metric, gap, float("nan")))

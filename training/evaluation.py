@@ -372,9 +372,9 @@ def category_figures(
         for size in sorted({size for entry in bad for size in entry.sizes}):
             found["all", size] = _pixels(own, size, resamples, seed)
     saturated = spro_figures(own, number, resamples)
-    for (defect, size), estimates in found.items():
-        if size == "all" and defect in saturated:
-            estimates["spro"] = saturated[defect]
+    for defect, estimate in saturated.items():
+        if (defect, "all") in found:
+            found[defect, "all"]["spro"] = estimate
     if saturated and good and parts:
         defects = np.array([entry.image.defect for entry in own])
         types = [
