@@ -15,7 +15,8 @@ from training.intervals import Estimate
 from training.proxy import Figures, Judged, gain
 from workflows import loop
 from workflows.config import Config, Generation
-from workflows.loop import spent, timed, why_stop
+from workflows.history import spent
+from workflows.loop import timed, why_stop
 from workflows.rules import (
     Alarm,
     Found,

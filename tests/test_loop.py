@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from manifests.errors import UsageError
 from manifests.workspace import Workspace
 from tests.small_workspace import write_judgement, write_workspace
-from workflows import detecting, probing, rounds, weighing
+from workflows import detecting, history, probing, rounds, weighing
 from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
@@ -211,7 +211,7 @@ def test_no_picture_is_scored_twice_in_an_evaluation(finished, tmp_path, monkeyp
     def start_again():
         for name in names:
             space.remove(name)
-        rounds.forget(space, {(1, "gain")})
+        history.forget(space, {(1, "gain")})
 
     start_again()  # on as many threads as below: they decide the last bits of a score
     assert detecting.evaluate(space, 1)
@@ -236,8 +236,8 @@ def test_what_rests_on_a_detector_goes_with_it(tmp_path):
     space = write_workspace(tmp_path)
     write_judgement(space)
     for number in (0, 1):
-        rounds.remember(space, number, "gain", {"against": "0", "low": "0.1"})
-        rounds.remember(space, number, "metric", {"feedback.aupro": "0.5"})
+        history.remember(space, number, "gain", {"against": "0", "low": "0.1"})
+        history.remember(space, number, "metric", {"feedback.aupro": "0.5"})
         space.write_bytes(f"rounds/00{number}/trials.parquet", b"")
     trained, judged = {"seconds.train"}, {"gain", "metric", "seconds.train"}
 

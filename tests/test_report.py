@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from manifests.schema import DECISIONS, HISTORY, LEAKING, METRICS, SAMPLES, SHARDS, STRESS, to_table
+from manifests.schema import DECISIONS, LEAKING, METRICS, SAMPLES, SHARDS, STRESS, to_table
 from manifests.workspace import Workspace, part, round_file
 from tests.small_workspace import (
     HOSTILE,
@@ -25,8 +25,8 @@ from tests.small_workspace import (
     write_workspace,
 )
 from training.evaluation import Judged
-from workflows import heatmaps
-from workflows.report import charts, pictures, samples
+from workflows import heatmaps, history
+from workflows.report import charts, page, pictures, samples
 from workflows.report.facts import read_facts, type_outcomes
 from workflows.report.page import _cards, write_report
 
@@ -109,8 +109,17 @@ def test_report_of_a_whole_run(space):
         {"round": 0, "setting": "severity", "before": "[0, 1]", "after": "[0, 1]", "reason": "chance"},
     ]
     space.write_table(round_file(0, "decisions.parquet"), to_table(decisions, DECISIONS))
-    history = [{"round": 0, "kind": "seconds.train", "name": "train", "value": "61.25"}]
-    space.write_table("history.parquet", to_table(history, HISTORY))
+    gain = {"against": "0", "metric": "pixel_ap", "difference": "0.05", "low": "0.01", "high": "0.09"}
+    for number, kind, kept in (
+        (0, "seconds.train", {"train": "61.25"}), (0, "weight", {"noise": "1.000", "scar": "1.000"}),
+        (1, "weight", {"noise": "0.500", "scar": "1.250"}), (1, "gain", gain),
+        (1, "stop", {"reason": "all 2 rounds are done"}),
+    ):  # fmt: skip
+        history.remember(space, number, kind, kept)
+    for number, often in enumerate((1.0, 3.0)):
+        stored = space.read_yaml(round_file(number, "settings.yaml"))
+        stored["generation"]["generators"]["scar"]["categories"] = {"bolt": often}
+        space.write_yaml(round_file(number, "settings.yaml"), stored)
     space.write_table("review.parquet", pa.table({"sample_id": ["000-00000-00001"]}))
     text, data, page = written(space)
     assert (
@@ -121,6 +130,11 @@ def test_report_of_a_whole_run(space):
         "0.8110.71–0.86", "0.410", "0.8230.72–0.87", "87.5%", "contrast below 1", "61.2",
         "[0.05, 0.1]", reason,
         "blur0.9130.91–0.910.5270.53–0.53", "rejected 1 of the accepted samples",
+        "Round 0: no weights do better than equal ones on parts left out: every sample counts the same.",
+        "Round 1: mean weight by generator: noise 0.50, scar 1.25.",
+        "Round 1: against round 0: pixel_ap +0.050 [+0.010, +0.090].",
+        "Round 1: the run stopped after it: all 2 rounds are done.",
+        "generators.scar.categories.bolt13",
     ):  # fmt: skip
         assert fact in text, fact
     ids = data["samples"]["sample_id"]
@@ -133,6 +147,14 @@ def test_report_of_a_whole_run(space):
     assert page.count('id="picture-') == 11 + 4  # 13 samples, two of them features; four normals, each once
     assert write_report(space) == "report/index.html"
     assert space.read_bytes("report/index.html").decode() == page
+
+
+def test_the_chart_of_shares_counts_the_recipes(space):
+    """Not the settings' shares, which mixes of categories change."""
+    chart = charts.shares_chart(read_facts(space).outcomes)
+    found = {series["name"]: series["values"] for series in chart["series"]}
+    assert chart["rows"] == ["round 0", "round 1"]
+    assert found == {"feature-noise": [1 / 8] * 2, "perlin": [5 / 8] * 2, "scar": [2 / 8] * 2}
 
 
 def test_report_of_a_run_that_stopped_early(space):
@@ -301,12 +323,15 @@ def test_pictures_shrink_before_they_outgrow_the_page(tmp_path, monkeypatch):
     assert total == len(rows) == 40
     sizes = []
     for room in (20_000_000, 2_500_000, 900_000):
-        monkeypatch.setattr(pictures, "BYTES", room)
-        album = pictures.make_album(space, rows)
+        album = pictures.make_album(space, rows, room)
         assert len(album.shown) == 40  # each has its thumbnail
-        assert sum(map(len, [*album.sheets, *album.pictures])) <= room
+        outlines = [shown["mask"] for shown in album.shown.values()]
+        assert sum(map(len, [*album.sheets, *album.pictures, *outlines])) <= room
         sizes.append(next(iter(album.shown.values()))["width"])
     assert sizes[0] == pictures.SIDES[0] > sizes[1] > sizes[2] == pictures.SIDES[-1]
+    for largest in (3_500_000, 5_000_000):  # what the rest of the page takes, the library above all, counts
+        monkeypatch.setattr(page, "LARGEST", largest)
+        assert len(space.read_bytes(write_report(space))) <= largest
 
 
 def test_a_long_table_is_thinned_evenly(space, monkeypatch):

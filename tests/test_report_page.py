@@ -103,6 +103,15 @@ def test_filters_search_and_sorting_agree_with_the_rows(visit):
     assert page.get_attribute("th:has([data-sort=generator])", "aria-sort") == "descending"
     cells = page.locator("#sample-table tbody tr td:nth-child(4)").all_inner_texts()
     assert cells == sorted(cells, reverse=True)
+    page.click("#filters [type=reset]")
+    assert here.ids() == sorted(here.ids()) and page.locator("[aria-sort]").count() == 0
+    assert not page.is_checked("#filters label:has-text('descending') input")
+    page.click("#view-pictures")
+    page.select_option("#filters label:has-text('sort by') select", "sample_id")
+    page.check("#filters label:has-text('descending') input")
+    shown = page.locator("#sample-grid .tile .faint").all_inner_texts()
+    assert shown == sorted(shown, reverse=True) and len(shown) > 8
+    page.click("#view-table")
     page.click("#rejections button:has-text('show') >> nth=0")
     assert here.ids() == ["000-00000-00007"]
     assert here.errors == []
@@ -175,3 +184,8 @@ def test_everything_that_acts_has_a_name(visit):
         || document.getElementById(node.getAttribute("aria-labelledby"))?.textContent.trim()
     )).map(node => node.outerHTML.slice(0, 120))""")
     assert nameless == []
+    names = here.page.evaluate(
+        "() => [...document.querySelectorAll('.strip')].map("
+        "strip => [...strip.querySelectorAll('button')].map(node => node.getAttribute('aria-label')))"
+    )
+    assert max(map(len, names)) > 1 and all(len(set(own)) == len(own) for own in names)

@@ -23,7 +23,7 @@ from training.evaluation import Judged, at_size, figures, ignored, judge, predic
 from training.examples import Normal, collect, draw
 from training.fitting import learning_rate, train
 from training.loading import FeatureSample, Sample, ShardFile, read_all_samples, read_samples
-from workflows.detecting import alarm_thresholds
+from workflows.detecting import _alarming, alarm_thresholds
 
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
 
@@ -538,6 +538,19 @@ def test_alarm_thresholds_are_set_on_counted_places_of_normals():
         found = alarm_thresholds(round_, brightness(), normals)
         assert found["a"] == pytest.approx((50 / 255, 50 / 255), abs=0.01)
         assert found["b"] == pytest.approx((1, 1), abs=0.01)
+
+
+def test_false_alarms_are_a_share_of_the_places_that_count(tmp_path):
+    """Ten times the places that the quantile leaves to normals alarm, of those that count."""
+    scores, ignore = np.zeros((40, 40), np.float32), np.ones((40, 40), bool)
+    ignore[:, :10] = False  # 400 places count
+    scores[:10, :4] = 1  # of which 40 alarm,
+    scores[:, 20:] = 1  # and others that do not count
+    seen = [Judged(row(tmp_path, 0), 1.0, scores, None, ignore)]
+    (found,) = _alarming(seen, 0.5, 0.99)
+    assert found["excess"] == pytest.approx(10)
+    assert (found["x"], found["y"]) == pytest.approx((0.5 / 40, 0.5 / 40))
+    assert _alarming([Judged(row(tmp_path, 0), 1.0, scores, None, np.ones((40, 40), bool))], 0.5, 0.99) == []
 
 
 def test_without_masks_only_image_figures_are_given(tmp_path):

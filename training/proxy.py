@@ -32,9 +32,14 @@ RIDGE = 1e-3  # relative to the mean squared feature
 FINER = 4  # maps are judged at this multiple of the token grid
 
 
-def normal_bank(features: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A random choice of at most ``BANK`` tokens of normals: N×C×h×w to M×C float32."""
+def normal_bank(
+    features: torch.Tensor, rng: np.random.Generator, ignore: np.ndarray | None = None
+) -> torch.Tensor:
+    """A random choice of at most ``BANK`` tokens of normals: N×C×h×w to M×C float32; without those of
+    ``ignore`` (see :func:`skipped`), N×4h×4w, unless nothing else is left."""
     tokens = features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    if ignore is not None and not (out := torch.from_numpy(skipped(ignore)).reshape(-1)).all():
+        tokens = tokens[~out]
     chosen = rng.permutation(len(tokens))[:BANK]
     return tokens[torch.from_numpy(chosen)]
 
@@ -88,7 +93,7 @@ def of_normals(normals: np.ndarray) -> Evidence:
     """Sums over normals alone.
 
     Args:
-        normals: residuals of normal pictures, N×h×w×C.
+        normals: residuals of tokens of normal pictures, …×C.
     """
     scale = normals.reshape(-1, normals.shape[-1]).mean(axis=0) + 1e-6
     rest = described(normals.reshape(-1, normals.shape[-1]), scale)
@@ -199,6 +204,37 @@ def shrink_mask(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0
 
 
+def skipped(ignore: np.ndarray) -> np.ndarray:
+    """Which tokens do not count: bool N×4h×4w of places that do not to N×h×w; true where any of its places
+    does not."""
+    count, height, width = ignore.shape
+    blocks = ignore.reshape(count, height // FINER, FINER, width // FINER, FINER)
+    return np.asarray(blocks.any(axis=(2, 4)))
+
+
+class Normals(NamedTuple):
+    """Normal pictures that a head's scores are held against.
+
+    Attributes:
+        residual: N×h×w×C.
+        ignore: bool N×(4h)×(4w), True where nothing counts.
+    """
+
+    residual: np.ndarray
+    ignore: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The residuals that count, M×C."""
+        return self.residual[~skipped(self.ignore)]
+
+    def scores(self, scale: np.ndarray, head: np.ndarray) -> list[np.ndarray]:
+        """A head's scores of each picture's places that count, of pictures that have such."""
+        maps = score_maps(self.residual, scale, head)
+        found = [scores[~no] for scores, no in zip(maps, self.ignore, strict=True)]
+        return [scores for scores in found if scores.size]
+
+
 @dataclass(frozen=True)
 class Judged:
     """Pictures of one category that a head is judged on.
@@ -257,7 +293,7 @@ def folds(names: Sequence[str], groups: Sequence[str], labels: np.ndarray) -> np
     return np.array([dealt[f"{name}/{group}"] for name, group in zip(names, groups, strict=True)], np.int8)
 
 
-Maps = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Maps = Mapping[str, tuple[np.ndarray, list[np.ndarray]]]
 
 
 def all_maps(
@@ -265,14 +301,13 @@ def all_maps(
     weights: np.ndarray,
     families: np.ndarray,
     judged: Mapping[str, Judged],
-    held: Mapping[str, np.ndarray],
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Maps of the head that a weighting of the samples gives, by category: of its pictures and of its
-    held-out normals.
+    held: Mapping[str, Normals],
+) -> dict[str, tuple[np.ndarray, list[np.ndarray]]]:
+    """What the head that a weighting of the samples gives says, by category: maps of its pictures, and
+    :meth:`Normals.scores` of its held-out normals.
 
     Args:
         weights, families: of the samples, S each.
-        held: residuals of held-out normals, N×h×w×C each.
 
     A category whose family leaves no sample to learn from has no maps.
     """
@@ -287,7 +322,7 @@ def all_maps(
         head = heads[group.family]
         maps[name] = (
             score_maps(group.residual, evidence.scale, head),
-            score_maps(held[name], evidence.scale, head),
+            held[name].scores(evidence.scale, head),
         )
     return maps
 
@@ -308,12 +343,14 @@ def measure(maps: Maps, judged: Mapping[str, Judged], fold: int) -> Figures:
                 places = own[masks & ~ignore]
                 if not places.size:
                     continue
-                alarms = float(np.mean(normal > np.median(places)))
+                alarms = float(np.mean(np.concatenate(normal) > np.median(places)))
                 rows.append((found["pixel_ap"], found["aupro"], alarms))
             else:
                 highest = np.where(ignore, own.min(), own).max(axis=(1, 2))
                 ap = image_metrics(highest, labels)["image_ap"]
-                alarms = float(np.mean(normal.max(axis=(1, 2)) > np.median(highest[labels])))
+                alarms = float(
+                    np.mean(np.array([places.max() for places in normal]) > np.median(highest[labels]))
+                )
                 rows.append((ap, ap, alarms))
     rows = [row for row in rows if np.isfinite(row).all()]
     return Figures(*(float(value) for value in np.mean(rows, axis=0))) if rows else Figures(*[np.nan] * 3)

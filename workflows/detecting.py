@@ -36,9 +36,10 @@ from training.loading import (
 )
 from training.resuming import Slot
 from training.tiling import is_tiled, scored_shape, tile_normals, tile_samples
+from workflows import history
 from workflows.console import progress, say
 from workflows.heatmaps import remove_heatmaps, write_heatmaps
-from workflows.rounds import forget, open_round, remember, vetoes
+from workflows.rounds import open_round, vetoes
 from workflows.stages import Round, device, evenly, read_settings
 
 STATE = "training.state"  # in a round's folder while its detector is trained
@@ -225,9 +226,9 @@ def remove_results(space: Workspace, number: int) -> None:
     if not space.exists(round_file(number + 1, "settings.yaml")):
         space.remove(round_file(number, "trials.parquet"))
         space.remove(round_file(number, "decisions.parquet"))
-    history = space.read_table("history.parquet").to_pylist() if space.exists("history.parquet") else []
-    over = {row["round"] for row in history if (row["name"], row["value"]) == ("against", str(number))}
-    forget(space, {(number, "metric"), *((each, "gain") for each in {number, *over})})
+    rows = history.read(space)
+    over = {row["round"] for row in rows if (row["name"], row["value"]) == ("against", str(number))}
+    history.forget(space, {(number, "metric"), *((each, "gain") for each in {number, *over})})
 
 
 def _mark_decisions(space: Workspace, number: int, vetoed: Sequence[str]) -> None:
@@ -375,7 +376,8 @@ def evaluate(space: Workspace, number: int, against: int | None = None) -> bool:
         for row in metric_rows
         if (row["category"], row["defect"], row["size"]) == ("mean", "all", "all")
     }
-    remember(space, number, "metric", {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()})
+    shown = {f"feedback.{name}": f"{value:.4f}" for name, value in means.items()}
+    history.remember(space, number, "metric", shown)
     thresholds = _stored_thresholds(notes)
     found = what_was_found(round_, judged, thresholds)
     before = round_file(number - 1, "found.parquet")
@@ -407,7 +409,7 @@ def compare_rounds(
 
     one, other = again(first), judged if judged is not None else again(second)
     found = {"against": str(first)} | _difference(one, other, round_.config.evaluation.resamples)
-    remember(space, second, "gain", found)
+    history.remember(space, second, "gain", found)
     return found
 
 
@@ -561,10 +563,11 @@ def _alarming(judged: Sequence[Judged], threshold: float, quantile: float) -> li
     """Rows of the normals with more places above a threshold than its quantile says."""
     rows = []
     for entry in judged:
-        above = entry.map > threshold
-        if entry.ignore is not None:
-            above &= ~entry.ignore
-        excess = float(above.mean()) / (1 - quantile)
+        counts = np.ones(entry.map.shape, bool) if entry.ignore is None else ~entry.ignore
+        if not counts.any():
+            continue
+        above = (entry.map > threshold) & counts
+        excess = float(above[counts].mean()) / (1 - quantile)
         if excess <= 1:
             continue
         y, x = np.unravel_index(np.where(above, entry.map, -np.inf).argmax(), above.shape)

@@ -14,9 +14,10 @@ from contextlib import suppress
 from functools import partial
 
 from manifests.workspace import Workspace, round_file
+from workflows import history
 from workflows.config import Config
 from workflows.console import say
-from workflows.rounds import begin, damaged_shards, forget, generate, open_round, remember, write_settings
+from workflows.rounds import begin, damaged_shards, generate, open_round, write_settings
 from workflows.space import present_values
 from workflows.stages import read_settings
 from workflows.tables import rounds_table
@@ -45,10 +46,10 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                     best, idle = (number, 0) if better else (best, idle + 1)
             stop = why_stop(config, space, first, number, best, idle)
             if stop:
-                remember(space, number, "stop", {"reason": stop})
+                history.remember(space, number, "stop", {"reason": stop})
                 say(f"stopped after round {number}: {stop}")
                 break
-            forget(space, {(number, "stop")})
+            history.forget(space, {(number, "stop")})
             timed(space, number, "feedback", partial(next_round, config, space, number))
         say(f"report: {space.address(write_report(space))}")
 
@@ -69,20 +70,12 @@ def gained(space: Workspace, best: int, number: int) -> bool | None:
     groups, lies above 0; None where there is no interval. Kept in the history, and not computed again."""
     from workflows import detecting
 
-    stored = {
-        row["name"]: row["value"]
-        for row in space.read_table("history.parquet").to_pylist()
-        if row["round"] == number and row["kind"] == "gain"
-    }
-    if stored.get("against") != str(best):
-        stored = detecting.compare_rounds(space, best, number)
-    low = float(stored.get("low", "nan"))
-    if "metric" in stored:
-        difference, high = float(stored["difference"]), float(stored["high"])
-        say(
-            f"round {number} against round {best}: {stored['metric']} {difference:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}]{'' if low > 0 or high < 0 else ', no more than chance'}"
-        )
+    if history.facts_of(history.read(space), number, "gain").get("against") != str(best):
+        detecting.compare_rounds(space, best, number)
+    kept = [row for row in history.read(space) if row["kind"] == "gain"]
+    for line in history.in_words(kept, number):
+        say(f"round {number} {line}")
+    low = float(history.facts_of(kept, number, "gain").get("low", "nan"))
     return low > 0 if math.isfinite(low) else None
 
 
@@ -97,7 +90,7 @@ def why_stop(config: Config, space: Workspace, first: int, number: int, best: in
         return f"all {config.rounds} rounds are done"
     if patience is not None and idle >= patience:
         return f"no significant gain over round {best} in {idle} rounds (feedback.patience)"
-    seconds = spent(space, "seconds.", range(first, number + 1))
+    seconds = history.spent(space, "seconds.", range(first, number + 1))
     if minutes is not None and seconds >= 60 * minutes:
         return f"{seconds / 60:.1f} minutes are spent (feedback.minutes: {minutes:g})"
     return None
@@ -125,8 +118,8 @@ def timed(space: Workspace, number: int, stage: str, work: Callable[[], bool]) -
 
     def add() -> None:
         kind = f"seconds.{stage}"
-        total = spent(space, kind, range(number, number + 1)) + time.perf_counter() - started
-        remember(space, number, kind, {stage: f"{total:.1f}"})
+        total = history.spent(space, kind, range(number, number + 1)) + time.perf_counter() - started
+        history.remember(space, number, kind, {stage: f"{total:.1f}"})
 
     try:
         done = work()
@@ -139,21 +132,12 @@ def timed(space: Workspace, number: int, stage: str, work: Callable[[], bool]) -
         add()
 
 
-def spent(space: Workspace, kind: str, rounds: range) -> float:
-    """The seconds that the history says of some rounds under kinds that begin with ``kind``: ``seconds.`` of
-    all stages, ``seconds.train`` of one."""
-    if not space.exists("history.parquet"):
-        return 0.0
-    rows = space.read_table("history.parquet").to_pylist()
-    return sum(float(row["value"]) for row in rows if row["round"] in rounds and row["kind"].startswith(kind))
-
-
 def _remember_yield(space: Workspace, number: int) -> None:
     """Settings and acceptance of a round, into the history."""
     rows = space.read_table(round_file(number, "shards.parquet")).to_pylist()
     accepted = sum(row["accepted"] for row in rows)
     total = sum(row["accepted"] + row["rejected"] + row["failed"] for row in rows)
-    remember(space, number, "yield", {"acceptance": f"{accepted / total:.1%}", "accepted": accepted})
+    history.remember(space, number, "yield", {"acceptance": f"{accepted / total:.1%}", "accepted": accepted})
     generation = open_round(space, number).generation
     shares = {f"generators.{name}.share": s.share for name, s in generation.generators.items()}
     ranges = {name: list(getattr(generation, name)) for name in ("area", "severity", "count")}
@@ -168,4 +152,4 @@ def _remember_yield(space: Workspace, number: int) -> None:
         for category, value in own.categories.items()
     }
     facts = {**shares, **often, **ranges, "location": generation.location, **others}
-    remember(space, number, "setting", facts)
+    history.remember(space, number, "setting", facts)

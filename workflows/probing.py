@@ -65,7 +65,7 @@ class Ground:
         judged: what judges a head, by category: real feedback pictures or, where no defect among them is
             labelled, the round's own samples, by family.
         images: the pictures behind ``judged``, in order; empty for samples.
-        held: residuals of calibration normals by the same names.
+        held: calibration normals by the same names.
         labelled: whether real defects judge.
         directions: S×C, of the round's own samples; ``real`` are those of real defects, by category.
         kin: by generator, what ``Judged.family`` calls it: its family or, where all are of one, itself.
@@ -83,7 +83,7 @@ class Ground:
     evidence: proxy.Evidence
     judged: dict[str, proxy.Judged]
     images: dict[str, list[Image]]
-    held: dict[str, np.ndarray]
+    held: dict[str, proxy.Normals]
     labelled: bool
     directions: np.ndarray
     real: dict[str, Defects]
@@ -118,14 +118,16 @@ def prepare(
             if image.category == category and image.split == "calibration" and image.defect == GOOD
         ][:MOST_NORMALS]
         # Half of the train normals are the bank, the other half are what the head learns as normal.
-        banks[category] = proxy.normal_bank(features_of(backbone, own[::2], max_side, advance), rng)
-        others = features_of(backbone, own[1::2] or own, max_side, advance)
-        negatives.append(proxy.residuals(others, banks[category]))
-        held[category] = (
-            proxy.residuals(features_of(backbone, calibration, max_side, advance), banks[category])
-            if calibration
-            else negatives[-1]
-        )
+        known = features_of(backbone, own[::2], max_side, advance)
+        banks[category] = proxy.normal_bank(known, rng, _ignored(own[::2], known))
+
+        def against_bank(images: Sequence[Image], bank: torch.Tensor = banks[category]) -> proxy.Normals:
+            found = features_of(backbone, images, max_side, advance)
+            return proxy.Normals(proxy.residuals(found, bank), _ignored(images, found))
+
+        others = against_bank(own[1::2] or own)
+        negatives.append(others.tokens)
+        held[category] = against_bank(calibration) if calibration else others
     accepted = sum(
         row["accepted"] for row in space.read_table(round_file(round_.number, "shards.parquet")).to_pylist()
     )
@@ -154,7 +156,7 @@ def prepare(
         kin = {name: name for name in kin}
     if not labelled:
         judged, images = _by_family([kin[r["generator"]] for r in recipes], recipes, residuals, small), {}
-        together = np.concatenate(list(held.values()))
+        together = proxy.Normals(*map(np.concatenate, zip(*held.values(), strict=True)))
         held = dict.fromkeys(judged or ("",), together)
     output = round_.config.output.model_copy(update={"max_side": SIZE, "bits": 8})
     probed = replace(round_, config=round_.config.model_copy(update={"output": output}))
@@ -181,12 +183,10 @@ def _real(
         grid = (residual.shape[1], residual.shape[2])
         with_masks = [proxy.shrink_mask(t, grid) for t in truths if t is not None]
         masked = np.stack(with_masks) if len(with_masks) == len(own) else None
-        nothing = np.zeros((SIZE, SIZE), bool)
         skipped = [ignored(image, SIZE) for image in own]
-        ignore = np.stack([proxy.shrink_mask(nothing if i is None else i, grid) for i in skipped])
         groups = tuple(image.group for image in own)
         fold = proxy.folds([category] * len(own), groups, labels)
-        judged[category] = proxy.Judged(residual, labels, masked, ignore, groups, fold)
+        judged[category] = proxy.Judged(residual, labels, masked, _ignored(own, features), groups, fold)
         images[category] = own
         found = {}
         for k, (mask, no) in enumerate(zip(truths, skipped, strict=True)):
@@ -196,6 +196,14 @@ def _real(
         if found:
             real[category] = Defects(np.stack(list(found.values())), tuple(groups[k] for k in found))
     return judged, images, real
+
+
+def _ignored(images: Sequence[Image], features: torch.Tensor) -> np.ndarray:
+    """Where nothing counts, bool N×(4h)×(4w)."""
+    grid = (features.shape[2], features.shape[3])
+    nothing = np.zeros((SIZE, SIZE), bool)
+    skipped = [ignored(image, SIZE) for image in images]
+    return np.stack([proxy.shrink_mask(nothing if no is None else no, grid) for no in skipped])
 
 
 def _by_family(

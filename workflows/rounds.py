@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +12,6 @@ from distributed import Client
 from manifests.errors import FlawsmithError, UsageError
 from manifests.recipes import check_donors, check_prompts
 from manifests.schema import (
-    HISTORY,
     IMAGES,
     RECIPES,
     SHARDS,
@@ -330,19 +328,3 @@ def vetoes(space: Workspace) -> set[str]:
     if not space.exists("review.parquet"):
         return set()
     return set(space.read_table("review.parquet")["sample_id"].to_pylist())
-
-
-def remember(space: Workspace, number: int, kind: str, facts: dict[str, Any]) -> None:
-    """Writes facts of a round to ``history.parquet``, in place of earlier ones of the same kind."""
-    rows = [{"round": number, "kind": kind, "name": name, "value": str(v)} for name, v in facts.items()]
-    space.append_table("history.parquet", to_table(rows, HISTORY), {"round": number, "kind": kind})
-
-
-def forget(space: Workspace, stale: Container[tuple[int, str]]) -> None:
-    """Removes facts from ``history.parquet``, by round and kind."""
-    if not space.exists("history.parquet"):
-        return
-    rows = space.read_table("history.parquet").to_pylist()
-    kept = [row for row in rows if (row["round"], row["kind"]) not in stale]
-    if len(kept) < len(rows):
-        space.write_table("history.parquet", to_table(kept, HISTORY))

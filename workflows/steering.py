@@ -22,6 +22,7 @@ from training.intervals import Estimate
 from training.matching import matched
 from training.metrics import pixel_metrics
 from training.proxy import Figures
+from workflows import history
 from workflows.config import Generation
 from workflows.console import progress, say
 from workflows.probing import (
@@ -135,17 +136,26 @@ def feedback(space: Workspace, number: int) -> bool:
 
 
 def explain(space: Workspace, number: int) -> str:
-    """The stored decisions of a round, in words."""
+    """What was concluded from a round, and its stored decisions on settings, in words."""
+    lines = [f"round {number}: {line}" for line in history.in_words(history.read(space), number)]
     name = round_file(number, "decisions.parquet")
     if not space.exists(name):
-        return f"round {number}: no decisions are stored (the last round of a run takes none)"
-    lines = [f"What round {number} changes in round {number + 1}:"]
+        return "\n".join([*lines, f"round {number}: no settings were decided on; {_why_none(space, number)}"])
+    lines.append(f"What round {number} changes in round {number + 1}:")
     for row in space.read_table(name).to_pylist():
         change = (
             "stays " + row["before"] if row["before"] == row["after"] else f"{row['before']} → {row['after']}"
         )
         lines.append(f"  {row['setting']}: {change}\n    because {row['reason']}")
     return "\n".join(lines)
+
+
+def _why_none(space: Workspace, number: int) -> str:
+    if not open_round(space, number).config.feedback.enabled:
+        return "feedback.enabled is false"
+    if not space.exists(round_file(number, "found.parquet")):
+        return "it was not evaluated yet: `flawsmith evaluate` does it"
+    return "the last round of a run decides on none; `flawsmith feedback` does"
 
 
 def spelled_out(
@@ -341,9 +351,9 @@ def _with_learned(round_: Round, ground: Ground, rows: Sequence[dict[str, Any]])
             continue
         head = proxy.solve(ground.evidence, weights)
         for category, group in ground.judged.items():
-            normal = proxy.score_maps(ground.held[category], ground.evidence.scale, head)
-            on_map = np.quantile(normal, FALSE_ALARMS)
-            on_picture = np.quantile(normal.max(axis=(1, 2)), FALSE_ALARMS)
+            normal = ground.held[category].scores(ground.evidence.scale, head)
+            on_map = np.quantile(np.concatenate(normal), FALSE_ALARMS)
+            on_picture = np.quantile([scores.max() for scores in normal], FALSE_ALARMS)
             maps = proxy.score_maps(group.residual, ground.evidence.scale, head)
             for image, scores in zip(ground.images[category], maps, strict=True):
                 for at in missed.get(image.image_id, []):
@@ -366,7 +376,7 @@ def _with_learned(round_: Round, ground: Ground, rows: Sequence[dict[str, Any]])
 def likeness(ground: Ground) -> dict[str, Likeness]:
     """What each generator's samples look like; see :class:`workflows.rules.Likeness`."""
     scale = ground.evidence.scale
-    normal = np.concatenate([proxy.distances(r, scale).ravel() for r in ground.held.values()])
+    normal = np.concatenate([proxy.distances(held.tokens, scale) for held in ground.held.values()])
     typical = max(float(normal.mean()), 1e-6)  # one normal compared with itself differs by nothing
     normal.sort()
     names = ground.generators

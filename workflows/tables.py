@@ -8,6 +8,7 @@ from typing import Any
 
 from manifests.schema import images_from
 from manifests.workspace import Workspace, round_file
+from workflows import history
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
@@ -134,10 +135,9 @@ def _ends(row: Mapping[str, Any]) -> str:
 
 def rounds_table(space: Workspace) -> str:
     """One line a round: means on the feedback split, acceptance, seconds a stage."""
-    history: dict[int, dict[str, str]] = {}
-    if space.exists("history.parquet"):
-        for row in space.read_table("history.parquet").to_pylist():
-            history.setdefault(row["round"], {})[row["name"]] = row["value"]
+    kept: dict[int, dict[str, str]] = {}
+    for row in history.read(space):
+        kept.setdefault(row["round"], {})[row["name"]] = row["value"]
     stages = ("generate", "train", "evaluate", "feedback")
     metrics = ("image_auroc", "image_ap", "pixel_ap", "aupro")
     head = ["round", "detector", *(f"{m} (feedback)" for m in metrics), "accepted"]
@@ -150,7 +150,7 @@ def rounds_table(space: Workspace) -> str:
             == ["feedback", "mean", "all", "all"]
         ]
         means = {row["metric"]: _with_interval(row) for row in judged}
-        facts = history.get(number, {})
+        facts = kept.get(number, {})
         rows.append(
             [
                 str(number),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 
 from manifests.schema import WEIGHTS, to_table
 from manifests.workspace import Workspace, round_file
 from training.weighting import Labelled, labelled, learn
+from workflows import history
 from workflows.console import progress, say
 from workflows.probing import prepare
-from workflows.rounds import remember, vetoes
+from workflows.rounds import vetoes
 from workflows.stages import Round
 
 TABLE = "weights.parquet"
@@ -42,8 +42,10 @@ def sample_weights(space: Workspace, round_: Round, *, write: bool) -> dict[str,
         rows = [{"round": round_.number, "sample_id": key, "weight": value} for key, value in found.items()]
         space.write_table(name, to_table(rows, WEIGHTS))
         means = mean_weights(ground.generators, weights)
-        remember(space, round_.number, "weight", {key: f"{value:.3f}" for key, value in means.items()})
-        say(f"round {round_.number}: {_in_words(means, weights)}")
+        history.remember(
+            space, round_.number, "weight", {key: f"{value:.3f}" for key, value in means.items()}
+        )
+        say(f"round {round_.number}: {history.weights_in_words(means)}")
     return found
 
 
@@ -53,9 +55,3 @@ def mean_weights(generators: np.ndarray, weights: np.ndarray) -> dict[str, float
     for name, weight in zip(generators.tolist(), weights.tolist(), strict=True):
         found[name].append(weight)
     return {name: float(np.mean(found[name])) for name in sorted(found)}
-
-
-def _in_words(means: dict[str, float], weights: Any) -> str:
-    if (weights == 1).all():
-        return "no weights do better than equal ones on parts left out: every sample counts the same"
-    return "mean weight by generator: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())

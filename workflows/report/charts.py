@@ -8,6 +8,7 @@ by.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def all_charts(facts: Facts, types: Sequence[TypeOutcome]) -> dict[str, Chart]:
     """Every chart that has something to show, by name."""
     charts = {
         "metrics": metrics_chart(facts.metrics),
-        "shares": shares_chart(facts.settings),
+        "shares": shares_chart(facts.outcomes),
         "area": ranges_chart(facts.settings, "area"),
         "severity": ranges_chart(facts.settings, "severity"),
         "types": types_chart(types),
@@ -67,22 +68,20 @@ def metrics_chart(metrics: Sequence[Row]) -> Chart:
     return {"kind": "lines", "rows": [f"round {number}" for number in rounds], "series": series}
 
 
-def shares_chart(settings: Mapping[int, Row]) -> Chart:
-    """What part of each round's recipes goes to which generator."""
-    shares = {
-        number: {name: each["share"] for name, each in stored["generation"]["generators"].items()}
-        for number, stored in settings.items()
-    }
-    names = sorted({name for own in shares.values() for name, share in own.items() if share > 0})
-    totals = {number: sum(own.values()) or 1 for number, own in shares.items()}
+def shares_chart(outcomes: Sequence[Row]) -> Chart:
+    """What part of each round's recipes each generator had."""
+    counts: dict[int, Counter[str]] = {}
+    for row in outcomes:
+        counts.setdefault(row["round"], Counter())[row["generator"]] += row["count"]
+    rounds = sorted(counts)
     series = [
         {
             "name": label(name),
-            "values": [_finite(own.get(name, 0) / totals[number]) for number, own in shares.items()],
+            "values": [_finite(counts[number][name] / counts[number].total()) for number in rounds],
         }
-        for name in names
+        for name in sorted({name for own in counts.values() for name in own})
     ]
-    rows = [f"round {number}" for number in shares]
+    rows = [f"round {number}" for number in rounds]
     return {"kind": "bars", "rows": rows, "series": series, "title": "share of the recipes", "percent": True}
 
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from manifests.schema import Image
 from manifests.workspace import Workspace, round_file
+from workflows import history
 from workflows.heatmaps import FOUND_FROM, TABLE, defect_key
 from workflows.rounds import vetoes
 from workflows.stored import source_images
@@ -32,6 +33,7 @@ class Facts:
         outcomes: one row a round, generator, status and reason, with ``count``, ``attempts`` and ``seconds``.
         found: by judged round, what was found of each real defect of the feedback split.
         decisions, heatmaps, stress: rows of every round; heat maps have their ``round``.
+        history: what was kept of every round (:mod:`workflows.history`).
         seconds: by (stage, round).
         bytes: of the shards, by round.
         vetoed: samples that a person rejected.
@@ -46,6 +48,7 @@ class Facts:
     decisions: Sequence[Row]
     heatmaps: Sequence[Row]
     stress: Sequence[Row]
+    history: Sequence[Row]
     seconds: Mapping[tuple[str, int], float]
     bytes: Mapping[int, int]
     vetoed: frozenset[str]
@@ -82,6 +85,7 @@ def read_facts(space: Workspace) -> Facts:
     rounds = space.rounds()
     judged = [number for number in rounds if space.exists(round_file(number, "found.parquet"))]
     made = [number for number in rounds if space.exists(round_file(number, "shards.parquet"))]
+    kept = history.read(space)
     return Facts(
         images=source_images(space),
         rounds=rounds,
@@ -94,7 +98,8 @@ def read_facts(space: Workspace) -> Facts:
         decisions=_rows(space, rounds, "decisions.parquet"),
         heatmaps=[{"round": number, **row} for number in rounds for row in _rows(space, [number], TABLE)],
         stress=_rows(space, rounds, "stress.parquet"),
-        seconds=_seconds(space),
+        history=kept,
+        seconds=_seconds(kept),
         bytes={
             number: pc.sum(space.read_table(round_file(number, "shards.parquet"))["bytes"]).as_py() or 0
             for number in made
@@ -185,12 +190,10 @@ def _outcomes(space: Workspace, number: int) -> list[Row]:
     ]
 
 
-def _seconds(space: Workspace) -> dict[tuple[str, int], float]:
+def _seconds(history: Sequence[Row]) -> dict[tuple[str, int], float]:
     """Of each stage, all its tries together."""
-    if not space.exists("history.parquet"):
-        return {}
     return {
         (row["name"], row["round"]): float(row["value"])
-        for row in space.read_table("history.parquet").to_pylist()
+        for row in history
         if row["kind"].split(".")[0] == "seconds"
     }

@@ -282,6 +282,12 @@
     return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
   }
 
+  // Of [value, place] pairs; what has no value comes last either way.
+  const ranking = down => (a, b) => {
+    const turned = down && a[0] != null && b[0] != null;
+    return (turned ? compare(b[0], a[0]) : compare(a[0], b[0])) || a[1] - b[1];
+  };
+
   function select() {
     const active = FILTERS.filter(name => filters[name] !== "");
     const words = view.words.toLowerCase().split(/\s+/).filter(Boolean);
@@ -294,10 +300,10 @@
       if (words.length) { const own = haystack(row); if (!words.every(word => own.includes(word))) continue; }
       rows.push(row);
     }
-    const key = view.key ?? (view.mode === "pictures" ? "generator" : null);
+    const key = view.key ?? (view.mode === "pictures" ? "generator" : view.down ? "sample_id" : null);
     if (key) {
       const ranked = rows.map(row => [cell(key, row), row]);
-      ranked.sort((a, b) => (view.down ? compare(b[0], a[0]) : compare(a[0], b[0])) || a[1] - b[1]);
+      ranked.sort(ranking(view.down));
       view.rows = ranked.map(pair => pair[1]);
     } else view.rows = rows;
   }
@@ -379,12 +385,13 @@
     }
     const order = view.mode === "pictures" || DATA.sheets;
     if (order) {
-      controls.order = make("select", { onchange: event => sortBy(event.target.value || null) },
+      controls.order = make("select", { onchange: event => sortBy(event.target.value || null, view.down) },
         make("option", { value: "" }, "default"),
         ...SHOWN.map(([name, heading]) => make("option", { value: name }, heading)));
-      form.append(make("label", {}, "sort by", controls.order));
+      controls.down = make("input", { type: "checkbox", onchange: event => sortBy(view.key, event.target.checked) });
+      form.append(make("label", {}, "sort by", controls.order), make("label", { class: "check" }, controls.down, "descending"));
     }
-    form.append(make("button", { type: "reset", onclick: () => setFilters({}) }, "Reset"));
+    form.append(make("button", { type: "reset", onclick: () => { sortBy(null, false); setFilters({}); } }, "Reset"));
     form.addEventListener("submit", event => event.preventDefault());
     byId("view-pictures")?.addEventListener("click", () => { view.mode = "pictures"; refresh(); });
     byId("view-table").addEventListener("click", () => { view.mode = "table"; refresh(); });
@@ -399,10 +406,13 @@
     refresh(true);
   }
 
-  function sortBy(key) {
-    view.down = view.key === key && key !== null && !view.down;
+  function sortBy(key, down) {
     view.key = key;
-    if (controls.order) controls.order.value = key ?? "";
+    view.down = down;
+    if (controls.order) {
+      controls.order.value = key ?? "";
+      controls.down.checked = down;
+    }
     refresh();
   }
 
@@ -530,6 +540,9 @@
 
   const heatTitle = heat => `${KINDS[heat.kind]}: ${heat.category}${heat.kind === "false_alarm" ? "" : `, ${heat.defect}`}`;
   const share = value => (value == null ? "" : `${Math.round(100 * value)} %`);
+  const heatNote = heat => heat.kind === "false_alarm"
+    ? `score ${score(heat.score)}, alarm from ${score(heat.threshold)}`
+    : `${share(heat.hit)} found${heat.before == null ? "" : `, before ${share(heat.before)}`}`;
 
   function heatView(place) {
     const heat = DATA.heatmaps[place];
@@ -552,9 +565,7 @@
       const heat = DATA.heatmaps[place];
       const thumb = make("span", { class: `thumb heat${byId("heat-on").checked ? " show" : ""}`, "data-heat": place });
       heats.observe(thumb);
-      const note = heat.kind === "false_alarm"
-        ? `score ${score(heat.score)}, alarm from ${score(heat.threshold)}`
-        : `${share(heat.hit)} found${heat.before == null ? "" : `, before ${share(heat.before)}`}`;
+      const note = heatNote(heat);
       return make("button", { type: "button", class: "tile", "data-place": place, "aria-label": `Open ${heatTitle(heat)}, ${note}` },
         thumb, make("span", {}, heatTitle(heat)), make("span", { class: "faint" }, note));
     }));
@@ -562,9 +573,9 @@
   }
 
   function prepareHeats() {
-    for (const node of document.querySelectorAll(".strip .heat")) {
+    for (const strip of document.querySelectorAll(".strip")) for (const [at, node] of [...strip.children].entries()) {
       const heat = DATA.heatmaps[node.dataset.heat];
-      node.setAttribute("aria-label", `Open ${heatTitle(heat)}`);
+      node.setAttribute("aria-label", `Open ${heatTitle(heat)}, ${heatNote(heat)} (${at + 1} of ${strip.children.length})`);
       node.addEventListener("click", () => {
         const list = [...node.closest(".type").querySelectorAll(".heat")].map(other => Number(other.dataset.heat));
         open(list, list.indexOf(Number(node.dataset.heat)), heatView);
@@ -605,7 +616,7 @@
         for (const other of heads) other.removeAttribute("aria-sort");
         head.setAttribute("aria-sort", down ? "descending" : "ascending");
         const ranked = original.map((row, place) => [value(row, at), place, row]);
-        ranked.sort((a, b) => (down ? compare(b[0], a[0]) : compare(a[0], b[0])) || a[1] - b[1]);
+        ranked.sort(ranking(down));
         body.replaceChildren(...ranked.map(item => item[2]));
       } });
       button.append(...head.childNodes);
@@ -625,7 +636,7 @@
       open(list, list.indexOf(Number(place)), heatView);
     }
     if (sort !== undefined) {
-      sortBy(sort);
+      sortBy(sort, view.key === sort && !view.down);
       document.querySelector(`[data-sort="${sort}"]`).focus();
     }
     if (filter !== undefined && count) {

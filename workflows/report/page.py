@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from manifests.schema import LEAKING, canonical_json
 from manifests.workspace import Workspace
+from workflows import history
 from workflows.report import charts, pictures, samples, tables
 from workflows.report.facts import (
     Facts,
@@ -27,6 +28,7 @@ from workflows.report.facts import (
 )
 
 NAME = "report/index.html"
+LARGEST = 25_000_000  # bytes of the page: pictures take what tables leave
 LIBRARY = ("bokeh.min.js", "bokeh-api.min.js")
 CARD_PICTURES = 4  # of a kind on the card of a type of defect
 
@@ -48,65 +50,79 @@ def write_report(space: Workspace, *, with_pictures: bool = True) -> str:
     rows, total = samples.read_rows(space, facts.rounds, facts.vetoed)
     if not with_pictures:
         facts, rows = without_paths(facts), [row_without_paths(row) for row in rows]
-    album = pictures.make_album(space, rows) if with_pictures else pictures.Album()
     heat_pictures, heatmaps = pictures.heatmaps(space, facts.heatmaps) if with_pictures else ([], [])
     types = type_outcomes(facts.found)
     drawn = charts.all_charts(facts, types)
     style, script = _file("page.css"), _file("page.js")
     library = [_bokeh(name) for name in LIBRARY]
-    page = _template().render(
-        title="Flawsmith report",
-        subtitle=_subtitle(facts),
-        policy=_policy(script, *library),
-        style=Markup(style),
-        script=Markup(script),
-        library=[Markup(part) for part in library],
-        notices=tables.notices(facts.images),
-        cards=_cards(facts, types),
-        latest=max((row["round"] for row in matching(facts.metrics, split="feedback")), default=None),
-        charts=drawn,
-        rounds=tables.rounds_table(facts),
-        vetoed=len(facts.vetoed),
-        feedback_figures=tables.figures_tables(facts.metrics, "feedback"),
-        test_figures=tables.figures_tables(facts.metrics, "test"),
-        heldout_figures=tables.figures_tables(facts.metrics, "heldout_synthetic"),
-        stress_figures=tables.stress_tables(facts.stress),
-        changed=tables.decisions_table(facts, changed=True),
-        stayed=tables.decisions_table(facts, changed=False),
-        configured=tables.configured_table(facts),
-        types=tables.types_table(types),
-        type_cards=_type_cards(types, heatmaps),
-        generators=tables.generators_table(facts),
-        reasons=tables.reasons_table(facts),
-        seconds=tables.seconds_table(facts),
-        effort=tables.effort_table(facts),
-        shard_bytes=_bytes(sum(facts.bytes.values())) if facts.bytes else "",
-        real_pictures=tables.pictures_table(facts.images),
-        pictures=with_pictures,
-        most_pictures=pictures.MOST_PICTURES,
-        row_count=len(rows),
-        total=total,
-        shown_count=len(album.shown),
-        heat_count=len(heatmaps),
-        heat_left=len(facts.heatmaps) - len(heatmaps) if with_pictures else 0,
-        data=_json(
-            {
-                "charts": drawn,
-                "samples": samples.columns(rows, facts.images, paths=with_pictures),
-                "count": len(rows),
-                "vetoed": samples.REJECTED_BY_HAND,
-                "replay": samples.replay_command(space, paths=with_pictures),
-                "sheets": len(album.sheets),
-                "shown": {
-                    name: {**shown, "place": place} for place, (name, shown) in enumerate(album.shown.items())
-                },
-                "heatmaps": _heatmap_rows(facts, heatmaps),
-            }
-        ),
-        sheets=album.sheets,
-        sample_pictures=album.pictures,
-        heat_pictures=heat_pictures,
-    )
+    template = _template()
+
+    def render(album: pictures.Album) -> str:
+        return template.render(
+            title="Flawsmith report",
+            subtitle=_subtitle(facts),
+            policy=_policy(script, *library),
+            style=Markup(style),
+            script=Markup(script),
+            library=[Markup(part) for part in library],
+            notices=tables.notices(facts.images),
+            cards=_cards(facts, types),
+            latest=max((row["round"] for row in matching(facts.metrics, split="feedback")), default=None),
+            charts=drawn,
+            rounds=tables.rounds_table(facts),
+            concluded=[
+                f"Round {number}: {line}."
+                for number in facts.rounds
+                for line in history.in_words(facts.history, number)
+            ],
+            settings=tables.settings_table(facts),
+            vetoed=len(facts.vetoed),
+            feedback_figures=tables.figures_tables(facts.metrics, "feedback"),
+            test_figures=tables.figures_tables(facts.metrics, "test"),
+            heldout_figures=tables.figures_tables(facts.metrics, "heldout_synthetic"),
+            stress_figures=tables.stress_tables(facts.stress),
+            changed=tables.decisions_table(facts, changed=True),
+            stayed=tables.decisions_table(facts, changed=False),
+            configured=tables.configured_table(facts),
+            types=tables.types_table(types),
+            type_cards=_type_cards(types, heatmaps),
+            generators=tables.generators_table(facts),
+            reasons=tables.reasons_table(facts),
+            seconds=tables.seconds_table(facts),
+            effort=tables.effort_table(facts),
+            shard_bytes=_bytes(sum(facts.bytes.values())) if facts.bytes else "",
+            real_pictures=tables.pictures_table(facts.images),
+            pictures=with_pictures,
+            most_pictures=pictures.MOST_PICTURES,
+            row_count=len(rows),
+            total=total,
+            shown_count=len(album.shown),
+            heat_count=len(heatmaps),
+            heat_left=len(facts.heatmaps) - len(heatmaps) if with_pictures else 0,
+            data=_json(
+                {
+                    "charts": drawn,
+                    "samples": samples.columns(rows, facts.images, paths=with_pictures),
+                    "count": len(rows),
+                    "vetoed": samples.REJECTED_BY_HAND,
+                    "replay": samples.replay_command(space, paths=with_pictures),
+                    "sheets": len(album.sheets),
+                    "shown": {
+                        name: {**shown, "place": place}
+                        for place, (name, shown) in enumerate(album.shown.items())
+                    },
+                    "heatmaps": _heatmap_rows(facts, heatmaps),
+                }
+            ),
+            sheets=album.sheets,
+            sample_pictures=album.pictures,
+            heat_pictures=heat_pictures,
+        )
+
+    page = render(pictures.Album())
+    if with_pictures:
+        room = min(pictures.BYTES, LARGEST - len(page.encode()))
+        page = render(pictures.make_album(space, rows, room))
     space.write_bytes(NAME, page.encode())
     return NAME
 

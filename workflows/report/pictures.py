@@ -20,8 +20,9 @@ from workflows.report.facts import Row
 from workflows.stored import Stored, read_sample
 
 MOST_PICTURES = 1500  # samples that are shown; the table has all
-BYTES = 17_500_000  # of the page's characters for pictures of samples, and
-HEATMAP_BYTES = 2_500_000  # for heat maps: with charts and tables the page stays below 25 MB
+BYTES = 17_500_000  # of the page's characters at most for pictures of samples with their outlines, and
+HEATMAP_BYTES = 2_500_000  # for heat maps
+ENTRY = 200  # characters of a shown sample beside its pictures and its outline
 TILE = 96  # pixels a side of a thumbnail
 ACROSS = 10  # thumbnails in a row and in a column of a sheet
 SIDES = (320, 256, 192, 160, 128)  # longer side of a sample's picture; the largest that fits is taken
@@ -48,15 +49,18 @@ class Album:
     shown: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def make_album(space: Workspace, rows: Sequence[Row]) -> Album:
+def make_album(space: Workspace, rows: Sequence[Row], room: int = BYTES) -> Album:
     """Pictures of at most :data:`MOST_PICTURES` accepted samples, spread over rounds, categories, generators.
+
+    Args:
+        room: characters that they may take. Thumbnails and outlines are there in any case.
 
     Raises:
         ShardError: a shard is missing or damaged.
     """
     accepted = [row for row in rows if row["outcome"] == "accepted"]
     chosen = choose(accepted, MOST_PICTURES)
-    side, room = _plan(space, chosen)
+    side, room = _plan(space, chosen, room)
     album, tiles, normals = Album(), [], {}
     for row in chosen:
         sample = read_sample(space, row)
@@ -91,15 +95,17 @@ def make_album(space: Workspace, rows: Sequence[Row]) -> Album:
     return album
 
 
-def _plan(space: Workspace, chosen: Sequence[Row]) -> tuple[int, int]:
+def _plan(space: Workspace, chosen: Sequence[Row], room: int) -> tuple[int, int]:
     """(side, room): the largest of :data:`SIDES` at which the pictures of all chosen samples are likely to
-    fit, and the characters that they may take beside the thumbnails."""
+    fit, and the characters of ``room`` that they may take beside thumbnails and outlines."""
     probe = [read_sample(space, row) for row in chosen[:: max(1, math.ceil(len(chosen) / PROBE))]]
     if not probe:
-        return SIDES[0], BYTES
-    pictures = [shown_of(sample, SIDES[0])[0] for sample in probe]
+        return SIDES[0], room
+    shown = [shown_of(sample, SIDES[0]) for sample in probe]
+    pictures = [picture for picture, _ in shown]
     tiles = [letterbox(fit(picture, TILE), TILE) for picture in pictures]
-    room = BYTES - round(1.1 * len(encode(sheet(tiles))) * len(chosen) / len(tiles))
+    certain = len(encode(sheet(tiles))) + sum(len(outline_path(mask)) + ENTRY for _, mask in shown)
+    room -= round(1.1 * certain * len(chosen) / len(tiles))
     each = sum(len(encode(picture)) for picture in pictures) / len(pictures)
     count = len(chosen) + len({row["image_id"] for row in chosen})
     for side in SIDES:

@@ -180,6 +180,41 @@ def decisions_table(facts: Facts, *, changed: bool) -> Table:
     return Table(title, ["rounds", "setting", "before", "after", "why"], rows, keys=2)
 
 
+def settings_table(facts: Facts) -> Table:
+    """The settings of generation that differ between rounds, a row each, a column a round; which pictures are
+    drawn more often is told by the decisions alone."""
+    rounds = {
+        number: flattened({k: v for k, v in stored["generation"].items() if k not in ("normals", "nearest")})
+        for number, stored in facts.settings.items()
+    }
+    names = dict.fromkeys(name for own in rounds.values() for name in own)
+    found = {name: [own.get(name, NOTHING) for own in rounds.values()] for name in names}
+    rows = [[name, *values] for name, values in found.items() if len(set(values)) > 1]
+    head = ["setting", *(f"round {number}" for number in rounds)]
+    return Table("Settings of each round that are not the same in all", head, rows)
+
+
+def flattened(settings: Any, place: str = "") -> dict[str, str]:
+    """The leaves of a tree of settings as texts, by dotted names; lists are leaves.
+
+    >>> flattened({"area": [0.1, 0.2], "generators": {"scar": {"share": 1.0}}})
+    {'area': '[0.1, 0.2]', 'generators.scar.share': '1'}
+    """
+    if isinstance(settings, dict):
+        return {
+            name: text
+            for key, value in settings.items()
+            for name, text in flattened(value, f"{place}.{key}" if place else str(key)).items()
+        }
+    if isinstance(settings, list):
+        return {place: f"[{', '.join(_leaf(value) for value in settings)}]"}
+    return {place: _leaf(settings)}
+
+
+def _leaf(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else NOTHING if value is None else str(value)
+
+
 def configured_table(facts: Facts) -> Table:
     """What a person changed in the configuration between two rounds."""
     rows = []
