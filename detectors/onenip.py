@@ -410,4 +410,5 @@ ONENIP = Method(
     settings=OneNIPSettings,
     presets={"paper": PAPER},
     build=build,
+    features=lambda settings: settings.model_dump(include={"backbone", "layers", "size"}),
 )

@@ -153,6 +153,9 @@ class Method:
         presets: named settings, e.g. ``paper``.
         build: ``build(settings, categories, device) -> Detector``; untrained.
         open_categories: whether it scores pictures of categories that it was not trained on.
+        features: ``features(settings)``: of which backbone's features, as it gives them, it learns:
+            ``backbone`` and ``layers`` as :func:`generation.backbones.load_backbone` takes them, and
+            ``size``. Samples of such features can train it; None: it makes more of them first, and none can.
     """
 
     name: str
@@ -161,6 +164,7 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]]
     build: Callable[[Any, Sequence[str], Any], Detector]
     open_categories: bool = False
+    features: Callable[[Any], dict[str, Any]] | None = None
 
 
 def counted(maps: Tensor, batch: Batch) -> Tensor:

@@ -257,14 +257,13 @@ def _piece(
     zoom = float(np.clip(rng.normal(1, 0.5), params.resize_low, params.resize_high))
     tall = int(np.clip(round(height / zoom), 1, donor.shape[0]))
     wide = int(np.clip(round(width / zoom), 1, donor.shape[1]))
-    share = rng.uniform(-1, 1, 2) if params.published else rng.normal(0, params.shift, 2)
+    shift = (0, 0) if params.published else rng.normal(0, params.shift, 2)
     corner: list[int] = []
-    for start, side, length, full in (
-        (target[0], donor.shape[0], tall, source.pixels.shape[0]),
-        (target[2], donor.shape[1], wide, source.pixels.shape[1]),
-    ):
-        at = (start / full + share[len(corner)]) * side
-        corner.append(int(np.clip(round(at), 0, side - length)))
+    for axis, length in enumerate((tall, wide)):
+        side, full = donor.shape[axis], source.pixels.shape[axis]
+        near = (target[2 * axis] / full + shift[axis]) * side
+        most = side - length
+        corner.append(int(rng.integers(most + 1)) if params.published else int(np.clip(round(near), 0, most)))
     piece = donor[corner[0] : corner[0] + tall, corner[1] : corner[1] + wide]
     if (tall, wide) != (height, width):
         piece = cv2.resize(piece, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)

@@ -20,8 +20,8 @@ from manifests.schema import canonical_json
 from manifests.workspace import Workspace
 from tests.test_generators import FEATURE, picture, recipe, source
 from training.loading import read_all_samples
-from workflows import detecting, rounds
-from workflows.config import parse_config
+from workflows import detecting, probing, rounds
+from workflows.config import check_detector, parse_config
 
 CHANNELS = 12
 
@@ -187,8 +187,36 @@ def test_a_probe_tells_what_the_severity_promises(name, limit, known):
     mask = torch.ones(16, 16, 16, dtype=torch.bool)
     for strength, target in zip(found, statistics.SEPARABLE, strict=True):
         changed = perturb(unseen, mask, strength, torch.Generator().manual_seed(11))
-        clean, moved = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (unseen, changed))
-        assert abs(statistics.accuracy(clean, moved, known) - target) < 0.05
+        assert abs(statistics.accuracy(*seen_alone((unseen, changed), known)) - target) < 0.05
+
+
+def seen_alone(both, known):
+    return ((statistics.standardised(x, known).permute(0, 2, 3, 1).flatten(0, 2)) for x in both)
+
+
+@pytest.mark.parametrize("name", ["copy", "shuffle", "insert"])
+def test_moved_tokens_are_told_by_those_around_them_more_with_severity(name):
+    """On features that hang together in the picture, as a backbone's do; alone a token is best told halfway,
+    and at the end not at all."""
+    backbone = load_backbone(DEFAULT)
+    features, known = statistics.normal_features(backbone), statistics.statistics(backbone)
+    generator = registry.get(f"feature-{name}")
+    perturb = generator.apply.keywords["operator"].bind(known, generator.params(), features.roll(1, 0))
+    mask = torch.rand(len(features), 16, 16, generator=torch.Generator().manual_seed(5)) < 0.25
+
+    def told(strength, beside):
+        changed = perturb(features, mask, strength, torch.Generator().manual_seed(6))
+        look = statistics.beside_others if beside else statistics.standardised
+        clean, moved = (look(x, known).permute(0, 2, 3, 1)[mask] for x in (features, changed))
+        order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(7))
+        return statistics.accuracy(clean[order], moved[order])
+
+    model = generator.load(generator.params().model_dump(mode="json"), "cpu")
+    low, high = model.range
+    found = [told(low * (high / low) ** severity, beside=True) for severity in (0.0, 0.5, 1.0)]
+    assert found == sorted(found)
+    assert found[0] == pytest.approx(0.6, abs=0.05) and found[2] == pytest.approx(0.8, abs=0.05)
+    assert told(0.5, beside=False) > told(1.0, beside=False) + 0.1
 
 
 def test_a_probe_that_is_linear_in_the_features_would_not_see_noise(known):
@@ -202,18 +230,19 @@ def test_a_probe_that_is_linear_in_the_features_would_not_see_noise(known):
     weight = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y[:, None]).solution
     told = [torch.cat([z[half:], torch.ones(half, 1)], 1) @ weight for z in (clean, moved)]
     linear = ((told[0] < 0).double().mean() + (told[1] > 0).double().mean()) / 2
-    assert linear < 0.55 < 0.85 < statistics.accuracy(clean.float(), moved.float(), known)
+    assert linear < 0.55 < 0.85 < statistics.accuracy(*seen_alone((features, noisy), known))
 
 
 def test_the_shipped_statistics_are_those_of_the_default_backbone():
     backbone = load_backbone(DEFAULT)
+    assert statistics.shipped(backbone)
     shipped = statistics.statistics(backbone)
     fresh = statistics.estimate(statistics.normal_features(backbone))
     torch.testing.assert_close(shipped.centre, fresh.centre, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(shipped.deviation, fresh.deviation, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["noise", "flow"])
+@pytest.mark.parametrize("name", ["noise", "flow", "insert"])
 def test_the_shipped_strengths_are_those_that_calibration_finds(name):
     generator = registry.get(f"feature-{name}")
     params, operator = generator.params(), generator.apply.keywords["operator"]
@@ -293,20 +322,20 @@ def test_the_whole_foreground_is_a_mask_of_features():
 
 
 def test_a_run_of_features_trains_the_detector_that_looks_at_them(tmp_path):
-    """From recipes through shards to weights, by the command's own stages."""
+    """From recipes through shards to weights, by the command's own stages; with nothing said of the features
+    they are the detector's."""
     for number in range(6):
         file = tmp_path / "pictures/cloth/train/good" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(file), picture(64, 64, seed=number))
+    layers = ("blocks.1", "blocks.2", "blocks.4")
+    onenip = {"size": 64, "layers": layers, "steps": 2, "hidden": 16, "heads": 2, "ffn": 16, "bank": 1}
     config = parse_config(
         {
             "source": str(tmp_path / "pictures"),
             "samples": 12,
-            "generation": {"generators": {"feature-noise": {"params": {"size": 64}}}, "location": "anywhere"},
-            "detector": {
-                "name": "onenip",
-                "settings": {"size": 64, "steps": 2, "hidden": 16, "heads": 2, "ffn": 16, "bank": 1},
-            },
+            "generation": {"generators": {"feature-noise": {}}, "location": "anywhere"},
+            "detector": {"name": "onenip", "settings": onenip},
             "cluster": {"workers": 1},
         },
         name="test",
@@ -319,9 +348,37 @@ def test_a_run_of_features_trains_the_detector_that_looks_at_them(tmp_path):
     rows = rounds.accepted_samples(space, number)
     assert len(rows) >= 10
     sample = next(read_all_samples(detecting._shards(space, number)))
-    model = load_backbone(DEFAULT)
-    assert sample.backbone == model.fingerprint and sample.feature.shape == (192, 4, 4)
+    model = load_backbone(DEFAULT, layers)
+    assert sample.backbone == model.fingerprint and sample.feature.shape == (176, 4, 4)
     assert sample.mask.shape == (4, 4) and sample.mask.any()
+    assert probing.backbone_of(config.generation).fingerprint == model.fingerprint
+
+
+def test_features_that_the_detector_cannot_learn_from_are_refused_before_any_is_made():
+    def check(detector, params=None, **training):
+        noise = {"params": params or {}}
+        config = parse_config(
+            {
+                "source": "pictures",
+                "generation": {"generators": {"feature-noise": noise}},
+                "detector": detector,
+                "training": training,
+            },
+            name="test",
+        )
+        check_detector(config, "test")
+
+    small = {"name": "onenip", "settings": {"size": 64}}
+    check(small)
+    check(small, {"size": 64})
+    named = {"size": 64, "layers": ["blocks.0", "blocks.1", "blocks.2", "blocks.4"]}  # its levels by name
+    check(small, named)
+    for params in ({"size": 96}, {"size": 64, "layers": ["blocks.1"]}):
+        with pytest.raises(UsageError, match=r"feature-noise.params: .*other features than onenip"):
+            check(small, params)
+    with pytest.raises(UsageError, match="from which vlad cannot learn"):
+        check({"name": "vlad"})
+    check({"name": "vlad"}, generators={"feature-noise": 0.0})
 
 
 def test_foreign_pictures_are_of_another_category():

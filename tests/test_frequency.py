@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from generation import registry
 from generation.compose import local_variation
 from generation.frequency import operators
-from generation.frequency.family import FrequencyParams
+from generation.frequency.family import BandParams, FrequencyParams
 from generation.gates import Gates
 from generation.masks import shaped, threshold
 from generation.protocol import Source, places_of
@@ -96,6 +96,26 @@ def test_grey_is_treated_like_three_equal_channels(name, size):
         arguments = operator.arguments(np.random.default_rng(3), image, other, params)
         made.append(operator.render(image, **arguments)(operator.start))
     np.testing.assert_allclose(made[1], np.repeat(made[0], 3, axis=2), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 48), (48, 33)])
+def test_a_sector_of_a_ring_up_to_the_corners_keeps_the_picture_real(size):
+    """Written out over the whole spectrum: what is kept of −k mirrors what is kept of k."""
+    params = BandParams(rings=((0.3, 1.5),), sector=40)
+    operator = registry.get("band").apply.keywords["operator"]
+    image = image_of(*size)
+    for seed in range(8):
+        found = operator.arguments(np.random.default_rng(seed), image, image, params)
+        rows, columns = (np.arange(side) for side in size)
+        half = found["gain"].shape[1]
+        late = columns >= half  # the other half of the plane, from its mirrored places
+        for name, sign in (("gain", 1), ("turn", -1)):
+            plane = np.zeros(size, np.float32)
+            plane[:, :half] = found[name]
+            plane[:, late] = sign * plane[np.ix_(-rows % size[0], -columns[late] % size[1])]
+            mirrored = plane[np.ix_(-rows % size[0], -columns % size[1])]
+            np.testing.assert_array_equal(plane, sign * mirrored)
+        assert (found["gain"] != 0).any()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -275,6 +295,22 @@ def test_the_severity_is_the_contrast(name):
     assert accepted >= ENOUGH.get(name, 60)
     assert reasons <= {"severity_unreachable", "hollow", "duplicate of a sample"}
     assert name == "notch" or min(highest) < 10 < max(highest) == 16, "plain and rough ones"
+
+
+@pytest.mark.parametrize("name", ["apr", "blur", "shift", "chip", "fibre"])
+def test_at_one_place_more_severity_is_more_contrast(name):
+    """Of those, too, whose severity is a share of the most that they can do to the place."""
+    severities = (0.0, 0.35, 0.7, 1.0)
+    told = 0
+    for given_source in materials().values():
+        for seed in range(6):
+            made = [make([recipe(name, seed, severity=s)], given_source, attempts=1)[0] for s in severities]
+            if any(one.status != "accepted" for one in made):
+                continue
+            contrasts = [one.contrast for one in made]
+            assert (np.diff(contrasts) > -0.02 * np.array(contrasts[1:])).all()  # the solver's error
+            told += contrasts[-1] > 1.5 * contrasts[0]
+    assert told >= 5
 
 
 @pytest.mark.parametrize("name", ["notch", "shift"])

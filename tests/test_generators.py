@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 from torchvision.transforms import functional as F
 
 from generation import registry
@@ -18,12 +19,13 @@ from generation.cutpaste import colour_jitter
 from generation.frequency.operators import band, hermitian
 from generation.gates import Gates
 from generation.masks import SOFT, THINNEST, blobs, foreground, lens, perlin, place, resolve_location
-from generation.poisson import blend_gradients, clone_gradients
+from generation.poisson import PoissonParams, _piece, blend_gradients, clone_gradients
 from generation.protocol import Edit, Generator, Source, Undrawable
 from generation.synthesis import attempt, batch_of, synthesise
 from generation.textures import KINDS, procedural
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe, canonical_json
+from tests.benchmarks import synthesis
 
 CLASSIC = ("perlin", "cutpaste", "scar", "crack", "chip", "fibre", "poisson", "band")
 FREQUENCY = ("fda", "fact", "apr", "laplacian", "wavelet", "notch", "peak", "blur", "sharpen", "shift")
@@ -209,6 +211,21 @@ def test_published_patches_have_the_published_number():
     outcomes = opened("poisson", {"published": True, "shade": 0}, count=3, seeds=80)
     sides = boxes([o for o in outcomes if cv2.connectedComponents(o.mask)[0] == 2])
     assert sides.min() > 0.06 * 256 - 3 and 0.15 < sides.mean() / 256 < 0.45
+
+
+def test_published_patches_come_from_anywhere_in_the_donor():
+    """A donor whose pixels say where they are; the ends are places like any other."""
+    y, x = np.mgrid[:200, :200].astype(np.uint8)
+    donor = np.stack([y, x, x], axis=2)
+    params = PoissonParams(published=True, resize_low=1, resize_high=1)
+    rng = np.random.default_rng(0)
+    corners = []
+    for _ in range(400):
+        target = (150, 170, 10, 40)  # rows 0 to 180 and columns 0 to 170 of the donor have room for it
+        corners.append(255 * _piece(rng, donor, target, source(donor), params)[0, 0, :2])
+    for found, most in zip(np.transpose(corners), (180, 170), strict=True):
+        assert kstest(found / most, "uniform").pvalue > 0.01
+        assert np.mean((found < 1) | (found > most - 1)) < 0.05
 
 
 def test_the_published_colours_are_those_of_torchvision():
@@ -732,8 +749,7 @@ def test_the_readme_lists_every_generator():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     table = readme.partition("<!-- generators -->")[2].partition("<!-- end of generators -->")[0]
     for name in registry.BUILT_IN:
-        generator = registry.get(name)
-        assert f" | `{name}` | {generator.summary} |" in table
+        assert synthesis.readme_row(name) in table
 
 
 def test_registry_takes_an_entry_point_of_another_package(monkeypatch):

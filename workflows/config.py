@@ -353,11 +353,41 @@ def parse_config(raw: Any, *, name: str, folder: Path | None = None) -> Config:
     problems = _check(config)
     if problems:
         raise UsageError("\n".join(f"{name}: {problem}" for problem in problems))
-    resolved = _resolve(config, folder) if folder is not None else config
+    resolved = _as_detector_looks(_resolve(config, folder) if folder is not None else config)
     problems = _check_prompts(resolved)
     if problems:
         raise UsageError("\n".join(f"{name}: {problem}" for problem in problems))
     return resolved
+
+
+LOOKED_AT = ("backbone", "layers", "size")  # params of the generators that change features
+
+
+def _as_detector_looks(config: Config) -> Config:
+    """With the generators that change features set to those that the detector looks at, where they name none
+    themselves. The detector is imported for their sake alone."""
+    from generation import registry
+
+    given = config.generation.generators
+    bare = {
+        name: settings
+        for name, settings in given.items()
+        if registry.get(name).family == "feature" and not set(LOOKED_AT) & set(settings.params)
+    }
+    if not bare:
+        return config
+    try:
+        method, settings = config.detector.resolved()
+    except (UsageError, ValidationError):  # told by check_detector
+        return config
+    if method.features is None:
+        return config
+    looked_at = {name: value for name, value in method.features(settings).items() if value is not None}
+    generators = {
+        name: own.model_copy(update={"params": {**own.params, **looked_at}}) for name, own in bare.items()
+    }
+    generation = config.generation.model_copy(update={"generators": {**given, **generators}})
+    return config.model_copy(update={"generation": generation})
 
 
 def at_scheduler(cluster: Cluster, address: str) -> Cluster:
@@ -441,6 +471,43 @@ def check_detector(config: Config, name: str) -> None:
         raise UsageError(
             explain(error, config.detector.settings, f"{name}: detector.settings", known)
         ) from None
+    _check_features(config, name)
+
+
+def _check_features(config: Config, name: str) -> None:
+    """Whether the detector can learn from the samples of features that are to be made.
+
+    Raises:
+        UsageError: it cannot, and the configuration does not leave them out of training.
+    """
+    from generation import registry
+
+    method, settings = config.detector.resolved()
+    looked_at = method.features(settings) if method.features is not None else None
+    for key, own in config.generation.generators.items():
+        generator = registry.get(key)
+        if generator.family != "feature" or own.share == 0 or config.training.generators.get(key) == 0:
+            continue
+        leave = f"or leave its samples out of training: training.generators.{key}: 0"
+        if looked_at is None:
+            raise UsageError(
+                f"{name}: generation.generators.{key}: makes samples of a backbone's features, from which "
+                f"{method.name} cannot learn: set detector.name to onenip, {leave}"
+            )
+        params = generator.params.model_validate(own.params)
+        differ = [n for n in LOOKED_AT if getattr(params, n) != looked_at.get(n)]
+        if differ and _looked_at(params.model_dump()) != _looked_at(looked_at):
+            raise UsageError(
+                f"{name}: generation.generators.{key}.params: {', '.join(differ)}: other features than "
+                f"{method.name} looks at: name none of {', '.join(LOOKED_AT)}, {leave}"
+            )
+
+
+def _looked_at(given: dict[str, Any]) -> tuple[str, int]:
+    """The features that settings of :data:`LOOKED_AT` stand for: a backbone's fingerprint, and the size."""
+    from generation.backbones import load_backbone
+
+    return load_backbone(given["backbone"], given["layers"]).fingerprint, given["size"]
 
 
 def _resolve(config: Config, folder: Path) -> Config:

@@ -106,7 +106,7 @@ def prepare(
     Raises:
         FlawsmithError: no sample of the round is left.
     """
-    backbone = load_backbone()
+    backbone = backbone_of(round_.generation)
     rng = np.random.default_rng(np.random.SeedSequence(round_.config.seed, spawn_key=(round_.number, 1)))
     max_side = round_.config.output.max_side
     banks, negatives, held = {}, [], {}
@@ -164,6 +164,21 @@ def prepare(
         probed, PictureCache(probed), backbone, banks, normals, recipes, residuals, small, evidence, judged,
         images, held, labelled, np.stack(directions), real, kin,
     )  # fmt: skip
+
+
+def backbone_of(generation: Generation) -> Backbone:
+    """The proxy's: that of the samples of features, so that it can read them, if they have one; else the
+    default one."""
+    wanted = {
+        (params["backbone"], params["layers"])
+        for name, own in generation.generators.items()
+        if own.share > 0 and registry.get(name).family == "feature"
+        for params in [registry.get(name).params.model_validate(own.params).model_dump()]
+    }
+    if len(wanted) != 1:
+        return load_backbone()
+    ((name, layers),) = wanted
+    return load_backbone(name, layers)
 
 
 def _real(

@@ -1,9 +1,9 @@
 """The generators of the feature family: each an operator on a backbone's features, within a mask of tokens.
 
 A severity is a separability: at 0 a linear probe on the backbone's features of normal surfaces tells 60 % of
-the changed tokens, at 1 it tells 80 % (core.md 5.7). Operators that move clean tokens about cannot be told
-token by token, nor can tokens of another normal picture; theirs is the weight of the new token, from one half
-to 1.
+the changed tokens, at 1 it tells 80 % (core.md 5.7). A token that was moved is as clean as any; it is told by
+how it differs from those around it (:func:`generation.feature.statistics.accuracy`), and its strength is the
+weight with which it takes the other's place.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:  # torch is imported by load alone, so that planning does not 
     from generation.backbones import Backbone
     from generation.feature.statistics import Perturb, Statistics
 
-MOVED = (0.5, 1.0)  # weight of a moved token at severity 0 and 1
-
 
 class FeatureParams(Params):
     """Settings of every feature generator.
 
     Attributes:
-        backbone: as :func:`generation.backbones.load_backbone` takes it.
-        size: side in pixels to which pictures are brought.
+        backbone, layers: as :func:`generation.backbones.load_backbone` takes them.
+        size: side in pixels to which pictures are brought. Where a configuration names none of the three,
+            they are those that its detector looks at.
         shape: of the mask, as of the frequency family.
         strength: of the operator, the same for all samples; null: by the severity.
     """
 
     backbone: str = "tf_efficientnet_lite0"
+    layers: tuple[str, ...] | None = None
     size: int = Field(256, ge=32)
     shape: Annotated[Shape, Search(choices=("blob", "stroke", "ellipse", "rectangle"))] = "blob"
     strength: Annotated[float | None, Search(0.1, 4, log=True)] = Field(None, ge=0)
@@ -74,12 +74,13 @@ class AscentParams(FeatureParams):
 class Operator:
     """Attributes: ``name`` in the shipped table; ``bind(statistics, params, foreign)`` an operator of
     :mod:`generation.feature.operators` with all but features, mask, strength and random numbers given;
-    ``limit`` its largest strength, None if it moves clean tokens; ``foreign`` whether it needs a second
-    picture."""
+    ``limit`` its largest strength; ``moves`` whether it puts clean tokens elsewhere; ``foreign`` whether it
+    needs a second picture."""
 
     name: str
     bind: Callable[[Statistics, Any, Any], Perturb]
-    limit: float | None
+    limit: float
+    moves: bool = False
     foreign: bool = False
 
 
@@ -110,11 +111,9 @@ def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[
     from generation.feature.statistics import shipped, statistics, strengths_key
 
     settings = kind(**params)
-    backbone = _backbone(settings.backbone, device)
+    backbone = _backbone(settings.backbone, settings.layers, device)
     stored = shipped(backbone).get(strengths_key(variant(operator, settings)))
-    if operator.limit is None:
-        found = MOVED
-    elif stored is not None:
+    if stored is not None:
         found = (float(stored[0]), float(stored[1]))
     else:
         found = calibrated(backbone, operator, settings)
@@ -122,21 +121,21 @@ def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[
 
 
 @lru_cache(maxsize=2)
-def _backbone(name: str, device: str) -> Backbone:
+def _backbone(name: str, layers: tuple[str, ...] | None, device: str) -> Backbone:
     """Once a process: models differ in their settings, one for each point that a search tries."""
     from generation.backbones import load_backbone
 
-    return load_backbone(name, device=device)
+    return load_backbone(name, layers, device)
 
 
 def calibrated(backbone: Backbone, operator: Operator, params: FeatureParams) -> tuple[float, float]:
     """An operator's strengths at severity 0 and 1, found on the backbone's features (seconds)."""
     from generation.feature.statistics import normal_features, separable, statistics
 
-    assert operator.limit is not None
-    known = statistics(backbone)
-    perturb = operator.bind(known, params, None)
-    return separable(normal_features(backbone), known, perturb, operator.limit)
+    known, features = statistics(backbone), normal_features(backbone)
+    foreign = features.roll(1, 0) if operator.foreign else None  # the next one is of another kind of surface
+    perturb = operator.bind(known, params, foreign)
+    return separable(features, known, perturb, operator.limit, beside=operator.moves)
 
 
 def variant(operator: Operator, params: FeatureParams) -> str:
@@ -345,21 +344,21 @@ FLOW = _generator(
 )
 COPY = _generator(
     "feature-copy",
-    Operator("copy", _copy_out, None),
+    Operator("copy", _copy_out, 1.0, moves=True),
     MovedParams,
     "misplaced feature",
     "tokens replaced by others of the picture (GeneralAD): misplaced or missing parts",
 )
 SHUFFLE = _generator(
     "feature-shuffle",
-    Operator("shuffle", _shuffle, None),
+    Operator("shuffle", _shuffle, 1.0, moves=True),
     MovedParams,
     "disordered features",
     "tokens permuted (GeneralAD): wrong order, broken structure",
 )
 INSERT = _generator(
     "feature-insert",
-    Operator("insert", _insert, None, foreign=True),
+    Operator("insert", _insert, 1.0, moves=True, foreign=True),
     FeatureParams,
     "foreign feature",
     "tokens of another category's picture: foreign objects and materials",

@@ -27,7 +27,8 @@ PROJECTED = 5  # steps between projections
 
 
 def gaussian(features: Tensor, mask: Tensor, strength: float, random: Random, deviation: Tensor) -> Tensor:
-    """Isotropic noise (SimpleNet, DFD): N(0, (s·σ_c)²), σ_c the deviation of each channel, C."""
+    """Noise (SimpleNet, DFD): N(0, (s·σ_c)²), σ_c the deviation of each channel, C; isotropic, as published,
+    where all of them are equal."""
     return _within(mask, features + strength * deviation[:, None, None] * _normal(features, random), features)
 
 

@@ -41,8 +41,6 @@ def _strengths() -> dict[str, Tensor]:
         if generator.family != "feature":
             continue
         operator = generator.apply.keywords["operator"]  # type: ignore[attr-defined]
-        if operator.limit is None:
-            continue
         kinds: list[FeatureParams] = (
             [AscentParams(projection="manifold"), AscentParams(projection="hypersphere")]
             if generator.params is AscentParams

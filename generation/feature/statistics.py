@@ -93,19 +93,35 @@ def estimate(features: Tensor) -> Statistics:
     return Statistics(**{name: value.float().contiguous() for name, value in vars(found).items()})
 
 
-def accuracy(clean: Tensor, changed: Tensor, known: Statistics) -> float:
+def standardised(features: Tensor, known: Statistics) -> Tensor:
+    """N×C×h×w, in deviations of each channel from the centre."""
+    return (features - known.centre[:, None, None]) / known.deviation[:, None, None]
+
+
+def beside_others(features: Tensor, known: Statistics) -> Tensor:
+    """How each standardised token differs from the mean of the eight around it (repeated at the border):
+    N×C×h×w. It tells moved tokens, whose own values are those of any other place: the further the weight of
+    the new token goes from 0 to 1 the better, where a probe of the token by itself is best at one half, for
+    there a mixture is neither, and at chance at 1 [measured]."""
+    own = standardised(features, known)
+    padded = torch.nn.functional.pad(own, (1, 1, 1, 1), mode="replicate")
+    around = (torch.nn.functional.avg_pool2d(padded, 3, stride=1) * 9 - own) / 8
+    return own - around
+
+
+def accuracy(clean: Tensor, changed: Tensor) -> float:
     """How well a probe tells changed tokens from clean ones: fitted on one half, judged on the other.
 
-    The probe is linear in |z|, z the standardised token [inferred]: linear in z itself it cannot see noise
-    whose mean is 0, however strong.
+    The probe is linear in |z| [inferred]: linear in z itself it cannot see noise whose mean is 0, however
+    strong.
 
     Args:
-        clean, changed: K×C; the same places before and after.
+        clean, changed: z, K×C, of the same places before and after: tokens as :func:`standardised` or
+            :func:`beside_others` gives them.
     """
-    first, second = ((x - known.centre) / known.deviation for x in (clean, changed))
-    half = len(first) // 2
-    weight, bias = _fit(first[:half].double(), second[:half].double())
-    scores = [(x[half:].double().abs() @ weight + bias) for x in (first, second)]
+    half = len(clean) // 2
+    weight, bias = _fit(clean[:half].double(), changed[:half].double())
+    scores = [(x[half:].double().abs() @ weight + bias) for x in (clean, changed)]
     return float(((scores[0] < 0).double().mean() + (scores[1] > 0).double().mean()) / 2)
 
 
@@ -120,7 +136,9 @@ def _fit(clean: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
     return weight, -(mean @ weight)
 
 
-def separable(features: Tensor, known: Statistics, perturb: Perturb, limit: float) -> tuple[float, float]:
+def separable(
+    features: Tensor, known: Statistics, perturb: Perturb, limit: float, *, beside: bool = False
+) -> tuple[float, float]:
     """The strengths at which a probe tells 60 % and 80 %: those of severity 0 and 1.
 
     Bisection on the logarithm; where even ``limit`` stays below, it is ``limit``.
@@ -128,15 +146,21 @@ def separable(features: Tensor, known: Statistics, perturb: Perturb, limit: floa
     Args:
         features: of normal pictures, N×C×h×w.
         perturb: an operator with all but features, mask, strength and random numbers given.
+        beside: whether the probe sees tokens as :func:`beside_others` has them, not by themselves.
     """
     generator = torch.Generator()
     mask = torch.rand(features.shape[0], *features.shape[2:], generator=generator.manual_seed(0)) < 0.25
-    clean = features.permute(0, 2, 3, 1)[mask]
+
+    def seen(all_tokens: Tensor) -> Tensor:
+        places = beside_others(all_tokens, known) if beside else standardised(all_tokens, known)
+        return places.permute(0, 2, 3, 1)[mask]
+
+    clean = seen(features)
     order = torch.randperm(len(clean), generator=generator.manual_seed(1))
 
     def told(strength: float) -> float:
         changed = perturb(features, mask, strength, generator.manual_seed(2))
-        return accuracy(clean[order], changed.permute(0, 2, 3, 1)[mask][order], known)
+        return accuracy(clean[order], seen(changed)[order])
 
     found = []
     for target in SEPARABLE:

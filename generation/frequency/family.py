@@ -337,6 +337,7 @@ def _band(
     if not bands:
         raise Undrawable("empty ring")
     band = bands[rng.integers(len(bands))]
+    operators.mirror(band, 1, width)  # at Nyquist, which a ring may reach, k and −k lie in other directions
     gain = band * operators.hermitian(rng, height, width, sign=1) * np.float32(params.amplitude)
     turn = band * operators.hermitian(rng, height, width, sign=-1) * np.float32(params.phase)
     return {"gain": gain, "turn": turn}

@@ -3,7 +3,7 @@
 Each takes a float32 H×W×C picture in [0, 1] (at least 2×2) and its own noise, does once what does not depend
 on the strength, and returns ``render(strength) -> float32 H×W×C``, not clipped: the picture itself at 0. All
 channels get the same noise, so that the colours hold together and a grey picture is treated like its
-channels. Frequency 0 is left alone, so the mean colour stays, except where a docstring says otherwise.
+channels. Frequency 0 is left alone, so the mean colour stays, but for :func:`laplacian` and :func:`wavelet`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def recombine(image: np.ndarray, other: np.ndarray) -> Render:
     it. Frequency 0 stays [inferred]."""
     spectrum = _spectrum(image)
     turn = np.angle(_spectrum(other) * np.conj(spectrum)).astype(np.float32)
-    alone = _mirror(turn, -1, image.shape[1])
+    alone = mirror(turn, -1, image.shape[1])
     turn[0, 0] = 0
 
     def render(strength: float) -> np.ndarray:
@@ -79,7 +79,8 @@ def recombine(image: np.ndarray, other: np.ndarray) -> Render:
 
 
 def laplacian(image: np.ndarray, level: int, noise: np.ndarray) -> Render:
-    """A level of the Laplacian pyramid, each coefficient times 1 + s·noise (Burt and Adelson 1983).
+    """A level of the Laplacian pyramid, each coefficient times 1 + s·noise (Burt and Adelson 1983). What is
+    added has a mean of its own, so the mean colour moves a little.
 
     Args:
         level: from 0, the finest.
@@ -98,7 +99,8 @@ def laplacian(image: np.ndarray, level: int, noise: np.ndarray) -> Render:
 
 
 def wavelet(image: np.ndarray, family: str, level: int, direction: int, noise: np.ndarray) -> Render:
-    """The detail coefficients of one level and direction, each times 1 + s·noise.
+    """The detail coefficients of one level and direction, each times 1 + s·noise. Beyond a picture's border
+    they are mirrored, so the mean colour moves a little.
 
     Args:
         family: of PyWavelets: ``haar``, ``db2``, ``sym4``, ``bior2.2``, …
@@ -206,7 +208,7 @@ def hermitian(rng: np.random.Generator, height: int, width: int, sign: int) -> n
         float32, height×(width // 2 + 1).
     """
     noise = rng.standard_normal((height, width // 2 + 1), np.float32)
-    alone = _mirror(noise, sign, width)
+    alone = mirror(noise, sign, width)
     if sign < 0:
         noise[alone] = 0
     return noise
@@ -247,7 +249,7 @@ def _near(one: tuple[int, int], other: tuple[int, int], shape: tuple[int, ...]) 
     return False
 
 
-def _mirror(values: np.ndarray, sign: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def mirror(values: np.ndarray, sign: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Make a half spectrum even (sign 1) or odd (−1) under negation, in place: the columns of frequency 0
     and, for an even width, Nyquist hold both k and −k, and there the second half mirrors the first.
 

@@ -357,21 +357,26 @@ def operators_table(result: dict[str, Any]) -> Table:
 def readme_table(result: dict[str, Any]) -> str:
     """The table of generators of the README: from the registry, with the median cost measured here."""
     lines = [
-        "| | generator | imitates | settings | ms a sample at 256 px, 1024 px |",
-        "|---|---|---|---|---|",
+        "| | generator | family | imitates | settings | ms a sample at 256 px, 1024 px |",
+        "|---|---|---|---|---|---|",
     ]
-    cost = {}
+    cost = {f"feature-{name}": [1000 * found["seconds"]] for name, found in result["features"].items()}
     for name, generator, *_ in CASES:
         if generator not in cost or name == "perlin, procedural":
             cost[generator] = [1000 * found["ours"][name]["median"] for found in result["sides"].values()]
     families = ("classic", "frequency", "feature", "cut")
     for name in sorted(registry.BUILT_IN, key=lambda n: (families.index(registry.get(n).family), n)):
-        generator = registry.get(name)
-        settings = ", ".join(f"`{field}`" for field in generator.params.model_fields)
         pace = ", ".join(f"{milliseconds:.1f}" for milliseconds in cost[name]) if name in cost else ""
-        picture = f"![{name}]({PICTURES}/{name}.png)" if generator.family != "feature" else ""
-        lines.append(f"| {picture} | `{name}` | {generator.summary} | {settings} | {pace} |")
+        lines.append(f"{readme_row(name)} {pace} |")
     return "\n".join(lines)
+
+
+def readme_row(name: str) -> str:
+    """A generator's row of the table, up to its cost."""
+    generator = registry.get(name)
+    settings = ", ".join(f"`{field}`" for field in generator.params.model_fields)
+    picture = f"![{name}]({PICTURES}/{name}.png)" if generator.family != "feature" else ""
+    return f"| {picture} | `{name}` | {generator.family} | {generator.summary} | {settings} |"
 
 
 def write_pictures(folder: Path) -> None:
