@@ -159,7 +159,7 @@ class Compared(NamedTuple):
         category, defect, size: of the row.
         first, second: estimates by metric.
         aurocs: of the row's pictures.
-        enough: whether their groups are enough for a test.
+        groups: of good pictures or of such defects, whichever are fewer.
     """
 
     category: str
@@ -168,7 +168,7 @@ class Compared(NamedTuple):
     first: dict[str, Estimate]
     second: dict[str, Estimate]
     aurocs: Aurocs
-    enough: bool
+    groups: int
 
     @property
     def family(self) -> tuple[str, str]:
@@ -195,7 +195,8 @@ def compare(
         adjusted for each metric by itself, over all categories, over all their defect types, or over all
         their sizes; NaN for means. ``low``, ``high`` and ``p`` are NaN with fewer than :data:`FEWEST` groups
         of good pictures or of such defects: resampling so few finds differences where there are none (with
-        one group of defects in 43 of 100 cases, with three in 9 [measured: AP, equal detectors, at 5 %]).
+        one group of defects in 43 of 100 cases, with three in 9 [measured: AP, equal detectors, at 5 %]). A
+        mean needs two in every category and :data:`FEWEST` in all; see :func:`_steadied`.
 
     Raises:
         MetricsError: the pictures differ.
@@ -242,10 +243,8 @@ def _compare_category(
         such = np.array([entry.anomalous and _is(entry, defect, size) for entry in first])
         chosen = ~bad | such
         aurocs = delong(scores[chosen], others[chosen], such[chosen], groups[chosen].tolist())
-        enough = min(np.unique(groups[kind]).size for kind in (such, ~bad)) >= FEWEST
-        found.append(
-            Compared(category, defect, size, one[defect, size], other[defect, size], aurocs, bool(enough))
-        )
+        fewest = min(np.unique(groups[kind]).size for kind in (such, ~bad))
+        found.append(Compared(category, defect, size, one[defect, size], other[defect, size], aurocs, fewest))
     return found
 
 
@@ -254,7 +253,7 @@ def _is(entry: Judged, defect: str, size: str) -> bool:
 
 
 def _difference(metric: str, one: Compared) -> Difference:
-    if not one.enough:
+    if one.groups < FEWEST:
         return untested(one.first[metric], one.second[metric])
     if metric == DELONG and one.defect != "mean":  # a mean of types' AUROCs, which share good pictures
         return normal_test(one.aurocs)
@@ -262,13 +261,29 @@ def _difference(metric: str, one: Compared) -> Difference:
 
 
 def _mean_difference(metric: str, shares: Sequence[Compared]) -> Difference:
-    first = mean_estimate([one.first[metric] for one in shares])
-    second = mean_estimate([one.second[metric] for one in shares])
-    if not all(one.enough for one in shares):
+    first = mean_estimate([_steadied(one.first[metric], one.groups) for one in shares])
+    second = mean_estimate([_steadied(one.second[metric], one.groups) for one in shares])
+    groups = [one.groups for one in shares]
+    if min(groups) < 2 or sum(groups) < FEWEST:
         return untested(first, second)
     if metric == DELONG and shares[0].defect != "mean":
         return normal_test(mean_aurocs(one.aurocs for one in shares))
     return paired_bootstrap(first, second)
+
+
+def _steadied(estimate: Estimate, groups: int) -> Estimate:
+    """One category's estimate as part of a mean that is tested: a draw without a value has another's, by the
+    same rule for both detectors, and with fewer than :data:`FEWEST` groups the resamples are spread by
+    √(n/(n − 1)), for so few vary less than new ones would. Of 200 means over 2 to 10 categories with 2 or 3
+    groups each 0 to 1.5 % were found different at 5 % where none was, without the spread 2 to 8.5 %
+    [measured: AP of pictures, equal detectors]."""
+    missing = np.isnan(estimate.resamples)
+    if groups < 2 or missing.all():
+        return estimate
+    drawn = estimate.resamples.copy()
+    drawn[missing] = np.resize(drawn[~missing], np.count_nonzero(missing))
+    spread = np.sqrt(groups / (groups - 1)) if groups < FEWEST else 1.0
+    return Estimate(estimate.value, estimate.value + spread * (drawn - estimate.value))
 
 
 def _row(
