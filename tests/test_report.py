@@ -107,6 +107,13 @@ def test_report_of_a_whole_run(space):
     decisions = [
         {"round": 0, "setting": "area", "before": "[0.1, 0.2]", "after": "[0.05, 0.1]", "reason": reason},
         {"round": 0, "setting": "severity", "before": "[0, 1]", "after": "[0, 1]", "reason": "chance"},
+        {
+            "round": 0,
+            "setting": "normals.f00d",
+            "before": "1",
+            "after": "2.5",
+            "reason": "false alarms on it",
+        },
     ]
     space.write_table(round_file(0, "decisions.parquet"), to_table(decisions, DECISIONS))
     gain = {"against": "0", "metric": "pixel_ap", "difference": "0.05", "low": "0.01", "high": "0.09"}
@@ -135,6 +142,7 @@ def test_report_of_a_whole_run(space):
         "Round 1: against round 0: pixel_ap +0.050 [+0.010, +0.090].",
         "Round 1: the run stopped after it: all 2 rounds are done.",
         "generators.scar.categories.bolt13",
+        "Normal pictures that are drawn more often or less", "0 → 1f00d12.5false alarms on it",
     ):  # fmt: skip
         assert fact in text, fact
     ids = data["samples"]["sample_id"]

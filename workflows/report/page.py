@@ -83,6 +83,7 @@ def write_report(space: Workspace, *, with_pictures: bool = True) -> str:
             stress_figures=tables.stress_tables(facts.stress),
             changed=tables.decisions_table(facts, changed=True),
             stayed=tables.decisions_table(facts, changed=False),
+            hard_normals=tables.hard_normals_table(facts),
             configured=tables.configured_table(facts),
             types=tables.types_table(types),
             type_cards=_type_cards(types, heatmaps),

@@ -29,6 +29,7 @@ METRICS = {
 HEADLINE = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 NON_COMMERCIAL = re.compile(r"non-?\s?commercial|\bNC\b", re.IGNORECASE)
 NOTHING = "–"
+PER_PICTURE = "normals."  # begins the names of settings of single pictures
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,29 @@ def reasons_table(facts: Facts) -> Table:
 
 
 def decisions_table(facts: Facts, *, changed: bool) -> Table:
-    rows = [
-        [f"{row['round']} → {row['round'] + 1}", row["setting"], row["before"], row["after"], row["reason"]]
-        for row in facts.decisions
-        if (row["before"] != row["after"]) == changed
-    ]
+    """Decisions on all settings but those of :func:`hard_normals_table`."""
     title = "Settings that changed" if changed else "Settings that stayed"
-    return Table(title, ["rounds", "setting", "before", "after", "why"], rows, keys=2)
+    rows = [
+        row
+        for row in facts.decisions
+        if (row["before"] != row["after"]) == changed and not row["setting"].startswith(PER_PICTURE)
+    ]
+    return _decisions(title, "setting", rows)
+
+
+def hard_normals_table(facts: Facts) -> Table:
+    """Decisions on how often single normal pictures are drawn; there may be dozens."""
+    rows = [row for row in facts.decisions if row["setting"].startswith(PER_PICTURE)]
+    return _decisions("Normal pictures that are drawn more often or less", "picture", rows)
+
+
+def _decisions(title: str, what: str, rows: Sequence[Row]) -> Table:
+    cells = [
+        [f"{row['round']} → {row['round'] + 1}", row["setting"].removeprefix(PER_PICTURE)]
+        + [row[name] for name in ("before", "after", "reason")]
+        for row in rows
+    ]
+    return Table(title, ["rounds", what, "before", "after", "why"], cells, keys=2)
 
 
 def settings_table(facts: Facts) -> Table:
