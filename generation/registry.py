@@ -35,6 +35,7 @@ BUILT_IN = {
     "peak": "generation.frequency.family:PEAK",
     "blur": "generation.frequency.family:BLUR",
     "sharpen": "generation.frequency.family:SHARPEN",
+    "highpass": "generation.frequency.family:HIGHPASS",
     "shift": "generation.frequency.family:SHIFT",
     "feature-noise": "generation.feature.family:GAUSSIAN",
     "feature-jitter": "generation.feature.family:JITTER",

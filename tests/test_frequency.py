@@ -38,6 +38,7 @@ FREQUENCY = (
     "blur",
     "sharpen",
     "shift",
+    "highpass",
 )
 CLASSIC = ("perlin", "cutpaste", "scar", "crack", "poisson")
 SIZES = [(16, 16), (15, 18), (33, 21), (24, 37)]
@@ -128,17 +129,24 @@ def test_amplitudes_and_phases_against_the_full_complex_transform(size):
     half = max(1, math.floor(min(size) * 0.2))
     inner = (np.abs(rows) <= half) & (np.abs(columns) <= half)
     constant = (rows == 0) & (columns == 0)
+    quarter = (np.abs(rows) <= size[0] / 4) & (np.abs(columns) <= size[1] / 4)
+    reach = np.hypot(2 * rows / size[0], 2 * columns / size[1])
     turn = np.angle(second * np.conj(first))
     mixed = 0.6 * np.abs(first) + 0.4 * np.abs(second)
     whole = {
         "fda": np.where(inner & ~constant, np.abs(second), np.abs(first)) * np.exp(1j * np.angle(first)),
         "fact": np.where(constant, first, mixed * np.exp(1j * np.angle(first))),
         "apr": np.where(constant, first, first * np.exp(1j * turn)),
+        "highpass": first * np.where(constant, 1, 1 / (1 + (0.3 / np.maximum(reach, 1e-9)) ** 4)),
+        "fact of a quarter": np.where(quarter & ~constant, np.abs(second), np.abs(first))
+        * np.exp(1j * np.angle(first)),
     }  # fmt: skip
     a, b = image.astype(np.float32), other.astype(np.float32)
     found = {
         "fda": operators.swap(a, b, 0.2)(1.0),
-        "fact": operators.mix(a, b)(0.4),
+        "fact": operators.mix(a, b, 1.0)(0.4),
+        "highpass": operators.highpass(a, 0.3, 2)(1.0),
+        "fact of a quarter": operators.mix(a, b, 0.25)(1.0),
         "apr": operators.recombine(a, b)(1.0),
     }
     for name, spectrum in whole.items():
@@ -251,11 +259,12 @@ def materials():
     return found
 
 
-TAKES_AWAY = ("apr", "notch", "blur", "shift")
+TAKES_AWAY = ("apr", "notch", "blur", "shift", "highpass")
 # Of 72 recipes on six materials; some are too plain or too rough for what an operator does.
 ENOUGH = {
     "notch": 0,
     "blur": 24,
+    "highpass": 28,
     "shift": 40,
     "apr": 45,
     "laplacian": 45,
@@ -297,7 +306,7 @@ def test_the_severity_is_the_contrast(name):
     assert name == "notch" or min(highest) < 10 < max(highest) == 16, "plain and rough ones"
 
 
-@pytest.mark.parametrize("name", ["apr", "blur", "shift", "chip", "fibre"])
+@pytest.mark.parametrize("name", ["apr", "blur", "shift", "highpass", "chip", "fibre"])
 def test_at_one_place_more_severity_is_more_contrast(name):
     """Of those, too, whose severity is a share of the most that they can do to the place."""
     severities = (0.0, 0.35, 0.7, 1.0)
@@ -455,9 +464,16 @@ def test_pictures_without_frequencies_are_refused_by_name(name, size):
 
 
 @pytest.mark.parametrize("name", ["fda", "fact", "apr"])
-def test_a_second_picture_is_asked_for(name):
+def test_a_second_picture_is_asked_for_unless_it_is_the_picture_itself(name):
+    alone = replace(source(), donors=())
     with pytest.raises(UsageError, match="needs a second picture"):
-        make([recipe(name)], replace(source(), donors=()))
+        make([recipe(name)], alone)
+    generator = registry.get(name)
+    params = generator.params(other="itself")
+    assert generator.donors(params) == "none"
+    given = canonical_json({"other": "itself"})
+    made = [make([recipe(name, seed, severity=0.3, params=given)], alone, attempts=4)[0] for seed in range(6)]
+    assert sum(outcome.status == "accepted" for outcome in made) >= 4
 
 
 def test_the_published_mask_is_the_threshold_of_the_noise():

@@ -28,7 +28,19 @@ from manifests.schema import Recipe, canonical_json
 from tests.benchmarks import synthesis
 
 CLASSIC = ("perlin", "cutpaste", "scar", "crack", "chip", "fibre", "poisson", "band")
-FREQUENCY = ("fda", "fact", "apr", "laplacian", "wavelet", "notch", "peak", "blur", "sharpen", "shift")
+FREQUENCY = (
+    "fda",
+    "fact",
+    "apr",
+    "laplacian",
+    "wavelet",
+    "notch",
+    "peak",
+    "blur",
+    "sharpen",
+    "shift",
+    "highpass",
+)
 FEATURE = tuple(
     f"feature-{name}"
     for name in ("noise", "jitter", "ascent", "adversarial", "flow", "copy", "shuffle", "insert")

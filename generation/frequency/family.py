@@ -33,7 +33,7 @@ from generation.protocol import (
     stored,
 )
 from generation.severity import solved
-from generation.textures import cut
+from generation.textures import augment, cut
 from manifests.errors import PictureError, UsageError
 from manifests.schema import Recipe
 from manifests.searching import Search
@@ -93,14 +93,25 @@ class BandParams(FrequencyParams):
 
 
 class OtherParams(FrequencyParams):
-    """Settings of ``fact`` and ``apr``.
+    """Settings of ``apr``, and the first of ``fact`` and ``fda``.
 
     Attributes:
-        other: where the second picture comes from: ``normals`` (another good picture) or ``folder`` (a
-            texture of the texture folder).
+        other: where the second picture comes from: ``normals`` (another good picture), ``folder`` (a texture
+            of the texture folder) or ``itself`` (the picture, flipped and with other levels at random: APR's
+            single variant recombines two changes of one picture).
     """
 
-    other: Literal["normals", "folder"] = "normals"
+    other: Literal["normals", "folder", "itself"] = "normals"
+
+
+class MixParams(OtherParams):
+    """Settings of ``fact``.
+
+    Attributes:
+        ratio: of the spectrum whose amplitudes are mixed, the low frequencies first; 1 as released.
+    """
+
+    ratio: Annotated[float, Search(0.02, 1, log=True)] = Field(1.0, gt=0, le=1)
 
 
 class SwapParams(OtherParams):
@@ -182,6 +193,19 @@ class SharpenParams(FrequencyParams):
     sigma: Annotated[float, Search(0.5, 4, log=True)] = Field(1.5, gt=0)
 
 
+class HighpassParams(FrequencyParams):
+    """Settings of ``highpass``.
+
+    Attributes:
+        cutoff: radius over Nyquist at which half an amplitude is left; FAIR's 30 of the 128 bins of a picture
+            of 256 pixels.
+        order: of the Butterworth filter: how steeply it falls.
+    """
+
+    cutoff: Annotated[float, Search(0.05, 0.5, log=True)] = Field(0.23, gt=0)
+    order: int = Field(2, ge=1, le=8)
+
+
 @dataclass(frozen=True)
 class Operator:
     """Attributes: ``render`` of :mod:`generation.frequency.operators`; ``arguments`` ``(rng, image, other,
@@ -250,7 +274,7 @@ def draw(
     box, region = shaped(rng, source.allowed, recipe.area, recipe.count, params.shape)
     window = _window(box, source.allowed.shape, operator.reach)
     image = window.of(source)
-    other = _other(rng, recipe, source, image) if isinstance(params, OtherParams) else image
+    other = _other(rng, recipe, source, image, params) if isinstance(params, OtherParams) else image
     arguments = operator.arguments(rng, image, other, params)
     size = math.sqrt(region.sum() / recipe.count / math.pi)
     edge = round(min(max(size / 4, 1), EDGE))
@@ -307,8 +331,12 @@ def _window(box: Box, shape: tuple[int, ...], reach: int) -> Window:
     return Window((sides[0], sides[1], sides[2], sides[3]), (added[0], added[1], added[2], added[3]))
 
 
-def _other(rng: np.random.Generator, recipe: Recipe, source: Source, image: np.ndarray) -> np.ndarray:
+def _other(
+    rng: np.random.Generator, recipe: Recipe, source: Source, image: np.ndarray, params: OtherParams
+) -> np.ndarray:
     """A piece of the second picture, as large as the first: float32 in [0, 1]."""
+    if params.other == "itself":
+        return augment(rng, np.rint(255 * image).astype(np.uint8)).astype(np.float32) / np.float32(255)
     if not source.donors:
         raise UsageError(
             f"{recipe.generator} needs a second picture, but recipe {recipe.sample_id} names no donor: a "
@@ -353,6 +381,12 @@ def _pair(
     _rng: np.random.Generator, _image: np.ndarray, other: np.ndarray, _params: OtherParams
 ) -> dict[str, Any]:
     return {"other": other}
+
+
+def _mix(
+    _rng: np.random.Generator, _image: np.ndarray, other: np.ndarray, params: MixParams
+) -> dict[str, Any]:
+    return {"other": other, "ratio": params.ratio}
 
 
 def _laplacian(
@@ -427,6 +461,12 @@ def _sharpen(
     return {"sigma": params.sigma}
 
 
+def _highpass(
+    _rng: np.random.Generator, _image: np.ndarray, _other: np.ndarray, params: HighpassParams
+) -> dict[str, Any]:
+    return {"cutoff": params.cutoff, "order": params.order}
+
+
 def _shift(
     rng: np.random.Generator, _image: np.ndarray, _other: np.ndarray, _params: FrequencyParams
 ) -> dict[str, Any]:
@@ -434,7 +474,8 @@ def _shift(
 
 
 def _donors(params: OtherParams) -> Donors:
-    return "normal" if params.other == "normals" else "texture"
+    kinds: dict[str, Donors] = {"normals": "normal", "folder": "texture", "itself": "none"}
+    return kinds[params.other]
 
 
 def _generator(
@@ -468,8 +509,8 @@ FDA = _generator(
 )
 FACT = _generator(
     "fact",
-    Operator(operators.mix, _pair, 1.0, 8.0),
-    OtherParams,
+    Operator(operators.mix, _mix, 1.0, 8.0),
+    MixParams,
     "foreign texture",
     "amplitudes mixed with another picture's (FACT): foreign grain and finish",
 )
@@ -521,6 +562,13 @@ SHARPEN = _generator(
     SharpenParams,
     "rough area",
     "a local high boost: roughened, etched or dried places",
+)
+HIGHPASS = _generator(
+    "highpass",
+    Operator(operators.highpass, _highpass, 0.5, 1.0, reach=24, bounded=True),
+    HighpassParams,
+    "flat tone",
+    "a local high-pass (FAIR): shading and blotches gone, grain and edges left",
 )
 SHIFT = _generator(
     "shift",

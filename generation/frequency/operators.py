@@ -55,10 +55,18 @@ def swap(image: np.ndarray, other: np.ndarray, reach: float) -> Render:
     return _amplitudes(image, other, (np.abs(rows) <= half) & (columns <= half))
 
 
-def mix(image: np.ndarray, other: np.ndarray) -> Render:
-    """FACT (Xu et al. 2021): 𝒜' = (1 − s)·𝒜 + s·𝒜_other over the whole spectrum but frequency 0 [inferred];
-    phase of this picture. Beyond s = 1 see :func:`_amplitudes`."""
-    return _amplitudes(image, other, np.ones((image.shape[0], image.shape[1] // 2 + 1), np.bool_))
+def mix(image: np.ndarray, other: np.ndarray, ratio: float) -> Render:
+    """FACT (Xu et al. 2021): 𝒜' = (1 − s)·𝒜 + s·𝒜_other; phase of this picture. Beyond s = 1 see
+    :func:`_amplitudes`.
+
+    Args:
+        other: as large as ``image``.
+        ratio: of the spectrum that is mixed, in (0, 1]: √ratio of each side around frequency 0, without it
+            [inferred]; 1 is all.
+    """
+    rows, columns = _bins(image.shape)
+    reach = [math.sqrt(ratio) * side / 2 for side in image.shape[:2]]
+    return _amplitudes(image, other, (np.abs(rows) <= reach[0]) & (columns <= reach[1]))
 
 
 def recombine(image: np.ndarray, other: np.ndarray) -> Render:
@@ -185,6 +193,19 @@ def sharpen(image: np.ndarray, sigma: float) -> Render:
     """Over-sharpened: what a Gaussian of ``sigma`` pixels takes away, added s times."""
     low = np.exp(np.float32(-2 * (math.pi * sigma) ** 2) * _squared(image.shape))[..., None]
     return _add(image, _picture(_spectrum(image) * (1 - low), image))
+
+
+def highpass(image: np.ndarray, cutoff: float, order: int) -> Render:
+    """The low frequencies lost: amplitudes · (1 − s·(1 − H)), Butterworth's H = 1 / (1 + (d/ρ)^2n), as FAIR
+    filters its pictures, at s = 1; frequency 0 stays [inferred].
+
+    Args:
+        cutoff: d, a radius over Nyquist, as ρ is. order: n.
+    """
+    ratio = cutoff / np.maximum(radius(*image.shape[:2]), 1e-9)
+    lost = 1 - 1 / (1 + ratio ** (2 * order))
+    lost[0, 0] = 0
+    return _add(image, -_picture(_spectrum(image) * lost.astype(np.float32)[..., None], image))
 
 
 def shift(image: np.ndarray, angle: float) -> Render:

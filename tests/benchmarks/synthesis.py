@@ -50,9 +50,10 @@ FREQUENCY = (
     "blur",
     "sharpen",
     "shift",
+    "highpass",
 )
 # At a fixed strength, where each operator's change is plainly seen.
-STRENGTHS = dict(zip(FREQUENCY, (4.0, 1.0, 1.0, 0.5, 3.0, 4.0, 1.0, 0.1, 3.0, 3.0, 3.0), strict=True))
+STRENGTHS = dict(zip(FREQUENCY, (4.0, 1.0, 1.0, 0.5, 3.0, 4.0, 1.0, 0.1, 3.0, 3.0, 3.0, 1.0), strict=True))
 LIMITS = {256: 2.0, 1024: 40.0}  # ms a grey sample at a fixed strength
 WAVELET_LIMITS = {256: 4.0, 1024: 150.0}
 RGB_LIMIT, SOLVER_LIMIT = 3.2, 6.0  # times the grey sample, and times the fixed strength
