@@ -120,6 +120,24 @@ def test_the_command_goes_on_where_it_was_stopped(case, tmp_path, monkeypatch):
         open_file(file, {"minutes": 1.0})
 
 
+def test_leads_are_named_and_of_the_seeds_that_both_arms_have(case):
+    good = figures(case, judged(case, dict.fromkeys(case.categories, True)))
+    bad = figures(case, judged(case, dict.fromkeys(case.categories, False)))
+    cells = {"onenip-mix": {"0": good, "1": bad}, "onenip-own": {"0": bad}}
+    rows = detectors.leads_table(case, {"cells": {"feedback": cells}}, [0, 1])
+    console = Console(width=250, record=True)
+    console.print(rows)
+    lines = {tuple(line.split("│")[1:3]): line for line in console.export_text().splitlines() if "│" in line}
+    found = next(line for key, line in lines.items() if "onenip-mix" in key[0])
+    lead = good["means"]["pixel_ap"]["mean"] - bad["means"]["pixel_ap"]["mean"]
+    shown = [cell.strip() for cell in found.split("│")[1:-1]]
+    assert shown[:2] == ["onenip-mix", "onenip-own"] and shown[-1] == "0"
+    assert [column.header for column in rows.columns][2:4] == ["pixel AP", "AUPRO (0.3)"]
+    assert shown[2].startswith(f"{lead:+.3f} [") and shown[4] == "+1.000 [+1.000, +1.000]"
+    other = next(line for key, line in lines.items() if "dfd-mix " in key[0])
+    assert "missing" in other
+
+
 def test_what_is_missing_is_said(case):
     console = Console(width=250, record=True)
     detectors.show(case, {"synthesis": {}, "cells": {}}, [0, 1], console)

@@ -45,6 +45,7 @@ from manifests.errors import FlawsmithError, UsageError
 from manifests.sources import SourceSettings, scan
 from tests.benchmarks import detector_cells
 from tests.benchmarks.detector_cells import METRICS, SIDE, THREADS, Arm, Case, make
+from tests.benchmarks.paired import difference
 from tests.benchmarks.peers import run_timed
 from tests.benchmarks.pocket_case import described, shown, table
 from tests.benchmarks.resumed import open_file, plain, product_code, write_file
@@ -69,6 +70,14 @@ ARMS = {
     "anomalib-draem-own": Arm("draem", peer=True, most=2),
     "anomalib-draem-mix": Arm("draem", "mix", peer=True, most=2),
 }
+PAIRS = (  # of arms that are compared, the first with the second
+    ("residual-mix", "anomalib-patchcore"),
+    ("residual-mix", "anomalib-padim"),
+    ("residual-mix", "memory_bank"),
+    ("onenip-mix", "onenip-own"),
+    ("dfd-mix", "dfd-own"),
+    ("dfd-mix-4shot", "dfd-own-4shot"),
+)
 SEEDS = (0, 1, 2)
 MINUTES = 5.0
 LOOKS = Path(__file__).with_name("test_looks.json")
@@ -136,13 +145,37 @@ def measure(case: Case, name: str, seed: int, result: dict[str, Any], path: Path
 
 def over_seeds(cells: Sequence[dict[str, Any]], metric: str) -> str:
     """ "0.512 [0.401, 0.607] ±0.012": mean over seeds, its interval over groups, deviation over seeds."""
-    means = [cell["means"][metric] for cell in cells]
-    if any(mean["mean"] is None for mean in means):
+    found = mean_over_seeds(cells, metric)
+    if found is None:
         return "–"
-    resamples = np.mean([np.array(mean["resamples"], np.float64) for mean in means], axis=0)
-    values = [mean["mean"] for mean in means]
-    text = shown(described(Estimate(float(np.mean(values)), resamples)))
+    values = [cell["means"][metric]["mean"] for cell in cells]
+    text = shown(described(found))
     return f"{text} ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else text
+
+
+def mean_over_seeds(cells: Sequence[dict[str, Any]], metric: str) -> Estimate | None:
+    """Its resamples are of the same groups in every arm, so that two may be subtracted; None if a cell lacks
+    the figure."""
+    means = [cell["means"][metric] for cell in cells]
+    if not means or any(mean["mean"] is None for mean in means):
+        return None
+    resamples = np.mean([np.array(mean["resamples"], np.float64) for mean in means], axis=0)
+    return Estimate(float(np.mean([mean["mean"] for mean in means])), resamples)
+
+
+def leads_table(case: Case, result: dict[str, Any], seeds: Sequence[int]) -> Table:
+    """How far the first arm of each pair is above the second, over the seeds that both have."""
+    own = dict(each_arm(case, result, seeds))
+    rows = table(f"leads, {case.split} split, paired", "arm", "over", *TITLES.values(), "seeds")
+    for first, second in PAIRS:
+        shared = sorted(own[first].keys() & own[second].keys(), key=int)
+        cells = []
+        for metric in TITLES:
+            of = [mean_over_seeds([own[arm][seed] for seed in shared], metric) for arm in (first, second)]
+            known = [one for one in of if one is not None]
+            cells.append(shown(described(difference(*known)), "+.3f") if len(known) == 2 else "–")
+        rows.add_row(first, second, *cells, ", ".join(shared) or "missing")
+    return rows
 
 
 def why_missing(name: str, seeds: Sequence[int]) -> str:
@@ -221,6 +254,7 @@ def synthesis_table(result: dict[str, Any]) -> Table:
 
 def show(case: Case, result: dict[str, Any], seeds: Sequence[int], console: Console) -> None:
     console.print(means_table(case, result, seeds))
+    console.print(leads_table(case, result, seeds))
     for metric in METRICS:
         console.print(category_table(case, result, seeds, metric))
     if result["synthesis"]:
