@@ -1,16 +1,28 @@
 """The detectors' benchmark: its file of cells, its choice of pictures, and its means."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from manifests.errors import UsageError
+from manifests.layouts import Found
 from manifests.schema import Image
+from manifests.shots import choose_shots
 from tests.benchmarks import detectors
-from tests.benchmarks.detector_cells import Arm, Case, figures, mean_of_data_sets, redrawn
+from tests.benchmarks.detector_cells import (
+    Arm,
+    Case,
+    figures,
+    mean_of_data_sets,
+    redrawn,
+    round_of,
+    synthesis_digest,
+)
 from tests.benchmarks.resumed import open_file, write_file
 from training.evaluation import Judged
 from training.intervals import Estimate
@@ -79,14 +91,36 @@ def test_undefined_resamples_are_drawn_again():
     assert np.isnan(redrawn(Estimate(nan, np.array([nan, nan]))).resamples).all()
 
 
-def test_few_shots_are_few_train_pictures_that_the_seed_draws(case):
+def test_few_shots_are_those_that_a_run_of_the_product_chooses(case):
     few = [case.learned(Arm("dfd", "mix", shots=4), seed) for seed in (0, 0, 1)]
     assert few[0] == few[1] != few[2]
     assert {image.split for image in few[0]} == {"train"}
     assert [sum(i.category == c for i in few[0]) for c in case.categories] == [4] * 4
+    shots = case.shots(Arm("dfd", "mix", shots=4), 0)
+    listed = [
+        (0, Found(i.path, i.path.removeprefix("/data/"), i.category, i.defect, "train"))
+        for i in case.images
+        if i.split in ("train", "calibration")
+    ]
+    chosen = {found.relative for _, found in choose_shots(listed, 4, 0)}
+    assert {name for own in shots.values() for name in own} == chosen
+    fewer = case.shots(Arm("dfd", "mix", shots=2), 0)
+    assert all(set(own) < set(shots[category]) for category, own in fewer.items())
     everything = case.learned(Arm("dfd", "mix"), 0)
     assert {image.split for image in everything} == {"train", "calibration"}
     assert case.categories_of(Arm("draem", peer=True, most=2)) == ["brown", "nut"]
+
+
+def test_a_digest_of_samples_is_of_settings_and_pictures_wherever_they_lie(case):
+    def digest(name: str, seed: int = 0, of: Case = case) -> str:
+        return synthesis_digest(round_of(of, detectors.ARMS[name], seed))
+
+    elsewhere = replace(case, work=case.work / "elsewhere")
+    elsewhere.work.mkdir()
+    assert digest("onenip-own") == digest("onenip-own", of=elsewhere)
+    assert digest("dfd-mix") == digest("onenip-mix"), "one set of samples"
+    different = {digest(name) for name in ("dfd-own", "dfd-mix", "dfd-mix-4shot", "dfd-mix-1shot")}
+    assert len(different | {digest("dfd-mix", 1)}) == 5
 
 
 def test_the_command_goes_on_where_it_was_stopped(case, tmp_path, monkeypatch):
@@ -97,7 +131,8 @@ def test_the_command_goes_on_where_it_was_stopped(case, tmp_path, monkeypatch):
         ran.append((name, seed))
         if len(ran) == 3:
             raise RuntimeError("killed")
-        cost = dict.fromkeys(("fit_seconds", "step_seconds", "picture_seconds", "peak_bytes"), 1.0)
+        names = ("fit_seconds", "step_seconds", "epoch_seconds", "picture_seconds", "peak_bytes", "input")
+        cost = dict.fromkeys(names, 1.0)
         found = figures(case, judged(case, dict.fromkeys(case.categories, True)))
         return {**cost, "steps": 3, "samples": 0, **found}
 
@@ -116,6 +151,8 @@ def test_the_command_goes_on_where_it_was_stopped(case, tmp_path, monkeypatch):
     }
     assert detectors.main(given) == 0
     assert ran[4:] == [("onenip-mix", 1)]
+    assert stored["onenip-mix"]["0"]["synthesis"] == detectors.made_of(case, Arm("x", "mix"), 0)["synthesis"]
+    assert "synthesis" not in stored["anomalib-padim"]["0"]
     with pytest.raises(UsageError, match="minutes"):
         open_file(file, {"minutes": 1.0})
 
@@ -138,12 +175,51 @@ def test_leads_are_named_and_of_the_seeds_that_both_arms_have(case):
     assert "missing" in other
 
 
+def shown(case: Case, cells: dict[str, Any], seeds: list[int] | None = None) -> dict[str, list[str]]:
+    """The rows of the table of means, by arm; its heads as ``arm``."""
+    rows = detectors.means_table(case, {"cells": {"feedback": cells}}, seeds)
+    columns = [[str(column.header), *map(str, column.cells)] for column in rows.columns]
+    return {line[0]: list(line[1:]) for line in zip(*columns, strict=True)}
+
+
 def test_what_is_missing_is_said(case):
     console = Console(width=250, record=True)
     detectors.show(case, {"synthesis": {}, "cells": {}}, [0, 1], console)
     text = console.export_text()
     assert "missing: seed 0, 1" in text
     assert not detectors.registered(Arm("no-such-detector"))
+    rows = shown(case, {})
+    assert rows["dfd-mix"][-1] == "missing: seed 0, 1, 2"
+    for shots in (1, 2, 4, 8):
+        assert rows[f"dfd-own-{shots}shot"][-1] == "missing: seed 0, 1, 2, 3, 4"
+
+
+def test_cells_of_other_samples_or_shots_are_marked(case):
+    plain = figures(case, judged(case, dict.fromkeys(case.categories, True)))
+    cost = {"fit_seconds": 30.0, "steps": 20, "step_seconds": 0.5, "picture_seconds": 0.1, "peak_bytes": 1e9}
+    cell = {**plain, **cost, "input": 160, "samples": 80}
+    now = detectors.made_of(case, detectors.ARMS["dfd-mix-4shot"], 0)
+    cells = {
+        "dfd-mix": {"0": cell, "1": {**cell, "synthesis": "another"}},
+        "dfd-mix-4shot": {"0": {**cell, **now}, "1": cell, "2": {**cell, **now}},
+        "memory_bank": {"0": {**cell, "steps": 0, "step_seconds": None, "samples": 0}},
+    }
+    rows = shown(case, cells, [0, 1, 2])
+    assert rows["dfd-mix"][-1].split("; ") == [
+        "missing: seed 2",
+        "settings of samples not known: seed 0",
+        "stale, samples of other settings: seed 1",
+    ]
+    assert rows["dfd-mix-4shot"][-1].split("; ") == [
+        "settings of samples not known: seed 1",
+        "of the old draw of shots: seed 1",
+        "stale, samples of other settings: seed 2",
+        "stale, other shots: seed 2",
+    ]
+    assert rows["memory_bank"][-1] == "missing: seed 1, 2"
+    heads = rows["arm"]
+    assert [rows["dfd-mix"][heads.index(name)] for name in ("s an epoch", "input px")] == ["5", "160"]
+    assert rows["memory_bank"][heads.index("s an epoch")] == "30", "the whole fit"
 
 
 def test_a_look_at_the_test_split_is_noted(tmp_path, monkeypatch):

@@ -6,13 +6,14 @@ figures are averaged.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ import numpy as np
 from detectors import protocol
 from generation.backbones import square
 from manifests import shards
+from manifests.layouts import Found
 from manifests.pictures import load, small_mask
-from manifests.schema import GOOD, Image
+from manifests.schema import GOOD, Image, canonical_json
+from manifests.shots import choose_shots
 from manifests.sources import scan_textures
 from tests.benchmarks.peers import run_peer
 from tests.benchmarks.resumed import write_file
@@ -60,7 +63,7 @@ class Arm:
     Attributes:
         detector: name in the registry, or of anomalib's model.
         synthesis: one of ``SYNTHESES``; None if it learns from normals, or from what it makes itself.
-        shots: normals a category that it may see, drawn by the seed; None: all of the train split.
+        shots: normals a category that it may see, chosen by the seed; None: train and calibration split.
         peer: anomalib's.
         most: categories at most, one a data set; None: all.
         steps: optimiser steps; None: as many as fit.
@@ -97,8 +100,7 @@ class Case:
 
     def data_set(self, category: str) -> str:
         """The folder below ``data`` in which a category lies; in a folder of categories, itself."""
-        path = next(image.path for image in self.images if image.category == category)
-        return Path(path).relative_to(self.data).parts[0]
+        return self.relative(next(i for i in self.images if i.category == category)).split("/")[0]
 
     def of(self, category: str, split: str) -> list[Image]:
         return [image for image in self.images if image.category == category and image.split == split]
@@ -115,16 +117,27 @@ class Case:
         return sorted(first.values())[: arm.most]
 
     def learned(self, arm: Arm, seed: int) -> list[Image]:
-        """What an arm may learn from: train and calibration split, or few pictures of the train split."""
-        chosen = []
-        for number, category in enumerate(self.categories):
-            normals = [image for image in self.of(category, "train") if image.defect == GOOD]
-            if arm.shots is None:
-                chosen += normals + self.of(category, "calibration")
-                continue
-            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
-            chosen += [normals[k] for k in sorted(rng.permutation(len(normals))[: arm.shots])]
-        return chosen
+        """What an arm may learn from: train and calibration split, or few of them, all to train, as a run of
+        the product with these shots and this seed chooses them."""
+        normals = [
+            i for split in ("train", "calibration") for c in self.categories for i in self.of(c, split)
+        ]
+        if arm.shots is None:
+            return normals
+        listed = [(0, Found(i.path, self.relative(i), i.category, i.defect, i.split)) for i in normals]
+        chosen = {found.path for _, found in choose_shots(listed, arm.shots, seed)}
+        return [replace(image, split="train") for image in normals if image.path in chosen]
+
+    def shots(self, arm: Arm, seed: int) -> dict[str, list[str]]:
+        """By category, the paths below ``data`` of the pictures that an arm of few shots learns from."""
+        found: dict[str, list[str]] = {}
+        for image in self.learned(arm, seed):
+            found.setdefault(image.category, []).append(self.relative(image))
+        return {category: sorted(own) for category, own in sorted(found.items())}
+
+    def relative(self, image: Image) -> str:
+        """Its path below ``data``."""
+        return Path(image.path).relative_to(self.data).as_posix()
 
 
 # -- samples --------------------------------------------------------------------------------------------
@@ -135,7 +148,7 @@ def round_of(case: Case, arm: Arm, seed: int) -> Round:
     section = dict(SYNTHESES[arm.synthesis or "mix"])
     textures = []
     if "preset" in section:
-        textures = scan_textures(str(textures_folder(case)))
+        textures = textures_in(str(textures_folder(case)))
         section["textures"] = str(textures_folder(case))
     raw = {
         "source": str(case.data),
@@ -146,6 +159,9 @@ def round_of(case: Case, arm: Arm, seed: int) -> Round:
     }
     config: Config = parse_config(raw, name=arm.synthesis or "mix")
     return round_from(0, config, config.generation, case.learned(arm, seed), textures)
+
+
+textures_in = functools.cache(scan_textures)
 
 
 def textures_folder(case: Case) -> Path:
@@ -159,6 +175,16 @@ def textures_folder(case: Case) -> Path:
         drawn.mkdir(parents=True)
         draw_textures(drawn)
     return drawn
+
+
+def synthesis_digest(round_: Round) -> str:
+    """Which samples an arm learns from: of the mix's settings with their defaults, its models, prompts and
+    seed, the textures and the pictures. The code that makes them is not in it: see ``code`` of a cell."""
+    told = json.loads(round_.fingerprint())
+    told["generation"]["textures"] = sorted(round_.textures)  # in place of where they lie
+    parts = ("generation", "models", "output", "prompts", "samples", "seed")
+    settings = {name: told[name] for name in parts if name in told}
+    return hashlib.sha256(canonical_json([settings, sorted(round_.images)]).encode()).hexdigest()[:16]
 
 
 def samples_folder(case: Case, arm: Arm, seed: int, round_: Round) -> Path:
@@ -277,6 +303,9 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
         "fit_seconds": fitted,
         "steps": settings.steps,
         "step_seconds": clock.pace if settings.steps else None,
+        "epoch_seconds": epoch_seconds(
+            fitted, clock.pace if settings.steps else None, len(made), settings.batch
+        ),
         "picture_seconds": statistics.median(seconds),
         "peak_bytes": peak_bytes(),
         "input": settings.size,
@@ -284,6 +313,11 @@ def _measure_own(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[st
     }
     found = judge(detector, images, max_side)
     return [at_side(one.image, one.score, one.map) for one in found], cost
+
+
+def epoch_seconds(fitted: float, step: float | None, samples: int, batch: int) -> float:
+    """Of as many draws as there are samples; of what takes no steps, the whole fit."""
+    return fitted if step is None else step * samples / batch
 
 
 def normals_of(round_: Round) -> list[Normal]:

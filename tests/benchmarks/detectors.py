@@ -5,17 +5,21 @@
 
 DIR holds data sets: folders of categories in the layout of MVTec AD; DIR/textures, if it is there, textures.
 A cell is an arm trained with one seed, in a process of its own. FILE is written after every cell: the same
-command goes on where it was stopped, and what is not measured is printed as missing. FILE.work/ keeps the
-synthetic data sets, made once a synthesis and seed; what that took is reported apart from the training. It
-holds pictures derived from those of DIR: keep it out of the repository.
+command goes on where it was stopped, and what is not measured is printed as missing. So are, as stale, cells
+of samples whose settings were others, or of other shots, than those of the arm now: take them out of FILE,
+and they are measured again. FILE.work/ keeps the synthetic data sets, made once a synthesis and seed; what
+that took is reported apart from the training. It holds pictures derived from those of DIR: keep it out of the
+repository.
 
 The same for every arm: pictures, split, one compute thread, and metrics at 256 px (maps bilinear, masks by
 nearest neighbour); all train one model on all categories, but for anomalib's PatchCore and PaDiM, which fit
-one a category; ours see the pictures at their own input size, anomalib's at 256 px. Training gets --minutes
-of CPU time in all, so that other work on the machine shortens none; what learns by steps takes as many as
-fit, but `residual` its default of 600 (some 2,000 fit, by which it would know these few samples by heart);
-closed-form methods take what they need. Seconds a picture are wall-clock: read them from a quiet machine.
-anomalib's models have the weights of our backbone, DRAEM none.
+one a category; ours see the pictures at their own input size, anomalib's at 256 px. Training aims at
+--minutes of CPU time in all, so that other work on the machine shortens none; what learns by steps takes as
+many as fit by the pace of the first few (the pace may change: `fit s` says what it came to), but `residual`
+its default of 600 (some 2,000 fit, by which it would know these few samples by heart); closed-form methods
+take what they need. An epoch is as many draws as there are samples (of anomalib's models: a pass over their
+pictures), of closed-form methods the whole fit. Seconds a picture are wall-clock: read them from a quiet
+machine. anomalib's models have the weights of our backbone, DRAEM none.
 
 Judged on the feedback split; --final judges on the test split, for the last time: every such look is noted in
 test_looks.json beside this file. Means: over the categories of a data set first, then over data sets.
@@ -31,7 +35,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,17 @@ from detectors import protocol
 from manifests.errors import FlawsmithError, UsageError
 from manifests.sources import SourceSettings, scan
 from tests.benchmarks import detector_cells
-from tests.benchmarks.detector_cells import METRICS, SIDE, THREADS, Arm, Case, make
+from tests.benchmarks.detector_cells import (
+    METRICS,
+    SIDE,
+    THREADS,
+    Arm,
+    Case,
+    epoch_seconds,
+    make,
+    round_of,
+    synthesis_digest,
+)
 from tests.benchmarks.paired import difference
 from tests.benchmarks.peers import run_timed
 from tests.benchmarks.pocket_case import described, shown, table
@@ -57,8 +71,11 @@ ARMS = {
     "onenip-mix": Arm("onenip", "mix"),
     "dfd-own": Arm("dfd", "dfd"),
     "dfd-mix": Arm("dfd", "mix"),
-    "dfd-own-4shot": Arm("dfd", "dfd", shots=4),
-    "dfd-mix-4shot": Arm("dfd", "mix", shots=4),
+    **{
+        f"dfd-{name}-{shots}shot": Arm("dfd", synthesis, shots=shots)
+        for shots in (1, 2, 4, 8)
+        for name, synthesis in (("own", "dfd"), ("mix", "mix"))
+    },
     "vlad-own": Arm("vlad", "cut"),
     "vlad-mix": Arm("vlad", "mix"),
     "residual-mix": Arm("residual", "mix", steps=600),
@@ -76,10 +93,13 @@ PAIRS = (  # of arms that are compared, the first with the second
     ("residual-mix", "memory_bank"),
     ("onenip-mix", "onenip-own"),
     ("dfd-mix", "dfd-own"),
-    ("dfd-mix-4shot", "dfd-own-4shot"),
+    *((f"dfd-mix-{shots}shot", f"dfd-own-{shots}shot") for shots in (1, 2, 4, 8)),
 )
 SEEDS = (0, 1, 2)
+SHOT_SEEDS = (0, 1, 2, 3, 4)  # of arms of few shots, which the draw of the shots decides too
 MINUTES = 5.0
+STALE = {"synthesis": "stale, samples of other settings", "shots": "stale, other shots"}
+UNKNOWN = {"synthesis": "settings of samples not known", "shots": "of the old draw of shots"}
 LOOKS = Path(__file__).with_name("test_looks.json")
 GROUPS = r"([^/]+?)(?:_r\d+c\d+|_\d)\.\w+$"  # name_r0c1.png, name_2.png: tiles of one photograph
 TITLES = {"pixel_ap": "pixel AP", "aupro": "AUPRO (0.3)", "image_auroc": "image AUROC"}
@@ -103,6 +123,13 @@ def identity(case: Case) -> dict[str, Any]:
         "samples_a_category": detector_cells.SAMPLES,
         "torch": torch.__version__,
     }
+
+
+def seeds_of(arm: Arm, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Those that were asked for, or an arm's own."""
+    if given is not None:
+        return tuple(given)
+    return SEEDS if arm.shots is None else SHOT_SEEDS
 
 
 def registered(arm: Arm) -> bool:
@@ -135,9 +162,31 @@ def measure(case: Case, name: str, seed: int, result: dict[str, Any], path: Path
         **plain(found),
         "cell_seconds": seconds,
         "code": product_code(detector_cells),
+        **made_of(case, arm, seed),
     }
     write_file(path, result)
     console.print(f"{name}, seed {seed}: {seconds:.0f} s", highlight=False)
+
+
+def made_of(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
+    """What a cell is of beside the code: its samples' settings as a digest, and the few shots' pictures."""
+    found: dict[str, Any] = {}
+    if arm.synthesis is not None:
+        found["synthesis"] = synthesis_digest(round_of(case, arm, seed))
+    if arm.shots is not None:
+        found["shots"] = case.shots(arm, seed)
+    return found
+
+
+def notes_of(case: Case, name: str, cells: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Which cells of an arm are of other samples or shots than it has now, or of which nobody knows."""
+    found: dict[str, list[str]] = {}
+    for seed, cell in cells.items():
+        now = made_of(case, ARMS[name], int(seed))
+        for key, value in now.items():
+            if cell.get(key) != value:
+                found.setdefault((STALE if key in cell else UNKNOWN)[key], []).append(seed)
+    return [f"{what}: seed {', '.join(seeds)}" for what, seeds in found.items()]
 
 
 # -- tables ---------------------------------------------------------------------------------------------
@@ -163,7 +212,7 @@ def mean_over_seeds(cells: Sequence[dict[str, Any]], metric: str) -> Estimate | 
     return Estimate(float(np.mean([mean["mean"] for mean in means])), resamples)
 
 
-def leads_table(case: Case, result: dict[str, Any], seeds: Sequence[int]) -> Table:
+def leads_table(case: Case, result: dict[str, Any], seeds: Sequence[int] | None) -> Table:
     """How far the first arm of each pair is above the second, over the seeds that both have."""
     own = dict(each_arm(case, result, seeds))
     rows = table(f"leads, {case.split} split, paired", "arm", "over", *TITLES.values(), "seeds")
@@ -184,23 +233,24 @@ def why_missing(name: str, seeds: Sequence[int]) -> str:
     return f"missing: seed {', '.join(map(str, seeds))}"
 
 
-def means_table(case: Case, result: dict[str, Any], seeds: Sequence[int]) -> Table:
+def means_table(case: Case, result: dict[str, Any], seeds: Sequence[int] | None) -> Table:
     data_sets = {case.data_set(category) for category in case.categories}
     title = (
         f"detectors on the {case.split} split: {len(case.categories)} categories of {len(data_sets)} data "
         f"sets, {case.minutes:g} min of training on one thread, metrics at {SIDE} px"
     )
-    cost = ("fit s", "steps", "ms a step", "ms a picture", "peak MB", "samples")
+    cost = ("fit s", "steps", "ms a step", "s an epoch", "ms a picture", "peak MB", "input px", "samples")
     rows = table(title, "arm", *(TITLES[metric] for metric in METRICS), *cost, "")
     for name, cells in each_arm(case, result, seeds):
-        missing = [seed for seed in seeds if str(seed) not in cells]
-        note = why_missing(name, missing) if missing else ""
+        missing = [seed for seed in seeds_of(ARMS[name], seeds) if str(seed) not in cells]
+        notes = [why_missing(name, missing)] if missing else []
         if not cells:
-            rows.add_row(name, *["–"] * (len(METRICS) + len(cost)), note)
+            rows.add_row(name, *["–"] * (len(METRICS) + len(cost)), *notes)
             continue
-        own = list(cells.values())
+        own = [with_epoch(name, cell) for cell in cells.values()]
         if ARMS[name].most is not None:
-            note = f"{', '.join(own[0]['categories'])} alone {note}"
+            notes.append(f"{', '.join(own[0]['categories'])} alone")
+        notes += notes_of(case, name, cells)
         figures = [over_seeds(own, metric) for metric in METRICS]
         rows.add_row(
             name,
@@ -208,20 +258,35 @@ def means_table(case: Case, result: dict[str, Any], seeds: Sequence[int]) -> Tab
             middle(own, "fit_seconds", 1, ".0f"),
             middle(own, "steps", 1, ".0f"),
             middle(own, "step_seconds", 1e3, ".0f"),
+            middle(own, "epoch_seconds", 1, ".0f"),
             middle(own, "picture_seconds", 1e3, ".1f"),
             middle(own, "peak_bytes", 1e-6, ".0f"),
+            middle(own, "input", 1, ".0f"),
             middle(own, "samples", 1, ".0f"),
-            note,
+            "; ".join(notes),
         )
     return rows
 
 
+def with_epoch(name: str, cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell that knows what an epoch takes. Earlier ones of ours do not: their batch was the default, which
+    has been one number ever since."""
+    if "epoch_seconds" in cell:
+        return cell
+    batch = protocol.get(ARMS[name].detector).settings().batch
+    spent = epoch_seconds(cell["fit_seconds"], cell["step_seconds"], cell["samples"], batch)
+    return {**cell, "epoch_seconds": spent}
+
+
 def each_arm(
-    case: Case, result: dict[str, Any], seeds: Sequence[int]
+    case: Case, result: dict[str, Any], seeds: Sequence[int] | None
 ) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     stored = result["cells"].get(case.split, {})
-    wanted = {str(seed) for seed in seeds}
-    return [(name, {k: v for k, v in stored.get(name, {}).items() if k in wanted}) for name in ARMS]
+    found = []
+    for name, arm in ARMS.items():
+        own = stored.get(name, {})
+        found.append((name, {str(s): own[str(s)] for s in seeds_of(arm, seeds) if str(s) in own}))
+    return found
 
 
 def middle(cells: Sequence[dict[str, Any]], key: str, unit: float, form: str) -> str:
@@ -229,7 +294,7 @@ def middle(cells: Sequence[dict[str, Any]], key: str, unit: float, form: str) ->
     return "–" if None in values else f"{unit * float(np.median(values)):{form}}"
 
 
-def category_table(case: Case, result: dict[str, Any], seeds: Sequence[int], metric: str) -> Table:
+def category_table(case: Case, result: dict[str, Any], seeds: Sequence[int] | None, metric: str) -> Table:
     rows = table(f"{TITLES[metric]}, {case.split} split, mean over seeds", "arm", *case.categories)
     for name, cells in each_arm(case, result, seeds):
         if not cells:
@@ -252,7 +317,7 @@ def synthesis_table(result: dict[str, Any]) -> Table:
     return rows
 
 
-def show(case: Case, result: dict[str, Any], seeds: Sequence[int], console: Console) -> None:
+def show(case: Case, result: dict[str, Any], seeds: Sequence[int] | None, console: Console) -> None:
     console.print(means_table(case, result, seeds))
     console.print(leads_table(case, result, seeds))
     for metric in METRICS:
@@ -273,7 +338,7 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of data sets")
     parser.add_argument("--json", type=Path, required=True, help="all figures; goes on from what is there")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 0 1 2")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2, of few shots 0 to 4")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of training a cell (default 5)")
     parser.add_argument("--final", action="store_true", help="judge on the test split, and note it")
     parser.add_argument("--cell", choices=list(ARMS), help=argparse.SUPPRESS)  # one cell, as JSON
@@ -282,7 +347,7 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = arguments_of(given)
-    console = Console(width=max(Console().width, 200))
+    console = Console(width=max(Console().width, 260))
     work = arguments.json.with_name(f"{arguments.json.name}.work").resolve()
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -302,10 +367,11 @@ def main(given: Sequence[str] | None = None) -> int:
     # Threads that wait shall sleep: spinning would count as work, and stalls beside other work.
     os.environ["OMP_WAIT_POLICY"] = "passive"
     failed = False
-    for seed in arguments.seeds:
+    for seed in arguments.seeds or SHOT_SEEDS:
         for name in arguments.arms:
             there = result["cells"].get(split, {}).get(name, {})
-            if str(seed) in there or not registered(ARMS[name]):
+            wanted = seed in seeds_of(ARMS[name], arguments.seeds)
+            if str(seed) in there or not wanted or not registered(ARMS[name]):
                 continue
             try:
                 measure(case, name, seed, result, arguments.json, console)
