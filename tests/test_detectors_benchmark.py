@@ -203,6 +203,7 @@ def test_cells_of_other_samples_or_shots_are_marked(case):
         "dfd-mix": {"0": cell, "1": {**cell, "synthesis": "another"}},
         "dfd-mix-4shot": {"0": {**cell, **now}, "1": cell, "2": {**cell, **now}},
         "memory_bank": {"0": {**cell, "steps": 0, "step_seconds": None, "samples": 0}},
+        "anomalib-patchcore": {"0": {**cell, "epoch_seconds": 9.0, "coreset": 0.01}},
     }
     rows = shown(case, cells, [0, 1, 2])
     assert rows["dfd-mix"][-1].split("; ") == [
@@ -217,6 +218,7 @@ def test_cells_of_other_samples_or_shots_are_marked(case):
         "stale, other shots: seed 2",
     ]
     assert rows["memory_bank"][-1] == "missing: seed 1, 2"
+    assert rows["anomalib-patchcore"][-1].endswith("; stale, another share of patches: seed 0")
     heads = rows["arm"]
     assert [rows["dfd-mix"][heads.index(name)] for name in ("s an epoch", "input px")] == ["5", "160"]
     assert rows["memory_bank"][heads.index("s an epoch")] == "30", "the whole fit"

