@@ -1,5 +1,7 @@
 """Pictures under stress: what stays true of them, and curves that begin at the undisturbed figures."""
 
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from manifests.pictures import sha256
 from manifests.schema import METRICS, Image, to_table
 from manifests.workspace import Workspace
-from training.evaluation import figures, ignored, judge, truth
+from training.evaluation import Judged, figures, ignored, judge, truth
 from training.stress import LEVELS, STRENGTHS, Stress, corners, disturb, light_field, place
 from workflows import stressing
 from workflows.tables import stress_table
@@ -159,7 +161,47 @@ def test_what_is_mirrored_beyond_the_border_counts_nowhere(images, tmp_path):
     assert ignored(images[2], 64, Stress("light", 4)) is None
 
 
+def with_saturations(images, folder):
+    """The same pictures, their defects stored as MVTec LOCO stores them: half of the area saturates."""
+    entry = {"defect_name": "hole", "pixel_value": 255, "saturation_threshold": 0.5}
+    (folder / "defects_config.json").write_text(json.dumps([{**entry, "relative_saturation": True}]))
+    found = []
+    for image in images:
+        if image.mask_path is not None:
+            own = folder / "ground_truth" / "hole" / image.image_id
+            own.mkdir(parents=True)
+            shutil.copy(image.mask_path, own / "000.png")
+            image = replace(image, mask_path=str(own))
+        found.append(image)
+    return found
+
+
+def right_half(mask):
+    half = mask.copy()
+    if mask.any():
+        half[:, : np.median(np.nonzero(mask)[1]).astype(int)] = False
+    return half
+
+
+def test_saturated_figures_are_those_of_defects_that_moved_with_the_picture(images, tmp_path):
+    images = with_saturations(images, tmp_path)
+    for stress in (Stress("blur", 2), Stress("viewpoint", 4)):
+
+        def spro_of(found, stress=stress):
+            """Of maps that mark what ``found`` makes of the moved mask."""
+            judged = []
+            for image in images:
+                mask, skip = truth(image, (80, 120), stress), ignored(image, (80, 120), stress)
+                judged.append(Judged(image, 0.0, found(mask).astype(np.float32), mask, skip))
+            return stressing.by_category(judged, 5, stress)["mean"]["spro"].value
+
+        assert spro_of(lambda mask: mask) == pytest.approx(1)
+        assert spro_of(right_half) > 0.95, "half of each defect saturates it"
+        assert spro_of(lambda mask: np.roll(mask, 40, axis=1)) < 0.3
+
+
 def test_curves_begin_at_the_undisturbed_figures_and_fall(images, tmp_path, monkeypatch):
+    images = with_saturations(images, tmp_path)
     config = SimpleNamespace(
         output=SimpleNamespace(max_side=None), seed=5, evaluation=SimpleNamespace(resamples=20),
         detector=SimpleNamespace(name="brightness", tiles=None),
@@ -186,7 +228,7 @@ def test_curves_begin_at_the_undisturbed_figures_and_fall(images, tmp_path, monk
         for row in plain
         if (row["defect"], row["size"]) == ("all", "all")
     }
-    assert len(expected) == 3 * 7
+    assert len(expected) == 3 * 8
     for kind in KINDS:
         for level in LEVELS:
             found = {
@@ -203,4 +245,4 @@ def test_curves_begin_at_the_undisturbed_figures_and_fall(images, tmp_path, monk
     assert stressing.stress(space, 1) == rows
     table = stress_table(rows).splitlines()
     assert "level 4" in table[0]
-    assert any(line.split()[:2] == ["pixel_ap", "light"] for line in table)
+    assert all(any(line.split()[:2] == [m, "light"] for line in table) for m in ("pixel_ap", "spro"))

@@ -312,8 +312,13 @@ def whole_category(own: Sequence[Judged], number: int, resamples: int) -> dict[s
     return _whole(_good_first(own), _masked(own), resamples, _seed(number))
 
 
-def spro_figures(own: Sequence[Judged], number: int, resamples: int) -> dict[str, Estimate]:
+def spro_figures(
+    own: Sequence[Judged], number: int, resamples: int, stress: Stress = UNDISTURBED
+) -> dict[str, Estimate]:
     """sPRO of one category by defect type, their mean as ``all``; empty unless all defects have thresholds.
+
+    Under ``stress``, with which the pictures were judged, defects move with them, and their saturation areas
+    shrink as they do [inferred].
 
     Maps are brought to the pictures' original sizes, one picture at a time. Memory: twice the bytes of the
     defect-free pixels as float32.
@@ -325,8 +330,9 @@ def spro_figures(own: Sequence[Judged], number: int, resamples: int) -> dict[str
     pixels = []
     for entry in own:
         shape = (entry.image.height, entry.image.width)
-        defects = [LogicalDefect(mask, area) for mask, area in load_defects(entry.image)]
-        pixels.append(saturated_pixels(at_size(entry.map, *shape), defects, ignored(entry.image, shape)))
+        defects = [_moved(*defect, stress, entry.image.image_id) for defect in load_defects(entry.image)]
+        skipped = ignored(entry.image, shape, stress)
+        pixels.append(saturated_pixels(at_size(entry.map, *shape), defects, skipped))
     return evaluate_spro(
         pixels,
         [entry.image.defect for entry in own],
@@ -334,6 +340,11 @@ def spro_figures(own: Sequence[Judged], number: int, resamples: int) -> dict[str
         resamples=resamples,
         seed=_seed(number),
     )
+
+
+def _moved(mask: np.ndarray, saturation: int, stress: Stress, name: str) -> LogicalDefect:
+    moved = place(mask, stress, name)
+    return LogicalDefect(moved, max(1, round(saturation * moved.sum() / mask.sum())))
 
 
 def _good_first(own: Sequence[Judged]) -> list[Judged]:

@@ -7,7 +7,15 @@ from typing import Any
 
 from manifests.schema import STRESS, to_table
 from manifests.workspace import Workspace, round_file
-from training.evaluation import UNDISTURBED, Judged, ends, judge, mean_estimates, whole_category
+from training.evaluation import (
+    UNDISTURBED,
+    Judged,
+    ends,
+    judge,
+    mean_estimates,
+    spro_figures,
+    whole_category,
+)
 from training.intervals import Estimate
 from training.stress import LEVELS, STRENGTHS, Stress
 from workflows.console import progress
@@ -48,7 +56,7 @@ def stress(space: Workspace, number: int) -> list[dict[str, Any]]:
                 tiles=round_.config.detector.tiles,
                 stress=under,
             )
-            return by_category(judged, round_.config.evaluation.resamples)
+            return by_category(judged, round_.config.evaluation.resamples, under)
 
         plain = figures(UNDISTURBED)
         found = {Stress(kind, 0): plain for kind in STRENGTHS} | {under: figures(under) for under in levels}
@@ -67,13 +75,16 @@ def stress(space: Workspace, number: int) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
-def by_category(judged: list[Judged], resamples: int) -> dict[str, dict[str, Estimate]]:
-    """Image and pixel figures of every category, and their mean as ``mean``."""
+def by_category(judged: list[Judged], resamples: int, under: Stress) -> dict[str, dict[str, Estimate]]:
+    """Figures of every category of pictures that were judged under stress, all its defects together, and
+    their mean as ``mean``."""
     names = sorted({entry.image.category for entry in judged})
+    found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined figures give no row
-        found = {
-            name: whole_category([e for e in judged if e.image.category == name], number, resamples)
-            for number, name in enumerate(names)
-        }
-        return found | {"mean": mean_estimates(list(found.values()))}
+        for number, name in enumerate(names):
+            own = [entry for entry in judged if entry.image.category == name]
+            found[name] = whole_category(own, number, resamples)
+            if saturated := spro_figures(own, number, resamples, under):
+                found[name]["spro"] = saturated["all"]
+    return found | {"mean": mean_estimates(list(found.values()))}

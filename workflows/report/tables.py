@@ -111,7 +111,8 @@ def figures_tables(metrics: Sequence[Row], split: str) -> list[Table]:
 
 def stress_tables(stress: Sequence[Row]) -> list[Table]:
     """Means over categories under each disturbance, a table a round and detector, a column a level."""
-    means = [row for row in matching(stress, category="mean") if row["metric"] in HEADLINE]
+    metrics = (*HEADLINE, "spro")
+    means = [row for row in matching(stress, category="mean") if row["metric"] in metrics]
     levels = sorted({row["level"] for row in means})
     tables = []
     for number, detector in sorted({(row["round"], row["detector"]) for row in means}):
@@ -119,7 +120,7 @@ def stress_tables(stress: Sequence[Row]) -> list[Table]:
         kinds = sorted({row["kind"] for row in own})
         rows = [
             [METRICS[metric], kind, *_cells(found, levels, "level")]
-            for metric in HEADLINE
+            for metric in metrics
             for kind in kinds
             if (found := matching(own, metric=metric, kind=kind))
         ]
