@@ -23,7 +23,7 @@ from training.evaluation import Judged, at_size, figures, ignored, judge, predic
 from training.examples import Normal, collect, draw
 from training.fitting import learning_rate, train
 from training.loading import FeatureSample, Sample, ShardFile, read_all_samples, read_samples
-from workflows.detecting import _alarming, alarm_thresholds
+from workflows.detecting import _alarming, alarm_thresholds, calibration_normals
 
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
 
@@ -538,6 +538,30 @@ def test_alarm_thresholds_are_set_on_counted_places_of_normals():
         found = alarm_thresholds(round_, brightness(), normals)
         assert found["a"] == pytest.approx((50 / 255, 50 / 255), abs=0.01)
         assert found["b"] == pytest.approx((1, 1), abs=0.01)
+
+
+@pytest.mark.parametrize("shots", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(64, 64, 3), (40, 70, 1)])
+def test_few_shots_are_calibrated_on_views_of_which_no_two_are_equal(shots, shape):
+    corner = np.zeros(shape[:2], bool)
+    corner[:12, :20] = True
+    shown = [
+        Normal(f"n{k}", "a", np.where(corner[..., None], 255, texture(k, shape)), corner)
+        for k in range(shots)
+    ]
+    assert all(normal.pixels.dtype == np.uint8 for normal in shown)
+    output = SimpleNamespace(output=SimpleNamespace(max_side=None))
+    round_ = SimpleNamespace(images={}, config=output, pool=SimpleNamespace(normals={"a": shown}))
+    views, again = (calibration_normals(round_, shown, None, None) for _ in range(2))
+    assert len(views) == 5 and {one.image_id for one in views} == {one.image_id for one in shown}
+    different = {one.pixels.tobytes() for one in (*views, *shown)}
+    assert len(different) == 5 + shots, "views differ from each other and from what was trained on"
+    for one, same in zip(views, again, strict=True):
+        assert one.pixels.shape == shape and one.pixels.dtype == np.uint8
+        np.testing.assert_array_equal(one.pixels, same.pixels)
+        np.testing.assert_array_equal(one.ignore, same.ignore)
+        bright = one.pixels[..., 0] > 220
+        assert (bright == one.ignore).all(), "what does not count goes with the picture"
 
 
 def test_false_alarms_are_a_share_of_the_places_that_count(tmp_path):

@@ -6,6 +6,7 @@ import datetime
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -281,20 +282,47 @@ def _shards(space: Workspace, number: int) -> list[ShardFile]:
 def calibration_normals(
     round_: Round, train_normals: Sequence[Normal], size: int | None, advance: Any
 ) -> list[Normal]:
-    """Normals of the calibration split; a category with fewer than ``FEW`` gets mirrored train ones."""
+    """Normals of the calibration split; a category with fewer than ``FEW`` gets train ones too, each in as
+    few views (:func:`view`) as will do."""
     images = [i for i in round_.images.values() if i.split == "calibration" and i.defect == GOOD]
     normals = _normals(images, round_.config.output.max_side, size, advance)
     for category in round_.pool.normals:
         have = sum(normal.category == category for normal in normals)
         own = [normal for normal in train_normals if normal.category == category]
-        for k in range(max(0, FEW - have)):
-            source = own[k % len(own)]
-            flip = source.pixels[:, ::-1] if k // len(own) % 2 == 0 else source.pixels[::-1]
-            ignore = source.ignore
-            if ignore is not None:
-                ignore = ignore[:, ::-1] if k // len(own) % 2 == 0 else ignore[::-1]
-            normals.append(Normal(source.image_id, category, np.ascontiguousarray(flip), ignore))
+        normals += [view(own[k % len(own)], k // len(own)) for k in range(max(0, FEW - have))]
     return normals
+
+
+def view(normal: Normal, number: int) -> Normal:
+    """A normal as another part might look, in one of the ``FEW`` views; no two are equal, and none is what
+    was trained on.
+
+    They are: mirrored left to right, mirrored top to bottom, turned by half; moved down and to the right by a
+    32nd of the sides and lighter by a twentieth; moved the other way and darker [inferred; core.md 3.8 says
+    no more than "augmented"]. What comes in at a border is mirrored. ``ignore`` goes with the picture.
+    """
+    move, gain = VIEWS[number]
+    pixels = np.rint(move(normal.pixels) * gain).clip(0, 255).astype(np.uint8)
+    ignore = None if normal.ignore is None else np.ascontiguousarray(move(normal.ignore))
+    return replace(normal, pixels=np.ascontiguousarray(pixels), ignore=ignore)
+
+
+def _moved(pixels: np.ndarray, way: int) -> np.ndarray:
+    """H×W or H×W×C, down and to the right (``way`` 1) or up and to the left (−1)."""
+    height, width = pixels.shape[:2]
+    steps = max(1, round(height / 32)), max(1, round(width / 32))
+    sides = [(step, 0) if way > 0 else (0, step) for step in steps]
+    padded = np.pad(pixels, [*sides, *[(0, 0)] * (pixels.ndim - 2)], mode="symmetric")
+    return padded[:height, :width] if way > 0 else padded[-height:, -width:]
+
+
+VIEWS: tuple[tuple[Callable[[np.ndarray], np.ndarray], float], ...] = (  # and by what light is multiplied
+    (lambda pixels: pixels[:, ::-1], 1.0),
+    (lambda pixels: pixels[::-1], 1.0),
+    (lambda pixels: pixels[::-1, ::-1], 1.0),
+    (partial(_moved, way=1), 1.05),
+    (partial(_moved, way=-1), 0.95),
+)
 
 
 def _normals(images: Sequence[Image], max_side: int | None, size: int | None, advance: Any) -> list[Normal]:
