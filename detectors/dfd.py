@@ -20,6 +20,7 @@ What differs from the released code, and why:
   is soon told from correlated features, and a Gaussian path that has learned just that drowns the other
   [measured with the default backbone: pixel AP 0.14 alone, 0.28 by halves, 0.50 without it]. It is trained
   all the same, and shapes the adapter;
+* ``paper`` has the steps of one shot; with ``shots: k`` set ``steps`` to 800·k (core.md 3.7);
 * AdamW with the loop's warm-up and cosine for all parts, in place of Adam and a cosine of the discriminators
   alone, of 76 steps; the published ratios of the learning rates are kept;
 * the pixel and similarity losses are means over the pixels of a batch, so that micro-batches (``accumulate``)
@@ -60,7 +61,11 @@ class DFDSettings(Settings):
     """The defaults learn in about half a minute on a CPU core; ``paper`` is the published network."""
 
     size: int = Field(160, ge=32, description="pictures are resized to this many pixels a side")
-    steps: int = Field(100, ge=0, description="optimiser steps")
+    steps: int = Field(
+        100,
+        ge=0,
+        description="optimiser steps; published: 800 times shots, of which the preset paper has one",
+    )
     lr: float = Field(5e-3, gt=0, description="peak learning rate of the adapter; the others' follow")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     backbone: str = Field(DEFAULT, description="a timm model or a folder")
@@ -107,7 +112,7 @@ PAPER = {
     "weight_decay": 1e-5,
     "clip": 1e9,  # none is published
     "batch": 8,
-    "steps": 800,  # of one shot; k shots take 800·k
+    "steps": 800,  # of one shot: a preset does not know how many there are
 }
 
 
@@ -325,7 +330,8 @@ class DFD(nn.Module):
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both paths normalised and averaged; a path's score is the largest value of its map.
+        """Both paths normalised and mixed (``gaussian_share``; by default the Perlin path alone); a path's
+        score is the largest value of its map.
 
         With ``normalise: batch`` (the released code's; core.md 3.8, 3 and 4) the smallest and largest values
         of the very pictures that are scored decide: a picture's score then depends on what it is scored with,
@@ -448,7 +454,7 @@ def build(settings: DFDSettings, categories: Sequence[str], device: str | torch.
 
 METHOD = Method(
     name="dfd",
-    summary="two discriminators on a low and a high frequency band; few normals suffice",
+    summary="a discriminator of patches in a low and a high frequency band; few normals suffice",
     settings=DFDSettings,
     presets={"paper": PAPER},
     build=build,
