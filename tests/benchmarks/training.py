@@ -8,6 +8,10 @@ process. The straightforward loop runs the frozen part on every picture that a s
 computes in float32; its pictures lie decoded and resized in memory. Ours draws from cached features, whose
 cost is shared out over the default steps of a round of 300 samples. Times are those of the processor, so
 that other jobs on the machine count little.
+
+Both start from one state and draw the same samples, noise and rates, so that their losses can be compared,
+step by step: cached features are rounded to float16, and ours may compute in bfloat16. How much another order
+of the samples changes them is told beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from detectors import protocol
 from detectors.protocol import Batch, Detector, Encoder
 from generation.backbones import to_batch
 from training.examples import Examples, Normal, collect, encoded, gather, order
-from training.fitting import fast_bf16, fit
+from training.fitting import NOISE, fast_bf16, fit, learning_rate, spawn
 from training.loading import Sample
 
 DETECTORS = ("onenip", "dfd", "residual")
@@ -100,17 +104,48 @@ def seen(name: str, detector: Detector, case: Case, rows: list[int], prompts: li
     return {**batch, "mask": case.examples.masks[rows].float(), "category": categories}
 
 
-def straightforward(name: str, detector: Any, case: Case, steps: int) -> None:
-    """The loop that one writes first: float32, the backbone in every step."""
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=detector.settings.lr)
+def straightforward(name: str, detector: Any, case: Case, seed: int = 0) -> list[float]:
+    """The loop that one writes first: float32, the backbone in every step. The loss of each of the settings'
+    steps; schedule, order and noise are those of ours."""
+    s = detector.settings
+    optimizer = torch.optim.AdamW(detector.parameter_groups(), lr=s.lr, weight_decay=s.weight_decay)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     detector.train()
-    drawn = order(case.examples, detector.settings, 0)
-    for _ in range(steps):
+    drawn = order(case.examples, s, seed)
+    losses = []
+    for step in range(s.steps):
         batch = seen(name, detector, case, *next(drawn))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * learning_rate(step, s.steps)
+        torch.manual_seed(spawn(seed, NOISE, 0, step))
         optimizer.zero_grad()
-        detector.loss(batch)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), detector.settings.clip)
+        loss = detector.loss(batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, s.clip)
         optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def ours(detector: Detector, case: Case, precision: str) -> tuple[list[float], list[float], str]:
+    """The product's loop: each step's loss, the processor's clock after it, and the loop's last words."""
+    losses: list[float] = []
+    marks: list[float] = []
+    lines: list[str] = []
+
+    def on_step(_step: int, _steps: int, found: dict[str, float]) -> None:
+        losses.append(found["loss"])
+        marks.append(time.process_time())
+
+    fit(detector, case.examples, _accelerator(precision), seed=0, on_step=on_step, say=lines.append)
+    return losses, marks, lines[-1]
+
+
+def apart(losses: Sequence[float], others: Sequence[float]) -> float:
+    """The largest difference of a step's loss, as a share of it."""
+    first, second = np.array(losses), np.array(others)
+    return float((np.abs(second - first) / np.abs(first)).max())
 
 
 def shares(detector: Any, case: Case, bfloat16: bool) -> dict[str, float]:
@@ -156,29 +191,33 @@ def measure(detector_name: str) -> dict[str, Any]:
     settings = method.settings(steps=STEPS)
     detector = method.build(settings, ["a"], "cpu")
     case = draw_case(detector)
+    state = detector.state_dict()
     bfloat16 = fast_bf16(torch.device("cpu"))
     times: dict[str, list[float]] = {"straightforward": [], "ours": [], "ours, float32": []}
-    lines: list[str] = []
+    losses: dict[str, list[float]] = {}
+
+    def fresh() -> Any:
+        """Accelerate wraps a module once."""
+        made = method.build(settings, ["a"], "cpu")
+        made.load_state_dict(state)
+        return made
+
+    line = ""
     for run in range(RUNS + 1):  # the first warms up
         for name, spent in times.items():
+            one = fresh()
             if name == "straightforward":
                 began = time.process_time()
-                straightforward(detector_name, detector, case, STEPS)
+                losses[name] = straightforward(detector_name, one, case)
                 seconds = (time.process_time() - began) / STEPS
             else:
                 precise = name == "ours, float32" or not bfloat16
-                fresh = method.build(settings, ["a"], "cpu")  # accelerate wraps a module once
-                fresh.load_state_dict(detector.state_dict())
-                marks: list[float] = []
-                watch: dict[str, Any] = {
-                    "say": lines.append,
-                    "on_step": lambda *_, marks=marks: marks.append(time.process_time()),
-                }
-                precision = "no" if precise else "bf16"
-                fit(fresh, case.examples, _accelerator(precision), seed=0, **watch)
+                losses[name], marks, line = ours(one, case, "no" if precise else "bf16")
                 seconds = (marks[-1] - marks[0]) / (STEPS - 1)
             if run:
                 spent.append(seconds)
+    losses["straightforward, in another order"] = straightforward(detector_name, fresh(), case, seed=1)
+    difference = {name: apart(losses["straightforward"], own) for name, own in losses.items()}
     best = {name: min(spent) for name, spent in times.items()}
     pictures = ROUND * len(SEEN.get(detector_name, PAIR))  # samples, their normals, and prompts
     once = case.once * pictures / method.settings().steps
@@ -191,8 +230,10 @@ def measure(detector_name: str) -> dict[str, Any]:
         "all_runs": times,
         "samples_a_second": rates,
         "ratio": ratios,
+        "losses": losses,
+        "difference_of_losses": difference,
         "cached_milliseconds_a_picture": 1e3 * case.once,
-        "loader": lines[-1],
+        "loader": line,
         "parts": {
             "float32": shares(detector, case, False),
             **({"bfloat16": shares(detector, case, True)} if bfloat16 else {}),
@@ -218,6 +259,10 @@ def show(detector: str, result: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("target, features included", "", f"≥ {FASTER:g}: {'met' if result['passed'] else 'MISSED'}")
     table.add_row("loader (last run)", "", result["loader"].split(", ")[-1])
+    table.add_section()
+    for name, share in result["difference_of_losses"].items():
+        if name != "straightforward":
+            table.add_row(f"largest difference of a step's loss: {name}", "", f"{share:.2%}")
     Console(width=max(Console().width, 110)).print(table)
     table = Table(title="where a step's time goes")
     for column in ("part", *result["parts"]):
