@@ -10,6 +10,7 @@ import pytest
 from manifests.errors import PictureError
 from manifests.pictures import has_saturations, load_defects, load_mask
 from manifests.sources import SourceSettings, scan
+from training.comparison import compare
 from training.evaluation import Judged, at_size, figures, ignored, truth
 from training.intervals import evaluate_images, evaluate_spro, mean_estimate
 from training.metrics import LogicalDefect, pixel_metrics, saturated_pixels, spro
@@ -112,6 +113,10 @@ def test_saturation_thresholds_reach_the_figures(loco):
         row = rows["box", name, "all", "spro"]
         assert row["value"] == pytest.approx(values[name])
         assert row["low"] <= row["value"] + 0.02 and row["value"] <= row["high"] + 0.02
+        for limit in (0.01, 0.1, 0.3, 1.0):
+            row = rows["box", name, "all", f"spro@{limit:g}"]
+            assert row["value"] == pytest.approx(spro(maps, defects, limit))
+            assert row["low"] <= row["value"] + 0.02 and row["value"] <= row["high"] + 0.02
         plain = pixel_metrics(maps, [load_mask(entry.image) for entry in own], fpr_limit=0.05)["aupro"]
         assert values[name] > plain + 0.05, "a defect is found at its saturation, not at its whole area"
     mean = np.mean(list(values.values()))
@@ -122,7 +127,14 @@ def test_saturation_thresholds_reach_the_figures(loco):
     assert rows["mean", "mean", "all", "image_auroc"]["value"] == pytest.approx(np.mean(types))
 
     (loco / "defects_config.json").unlink()
-    assert not any(metric == "spro" for _, _, _, metric in rows_of(entries))
+    assert not any(metric.startswith("spro") for _, _, _, metric in rows_of(entries))
+
+
+def test_comparisons_know_the_headline_alone(loco):
+    images = [image for image in found_in(loco) if image.split in ("feedback", "test")]
+    first, second = (judged(images, hit, np.random.default_rng(1)) for hit in (0.4, 0.8))
+    found = {row["metric"] for row in compare(first, second, resamples=20)}
+    assert {metric for metric in found if metric.startswith("spro")} == {"spro"}
 
 
 def test_ignored_places_count_in_no_saturated_figure(loco, tmp_path):
@@ -157,7 +169,7 @@ def test_spro_resamples_equal_those_of_the_pictures_drawn(monkeypatch):
     groups = ["a", "b", "a", "b", "c", "c"]
     draws = np.array([[1, 1, 1], [2, 1, 0], [0, 2, 1], [0, 3, 0]], float)
     monkeypatch.setattr("training.intervals.draw_counts", lambda *_: draws)
-    found = evaluate_spro(pixels, names, groups)
+    found = evaluate_spro(pixels, names, groups, (0.05, 1.0))
     for row, counts in enumerate(draws):
         for name in ("logical", "structural"):
             drawn = [
@@ -166,12 +178,16 @@ def test_spro_resamples_equal_those_of_the_pictures_drawn(monkeypatch):
             ]  # fmt: skip
             if any(defects for _, defects in drawn):
                 exact = spro(*zip(*drawn, strict=True))
-                assert found[name].resamples[row] == pytest.approx(exact, abs=6e-3)
+                assert found[name]["spro"].resamples[row] == pytest.approx(exact, abs=6e-3)
+                whole = spro(*zip(*drawn, strict=True), fpr_limit=1.0)
+                assert found[name]["spro@1"].resamples[row] == pytest.approx(whole, abs=6e-3)
             else:
-                assert np.isnan(found[name].resamples[row])
-    np.testing.assert_array_equal(
-        found["all"].resamples, (found["logical"].resamples + found["structural"].resamples) / 2
-    )
+                assert np.isnan(found[name]["spro"].resamples[row])
+    for metric in ("spro", "spro@1"):
+        logical, structural, mean = (
+            found[name][metric].resamples for name in ("logical", "structural", "all")
+        )
+        np.testing.assert_array_equal(mean, (logical + structural) / 2)
 
 
 def test_subsets_of_the_same_pictures_share_their_draws():

@@ -37,7 +37,7 @@ from training.intervals import (
     evaluate_spro,
     mean_estimate,
 )
-from training.metrics import LogicalDefect, saturated_pixels
+from training.metrics import SPRO_FPR_LIMIT, SPRO_FPR_LIMITS, LogicalDefect, saturated_pixels
 from training.stress import Stress, disturb, place
 from training.tiling import blend, is_tiled, scored_shape, windows, worst
 
@@ -223,9 +223,9 @@ def figures(
     that they speak of the same pictures as the image figures. Undefined figures (no defect, no good picture)
     give no row. Intervals resample the images' ``group``.
 
-    Where all defects of a category have saturation thresholds (MVTec LOCO), ``spro`` is given for each type,
-    their mean as ``defect='all'``, and, with ``defect='mean'``, the types' mean of ``image_auroc`` (core.md
-    6.5).
+    Where all defects of a category have saturation thresholds (MVTec LOCO), ``spro`` (up to an FPR of 0.05;
+    ``spro@0.3`` and so on up to the others of ``SPRO_FPR_LIMITS``) is given for each type, their mean as
+    ``defect='all'``, and, with ``defect='mean'``, the types' mean of ``image_auroc`` (core.md 6.5).
 
     With alarm ``thresholds`` of picture scores by category: ``image_fpr``, the share of good pictures above
     it, and ``image_recall``, the share of defect pictures above it.
@@ -234,7 +234,8 @@ def figures(
     categories = sorted({entry.image.category for entry in judged})
     for number, category in enumerate(categories):
         own = [entry for entry in judged if entry.image.category == category]
-        for (defect, size), estimates in category_figures(own, number, resamples).items():
+        estimates_by = category_figures(own, number, resamples, spro_limits=SPRO_FPR_LIMITS)
+        for (defect, size), estimates in estimates_by.items():
             rows[category, defect, size] = estimates
         if thresholds is not None:
             for defect, estimates in _alarms(own, thresholds[category], number, resamples).items():
@@ -313,9 +314,14 @@ def whole_category(own: Sequence[Judged], number: int, resamples: int) -> dict[s
 
 
 def spro_figures(
-    own: Sequence[Judged], number: int, resamples: int, stress: Stress = UNDISTURBED
-) -> dict[str, Estimate]:
-    """sPRO of one category by defect type, their mean as ``all``; empty unless all defects have thresholds.
+    own: Sequence[Judged],
+    number: int,
+    resamples: int,
+    stress: Stress = UNDISTURBED,
+    limits: Sequence[float] = (SPRO_FPR_LIMIT,),
+) -> dict[str, dict[str, Estimate]]:
+    """sPRO of one category up to each of ``limits``, by defect type and metric, the types' mean as ``all``;
+    empty unless all defects have thresholds.
 
     Under ``stress``, with which the pictures were judged, defects move with them, and their saturation areas
     shrink as they do [inferred].
@@ -337,6 +343,7 @@ def spro_figures(
         pixels,
         [entry.image.defect for entry in own],
         [entry.image.group for entry in own],
+        limits,
         resamples=resamples,
         seed=_seed(number),
     )
@@ -361,7 +368,11 @@ def _masked(own: Sequence[Judged]) -> bool:
 
 
 def category_figures(
-    own: Sequence[Judged], number: int, resamples: int, parts: bool = True
+    own: Sequence[Judged],
+    number: int,
+    resamples: int,
+    parts: bool = True,
+    spro_limits: Sequence[float] = (SPRO_FPR_LIMIT,),
 ) -> dict[tuple[str, str], dict[str, Estimate]]:
     """Estimates of one category by (defect, size): all defects; with ``parts`` each defect type against all
     good pictures, each size class of defects too, and ``mean`` (see :func:`figures`). Empty without a defect.
@@ -382,10 +393,10 @@ def category_figures(
     if masked and parts:
         for size in sorted({size for entry in bad for size in entry.sizes}):
             found["all", size] = _pixels(own, size, resamples, seed)
-    saturated = spro_figures(own, number, resamples)
-    for defect, estimate in saturated.items():
+    saturated = spro_figures(own, number, resamples, limits=spro_limits)
+    for defect, estimates in saturated.items():
         if (defect, "all") in found:
-            found[defect, "all"]["spro"] = estimate
+            found[defect, "all"] |= estimates
     if saturated and good and parts:
         defects = np.array([entry.image.defect for entry in own])
         types = [

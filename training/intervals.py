@@ -32,6 +32,7 @@ from training.metrics import (
     image_metrics,
     rank_saturated,
     ranked_metrics,
+    spro_name,
 )
 from training.ranking import (
     FPR_LIMIT,
@@ -249,20 +250,23 @@ def evaluate_spro(
     pictures: Sequence[SaturatedPixels],
     defects: Sequence[str],
     groups: Sequence[Hashable],
+    limits: Sequence[float] = (SPRO_FPR_LIMIT,),
     *,
     resamples: int = RESAMPLES,
     seed: Seed = 0,
-) -> dict[str, Estimate]:
+) -> dict[str, dict[str, Estimate]]:
     """sPRO with intervals, as MVTec LOCO reports it: of each defect type against all good pictures, and the
     types' unweighted mean (core.md 6.5).
 
     Args:
         pictures: see :func:`training.metrics.saturated_pixels`.
         defects: the defect name of each picture; ``good`` for normal ones.
+        limits: where the area ends, each in (0, 1].
         groups, resamples, seed: as for :func:`evaluate_pixels`.
 
     Returns:
-        Estimates by defect name, and the mean as ``all``; exact values, binned resamples.
+        By defect name, and the mean as ``all``: estimates named by :func:`training.metrics.spro_name`; exact
+        values, binned resamples.
     """
     index, count = group_indices(groups, len(pictures))
     draws = draw_counts(count, resamples, seed)
@@ -270,9 +274,10 @@ def evaluate_spro(
     for name in sorted(set(defects) - {GOOD}):
         own = [k for k, defect in enumerate(defects) if defect in (GOOD, name)]
         ranked = rank_saturated([pictures[k] for k in own])
-        value = ranked_metrics(ranked, SPRO_FPR_LIMIT)["aupro"]
-        found[name] = Estimate(value, np.full(resamples, np.nan))
-        if count < 2 or np.isnan(value):
+        values = {limit: ranked_metrics(ranked, limit)["aupro"] for limit in limits}
+        if count < 2 or np.isnan(list(values.values())).any():
+            named = {spro_name(limit): value for limit, value in values.items()}
+            found[name] = _without_intervals(named, resamples)
             continue
         edges = bin_edges(ranked)
         anomalous, normal, regions = np.zeros((3, count, edges.size))
@@ -282,9 +287,13 @@ def evaluate_spro(
                 share = _binned(top, edges)
                 anomalous[index[k]] += share
                 regions[index[k]] += share / top.size
-        parts = list(_resampled(draws, anomalous, normal, regions, SPRO_FPR_LIMIT))
-        found[name] = Estimate(value, np.concatenate([np.empty(0), *(part.aupro for part in parts)]))
-    return found | {"all": mean_estimate(list(found.values()))}
+        found[name] = {}
+        for limit, value in values.items():
+            parts = _resampled(draws, anomalous, normal, regions, limit)
+            drawn = np.concatenate([np.empty(0), *(part.aupro for part in parts)])
+            found[name][spro_name(limit)] = Estimate(value, drawn)
+    names = [spro_name(limit) for limit in limits]
+    return found | {"all": {name: mean_estimate([own[name] for own in found.values()]) for name in names}}
 
 
 def evaluate_rate(

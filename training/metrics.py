@@ -25,6 +25,7 @@ from training.ranking import (
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
 SPRO_FPR_LIMIT = 0.05  # headline of MVTec LOCO
+SPRO_FPR_LIMITS = (0.01, SPRO_FPR_LIMIT, 0.1, 0.3, 1.0)  # all that its tool reports (core.md 6.5)
 
 
 class MetricsError(FlawsmithError, ValueError):
@@ -293,6 +294,15 @@ def spro(
     """
     parts = [saturated_pixels(scores, of) for scores, of in zip(maps, defects, strict=True)]
     return ranked_metrics(rank_saturated(parts), fpr_limit)["aupro"]
+
+
+def spro_name(fpr_limit: float) -> str:
+    """Of the metric up to a limit.
+
+    >>> spro_name(SPRO_FPR_LIMIT), spro_name(0.3)
+    ('spro', 'spro@0.3')
+    """
+    return "spro" if fpr_limit == SPRO_FPR_LIMIT else f"spro@{fpr_limit:g}"
 
 
 def defect_subsets(defects: Sequence[str]) -> dict[str, np.ndarray]:

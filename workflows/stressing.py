@@ -85,6 +85,5 @@ def by_category(judged: list[Judged], resamples: int, under: Stress) -> dict[str
         for number, name in enumerate(names):
             own = [entry for entry in judged if entry.image.category == name]
             found[name] = whole_category(own, number, resamples)
-            if saturated := spro_figures(own, number, resamples, under):
-                found[name]["spro"] = saturated["all"]
+            found[name] |= spro_figures(own, number, resamples, under).get("all", {})
     return found | {"mean": mean_estimates(list(found.values()))}
