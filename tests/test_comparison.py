@@ -1,6 +1,7 @@
 """Paired tests of two detectors: against brute force, against resampling, and at the command line."""
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -441,8 +442,8 @@ def test_masks_of_a_folder_say_what_does_not_count(place, tmp_path, capsys):
         auroc(roi=tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("option", ["--roi", "--ignore"])
-def test_masks_belong_to_data(tmp_path, option):
+@pytest.mark.parametrize("option", ["--roi", "--ignore", "--category"])
+def test_what_is_said_of_other_pictures_belongs_to_data(tmp_path, option):
     for arguments in (["evaluate", str(tmp_path)], ["compare", "A", "B"]):
         found = CliRunner().invoke(app, [*arguments, option, "mask.png"])
         assert isinstance(found.exception, UsageError) and "--data" in str(found.exception)
@@ -504,6 +505,31 @@ def test_a_category_that_was_not_trained_on_is_judged_if_the_detector_speaks_of_
     rows = comparing.evaluate_on(loose, place.root, resamples=20)
     assert {row["category"] for row in rows} == {"part", "mean"}
     assert next(row["value"] for row in rows if row["metric"] == "image_auroc") > 0.9
+
+
+def test_a_folder_of_another_name_is_judged_as_the_category_that_it_is_of(place, tmp_path, monkeypatch):
+    """Trained on nuts, which lie in a folder called part."""
+    place.detectors |= {folder: brightness(32, 8.0, categories=("nut",)) for folder in place.folders}
+    with pytest.raises(UsageError, match=r"trained on nut, not on part; .* --category NAME"):
+        comparing.evaluate_on(place.folders[0], place.root)
+    rows = comparing.evaluate_on(place.folders[0], place.root, resamples=20, category="nut")
+    assert {row["category"] for row in rows} == {"nut", "mean"}
+    assert next(row["value"] for row in rows if row["metric"] == "image_auroc") > 0.9
+    monkeypatch.setattr(comparing, "load", lambda folder, device: place.detectors[Path(folder)])
+    monkeypatch.setattr(comparing, "read_config", lambda _folder: {"detector": "brightness"})
+    words = ["compare", *map(str, place.folders), "--data", str(place.root), "--category"]
+    assert "nut" in CliRunner().invoke(app, [*words, "nut"], catch_exceptions=False).output
+    with pytest.raises(UsageError, match="trained on nut, not on part"):
+        CliRunner().invoke(app, [*words, "part"], catch_exceptions=False)
+
+
+def test_a_name_for_several_categories_is_refused(place):
+    shutil.copytree(place.root, place.root.parent / "both/part")
+    shutil.copytree(place.root / "test/spot", place.root.parent / "both/other/train/good")
+    for picture in (place.root.parent / "both/other/train/good").iterdir():
+        cv2.imwrite(str(picture), cv2.imread(str(picture)) + 1)
+    with pytest.raises(UsageError, match=r"--category part: .* 2 categories \(other, part\)"):
+        comparing.evaluate_on(place.folders[0], place.root.parent / "both", category="part")
 
 
 def test_what_cannot_be_compared_is_a_usage_error(place, tmp_path):

@@ -55,6 +55,9 @@ RoiOption = Annotated[
     ),
 ]
 IgnoreOption = Annotated[Path | None, typer.Option(metavar="MASK", help="places that do not count: likewise")]
+CategoryOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="of the pictures of --data; default: their folder's name")
+]
 
 
 @app.command(epilog="Examples: flawsmith inspect pictures/bottle | flawsmith inspect list.csv --layout list")
@@ -170,7 +173,8 @@ def train(workspace: WorkspaceArgument, round_: RoundOption = None) -> None:
 
 @app.command(
     epilog="Examples: flawsmith evaluate runs/bottle | flawsmith evaluate runs/bottle --stress | "
-    "flawsmith evaluate runs/bottle --final | flawsmith evaluate runs/bottle --data pictures/flask"
+    "flawsmith evaluate runs/bottle --final | flawsmith evaluate runs/bottle --data pictures/flask "
+    "--category bottle"
 )
 def evaluate(
     workspace: WorkspaceArgument,
@@ -187,11 +191,13 @@ def evaluate(
     ] = None,
     roi: RoiOption = None,
     ignore: IgnoreOption = None,
+    category: CategoryOption = None,
 ) -> None:
     """Judge a round's detector on the real feedback pictures, or every round on the test split (--final).
 
-    With --data, on the test pictures of a folder: nothing is written. `vlad` takes categories that it was not
-    trained on (zero-shot).
+    With --data, on the test pictures of a folder: nothing is written. A category has its folder's name; where
+    that is not the one that the detector was trained on, --category says it. `vlad` takes categories that it
+    was not trained on (zero-shot).
     """
     from workflows import detecting
     from workflows.loop import timed
@@ -201,14 +207,14 @@ def evaluate(
         raise UsageError("--stress and --final: the test split is scored as it is; name one of them")
     if data is not None and (final or stress):
         raise UsageError("--data: its pictures are scored as they are; leave out --final and --stress")
-    _masks_want_data(data, roi, ignore)
+    _refuse_without_data(data, roi, ignore, category)
     space = _existing(workspace)
     if data is not None:
         from workflows.comparing import evaluate_on
         from workflows.tables import categories_table
 
         number = _round(space, round_)
-        rows = evaluate_on(detecting.trained(space, number), data, roi=roi, ignore=ignore)
+        rows = evaluate_on(detecting.trained(space, number), data, roi=roi, ignore=ignore, category=category)
         table = categories_table("round", {str(number): rows})
         typer.echo(table or f"no figures: {data} has no masks and no good picture under test")
         return
@@ -240,14 +246,15 @@ def compare(
     ] = None,
     roi: RoiOption = None,
     ignore: IgnoreOption = None,
+    category: CategoryOption = None,
 ) -> None:
     """Is B better than A, at what? Differences on the same pictures, of all defects of a category, of each
     defect type and of each size, their intervals, and p values of paired tests."""
     from workflows.comparing import compare as compare_checkpoints
     from workflows.tables import comparison_table, parts_table
 
-    _masks_want_data(data, roi, ignore)
-    rows = compare_checkpoints(first, second, data, roi=roi, ignore=ignore)
+    _refuse_without_data(data, roi, ignore, category)
+    rows = compare_checkpoints(first, second, data, roi=roi, ignore=ignore, category=category)
     typer.echo(comparison_table(rows))
     typer.echo("p: image_auroc by DeLong's test, the rest by resampling groups; Holm over the categories\n")
     typer.echo(parts_table(rows))
@@ -650,11 +657,11 @@ def _existing(url: str) -> Workspace:
     return space
 
 
-def _masks_want_data(data: Path | None, *masks: Path | None) -> None:
-    if data is None and any(masks):
+def _refuse_without_data(data: Path | None, *options: Path | str | None) -> None:
+    if data is None and any(options):
         raise UsageError(
-            "--roi and --ignore are of the pictures of --data; a workspace has its own (source.roi and "
-            "source.ignore)"
+            "--roi, --ignore and --category are of the pictures of --data; a workspace has its own (roi, "
+            "ignore and category of its source)"
         )
 
 

@@ -29,6 +29,7 @@ def evaluate_on(
     resamples: int = RESAMPLES,
     roi: Path | None = None,
     ignore: Path | None = None,
+    category: str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of :func:`training.evaluation.figures` (``split='test'``) on the test pictures of ``data``, a
     folder in MVTec AD layout; what its workspace trained on or keeps for its test split is left out. Nothing
@@ -39,15 +40,16 @@ def evaluate_on(
         checkpoint: folder of a trained detector, or fsspec URL of one.
         roi, ignore: masks, or folders with ``<stem>.png`` of every picture in ``data``, as of a run's
             source. Where they are not named, the workspace's hold for the pictures that it knows.
+        category: of the pictures in ``data``, which then are of one; None: its folder's name.
 
     Raises:
-        UsageError: there are no pictures to judge on, there is no such mask, or the detector does not know
-            their categories.
+        UsageError: there are no pictures to judge on, there is no such mask, ``category`` is named for
+            several, or the detector does not know their categories.
         CheckpointError: the checkpoint cannot be used.
     """
     check_masks(roi, ignore)
     detector, facts = load(checkpoint, device()), read_config(checkpoint)
-    images = _from_data(data, [_workspace_images(checkpoint)], roi, ignore)
+    images = _from_data(data, [_workspace_images(checkpoint)], roi, ignore, category)
     _refuse_unknown(checkpoint, detector, images)
     judged = _results(checkpoint, detector, facts.get("notes", {}), images)
     with warnings.catch_warnings():
@@ -69,6 +71,7 @@ def compare(
     resamples: int = RESAMPLES,
     roi: Path | None = None,
     ignore: Path | None = None,
+    category: str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of :func:`training.comparison.compare` for two checkpoints.
 
@@ -81,11 +84,11 @@ def compare(
 
     Args:
         first, second: folders of trained detectors, or fsspec URLs of such.
-        roi, ignore: of the pictures in ``data``; as of :func:`evaluate_on`.
+        roi, ignore, category: of the pictures in ``data``; as of :func:`evaluate_on`.
 
     Raises:
-        UsageError: there are no pictures to compare on, there is no such mask, or a detector does not know
-            their categories.
+        UsageError: there are no pictures to compare on, there is no such mask, ``category`` is named for
+            several, or a detector does not know their categories.
         CheckpointError: a checkpoint cannot be used.
     """
     check_masks(roi, ignore)
@@ -93,7 +96,7 @@ def compare(
     detectors = [load(folder, device()) for folder in folders]
     notes = [read_config(folder).get("notes", {}) for folder in folders]
     kept = [_workspace_images(folder) for folder in folders]
-    images = _feedback(first, kept) if data is None else _from_data(data, kept, roi, ignore)
+    images = _feedback(first, kept) if data is None else _from_data(data, kept, roi, ignore, category)
     for folder, detector in zip(folders, detectors, strict=True):
         _refuse_unknown(folder, detector, images)
     tiled = any(note.get("tiles") is not None for note in notes)
@@ -140,8 +143,9 @@ def _refuse_unknown(folder: str | Path, detector: Detector, images: Sequence[Ima
     unknown = sorted({image.category for image in images} - set(detector.categories))
     if unknown and not get(read_config(folder)["detector"]).open_categories:
         raise UsageError(
-            f"{folder}: trained on {', '.join(detector.categories)}, not on {', '.join(unknown)}; name a "
-            "detector of these categories, or with --data a folder of its own"
+            f"{folder}: trained on {', '.join(detector.categories)}, not on {', '.join(unknown)}; where the "
+            "pictures of --data are of one that it was trained on, name that with --category NAME, else name "
+            "a detector of these categories, or another folder with --data"
         )
 
 
@@ -175,7 +179,11 @@ def _feedback(first: str | Path, kept: Sequence[list[Image] | None]) -> list[Ima
 
 
 def _from_data(
-    data: Path, kept: Sequence[list[Image] | None], roi: Path | None, ignore: Path | None
+    data: Path,
+    kept: Sequence[list[Image] | None],
+    roi: Path | None,
+    ignore: Path | None,
+    category: str | None,
 ) -> list[Image]:
     masks = [None if path is None else str(path) for path in (roi, ignore)]
     found = scan([SourceSettings(path=str(data), roi=masks[0], ignore=masks[1])])
@@ -188,9 +196,8 @@ def _from_data(
         )
     # What belongs together, and where nothing counts, a workspace knows and a folder alone does not.
     known = {image.image_id: image for images in kept for image in images or []}
-    judged = [
-        _as_known(image, known.get(image.image_id)) for image in found.images if side(image.split) == "test"
-    ]
+    images = found.images if category is None else _named(found.images, category, data)
+    judged = [_as_known(image, known.get(image.image_id)) for image in images if side(image.split) == "test"]
     held = {image.image_id for images in kept for image in images or [] if image.split != "feedback"}
     chosen = [image for image in judged if image.image_id not in held]
     if len(chosen) < len(judged):
@@ -201,6 +208,17 @@ def _from_data(
     if not any(image.defect != GOOD for image in chosen):
         raise UsageError(f"{data}: no defect picture is left to judge on; name another folder with --data")
     return chosen
+
+
+def _named(images: Sequence[Image], category: str, data: Path) -> list[Image]:
+    """The same pictures as of ``category``, whatever their folder is called."""
+    names = sorted({image.category for image in images})
+    if len(names) > 1:
+        raise UsageError(
+            f"--category {category}: {data} holds {len(names)} categories ({', '.join(names)}); name the "
+            "folder of one of them with --data"
+        )
+    return [replace(image, category=category) for image in images]
 
 
 def _as_known(image: Image, known: Image | None) -> Image:
