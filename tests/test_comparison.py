@@ -507,6 +507,35 @@ def test_a_category_that_was_not_trained_on_is_judged_if_the_detector_speaks_of_
     assert next(row["value"] for row in rows if row["metric"] == "image_auroc") > 0.9
 
 
+def test_new_categories_are_not_averaged_with_trained_ones(place, tmp_path, capsys):
+    """Trained on parts alone, judged on parts and bolts; compared with one that knows both."""
+    place.method.open_categories = True
+    shutil.copytree(place.root, tmp_path / "both/part")
+    for picture in place.root.rglob("*.png"):
+        there = tmp_path / "both/bolt" / picture.relative_to(place.root)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        pixels = cv2.imread(str(picture))
+        cv2.imwrite(str(there), pixels if "ground_truth" in str(picture) else np.maximum(pixels, 3) - 3)
+    knows = {"part": ("part",), "bolt": ("bolt",), "both": ("bolt", "part"), "none": ("nut",)}
+    for name, categories in knows.items():
+        place.detectors[tmp_path / name] = brightness(32, 8.0, categories=categories)
+        place.notes[tmp_path / name] = {}
+    capsys.readouterr()
+    rows = comparing.evaluate_on(tmp_path / "part", tmp_path / "both", resamples=0)
+    assert {row["category"] for row in rows} == {"bolt", "mean"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not trained on bolt; part, trained on, left out" in said
+
+    def compared(first: str, second: str) -> set[str]:
+        found = comparing.compare(tmp_path / first, tmp_path / second, tmp_path / "both", resamples=20)
+        return {row["category"] for row in found}
+
+    assert compared("both", "part") == {"bolt"}
+    assert compared("both", "both") == compared("none", "none") == {"bolt", "part", "mean"}
+    with pytest.raises(UsageError, match="several kinds"):
+        compared("part", "bolt")
+
+
 def test_a_folder_of_another_name_is_judged_as_the_category_that_it_is_of(place, tmp_path, monkeypatch):
     """Trained on nuts, which lie in a folder called part."""
     place.detectors |= {folder: brightness(32, 8.0, categories=("nut",)) for folder in place.folders}

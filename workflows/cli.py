@@ -197,7 +197,7 @@ def evaluate(
 
     With --data, on the test pictures of a folder: nothing is written. A category has its folder's name; where
     that is not the one that the detector was trained on, --category says it. `vlad` takes categories that it
-    was not trained on (zero-shot).
+    was not trained on (zero-shot); those that it was are left out then.
     """
     from workflows import detecting
     from workflows.loop import timed

@@ -34,7 +34,7 @@ def evaluate_on(
     """Rows of :func:`training.evaluation.figures` (``split='test'``) on the test pictures of ``data``, a
     folder in MVTec AD layout; what its workspace trained on or keeps for its test split is left out. Nothing
     is written. Categories that the detector was not trained on are judged if it scores such, as `vlad` does
-    (protocol Z of core.md 2.3).
+    (protocol Z of core.md 2.3); those that it was trained on are then left out, so that no mean is of both.
 
     Args:
         checkpoint: folder of a trained detector, or fsspec URL of one.
@@ -51,6 +51,7 @@ def evaluate_on(
     detector, facts = load(checkpoint, device()), read_config(checkpoint)
     images = _from_data(data, [_workspace_images(checkpoint)], roi, ignore, category)
     _refuse_unknown(checkpoint, detector, images)
+    images = _new_apart([checkpoint], [detector], images)
     judged = _results(checkpoint, detector, facts.get("notes", {}), images)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined figures give no row
@@ -79,6 +80,9 @@ def compare(
     ``data``, a folder in MVTec AD layout. What either workspace keeps for its test split is never looked at,
     nor anything it trained on: such pictures are left out of ``data``.
 
+    Where categories are new to a detector that scores such, those that both were trained on are left out, as
+    in :func:`evaluate_on`.
+
     Both maps are compared at one size: that of the larger input, or the picture's own if a detector scores in
     tiles.
 
@@ -88,7 +92,8 @@ def compare(
 
     Raises:
         UsageError: there are no pictures to compare on, there is no such mask, ``category`` is named for
-            several, or a detector does not know their categories.
+            several, a detector does not know their categories, or some are new to one detector and others
+            to the other or to both.
         CheckpointError: a checkpoint cannot be used.
     """
     check_masks(roi, ignore)
@@ -99,6 +104,7 @@ def compare(
     images = _feedback(first, kept) if data is None else _from_data(data, kept, roi, ignore, category)
     for folder, detector in zip(folders, detectors, strict=True):
         _refuse_unknown(folder, detector, images)
+    images = _new_apart(folders, detectors, images)
     tiled = any(note.get("tiles") is not None for note in notes)
     size = max(detector.settings.size for detector in detectors)
     limits = [note.get("max_side") for note in notes]
@@ -147,6 +153,37 @@ def _refuse_unknown(folder: str | Path, detector: Detector, images: Sequence[Ima
             "pictures of --data are of one that it was trained on, name that with --category NAME, else name "
             "a detector of these categories, or another folder with --data"
         )
+
+
+def _new_apart(
+    folders: Sequence[str | Path], detectors: Sequence[Detector], images: Sequence[Image]
+) -> list[Image]:
+    """The pictures of categories that are new to the same detectors, if there are some; else all.
+
+    Raises:
+        UsageError: categories are new to different detectors.
+    """
+    new_to = {
+        category: tuple(
+            str(folder)
+            for folder, detector in zip(folders, detectors, strict=True)
+            if category not in detector.categories
+        )
+        for category in sorted({image.category for image in images})
+    }
+    kinds = {to for to in new_to.values() if to}
+    if not kinds:
+        return list(images)
+    new = [category for category, to in new_to.items() if to]
+    if len(kinds) > 1:
+        told = "; ".join(f"{category} to {' and '.join(new_to[category])}" for category in new)
+        raise UsageError(
+            f"new: {told}; a mean over these would be of several kinds: name the folder of one with --data"
+        )
+    known = [category for category, to in new_to.items() if not to]
+    apart = f"; {', '.join(known)}, trained on, left out: no mean is of both kinds" if known else ""
+    say(f"zero-shot: {' and '.join(*kinds)} not trained on {', '.join(new)}{apart}")
+    return [image for image in images if new_to[image.category]]
 
 
 def _workspace_images(checkpoint: str | Path) -> list[Image] | None:
