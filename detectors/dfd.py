@@ -94,7 +94,10 @@ class DFDSettings(Settings):
     def leak(self) -> str | None:
         if self.normalise == "clean":
             return None
-        return "normalise: batch brings scores and maps to the range of the pictures they are judged with"
+        return (
+            "normalise: batch brings scores and maps to the range of the pictures they are judged with "
+            "(normalise: clean does not)"
+        )
 
 
 PAPER = {
@@ -336,7 +339,8 @@ class DFD(nn.Module):
         With ``normalise: batch`` (the released code's; core.md 3.8, 3 and 4) the smallest and largest values
         of the very pictures that are scored decide: a picture's score then depends on what it is scored with,
         and on test pictures that is a leak. Published figures come from all test pictures of a category as
-        one batch; a batch of one picture has no range, and its score is 0. ``threshold`` then says little.
+        one batch; a batch of one picture has no range, and its score is 0. ``threshold`` then says little,
+        and neither `predict` nor `export-model` takes such a detector.
         """
         maps = self.path_maps(batch["features"])
         scores = torch.stack([counted(path, batch).amax(dim=(1, 2)) for path in maps])

@@ -55,8 +55,8 @@ class Settings(BaseModel):
 
     @property
     def leak(self) -> str | None:
-        """Why figures on real pictures know more than a single picture says, with these settings; None: they
-        do not."""
+        """Why scores know more than a single picture says, with these settings, and which one to change;
+        None: they do not. Figures of such are marked, and what scores pictures as they come refuses them."""
         return None
 
 
@@ -175,6 +175,19 @@ def counted(maps: Tensor, batch: Batch) -> Tensor:
     ignore = batch["ignore"].to(maps.device)
     lowest = maps.masked_fill(ignore, float("inf")).amin(dim=(1, 2), keepdim=True)
     return maps.where(~ignore, lowest.where(lowest.isfinite(), maps.amin(dim=(1, 2), keepdim=True)))
+
+
+def refuse_leak(name: str, settings: Settings) -> None:
+    """Before single pictures are scored.
+
+    Raises:
+        UsageError: scores depend on what else is scored.
+    """
+    if settings.leak is not None:
+        raise UsageError(
+            f"{name}: {settings.leak}: a picture by itself has no score then; set that under "
+            "detector.settings and train again"
+        )
 
 
 def names() -> list[str]:

@@ -137,7 +137,8 @@ def test_the_papers_patches_and_network():
         1536,
     )
     assert paper.normalise == "batch" and DFDSettings().normalise == "clean"
-    assert paper.leak is not None and "normalise: batch" in paper.leak and DFDSettings().leak is None
+    assert paper.leak is not None and DFDSettings().leak is None
+    assert "normalise: batch" in paper.leak and "normalise: clean" in paper.leak
     assert protocol.get("dfd") is METHOD
     with pytest.raises(ValidationError, match="multiple"):
         DFDSettings(channels=100, heads=16)

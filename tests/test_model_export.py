@@ -227,6 +227,28 @@ def test_any_detector_of_the_protocol_even_one_that_asks_for_a_category(tmp_path
         list(exported.score([picture], "red", None))
 
 
+class Together(Settings):
+    @property
+    def leak(self) -> str:
+        return "range: all compares the pictures with each other (range: none does not)"
+
+
+def test_scores_that_depend_on_the_other_pictures_are_refused_where_a_picture_stands_alone(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(protocol.BUILT_IN, "toy", f"{__name__}:TOY")
+    monkeypatch.setattr(f"{__name__}.TOY", Method("toy", "for the tests", Together, {}, Toy))
+    toy = Toy(Together(size=32), ["red"], "cpu")
+    toy.calibration = {"threshold": 1.0}
+    checkpoints.save(tmp_path / "toy", "toy", toy, seed=0)
+    (tmp_path / "it.png").write_bytes(cv2.imencode(".png", texture(0))[1].tobytes())
+    words = ["predict", tmp_path / "toy", tmp_path / "it.png", "--out", tmp_path / "out"]
+    for command in (words, ["export-model", tmp_path / "toy", "--out", tmp_path / "toy.onnx"]):
+        found = CliRunner().invoke(app, [str(word) for word in command]).exception
+        assert isinstance(found, UsageError) and "range: all" in str(found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.png", "toy"]
+
+
 WITHOUT_TORCH = """
 import sys
 class Blocked:

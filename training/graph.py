@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detectors.protocol import Detector
+from detectors.protocol import Detector, refuse_leak
 from generation.backbones import resize
 from manifests.errors import FlawsmithError, UsageError
 from training import checkpoints
@@ -91,7 +91,8 @@ def export(
         ``threshold``, ``input``, ``outputs`` and ``exported_with``.
 
     Raises:
-        UsageError: unknown format, a category is needed, or a package is missing.
+        UsageError: unknown format, a category is needed, a package is missing, or scores depend on what else
+            is scored (``Settings.leak``).
         GraphError: the detector cannot be traced, or is too large.
         CheckpointError: the checkpoint cannot be used.
     """
@@ -103,6 +104,7 @@ def export(
     if format == "onnx":
         _require("onnx", "onnxscript")
     detector, config = checkpoints.load(checkpoint), checkpoints.read_config(checkpoint)
+    refuse_leak(str(checkpoint), detector.settings)
     graph = Graph(detector, threshold, category if _reads_category(detector, category) else None).eval()
     program, batch, places = _trace(graph, format == "onnx")
     facts = {

@@ -57,6 +57,7 @@ def open_detector(path: str | Path, device: str = "cpu") -> Runtime:
 
     Raises:
         FlawsmithError: it cannot be used, or a package is missing.
+        UsageError: its scores depend on what else is scored (``Settings.leak``).
     """
     suffix = PurePath(path).suffix
     if suffix == ".pt2":
@@ -94,12 +95,13 @@ def export_model(checkpoint: str | Path, out: Path, format: str, category: str |
 
 
 def _checkpoint(folder: str | Path, device: str) -> Runtime:
-    from detectors.protocol import get
+    from detectors.protocol import get, refuse_leak
     from training import checkpoints
     from training.evaluation import predict
 
     facts = checkpoints.read_config(folder)
     detector = checkpoints.load(folder, device)
+    refuse_leak(str(folder), detector.settings)
     facts["open_categories"] = get(facts["detector"]).open_categories
 
     def score(
