@@ -227,6 +227,25 @@ def test_any_detector_of_the_protocol_even_one_that_asks_for_a_category(tmp_path
         list(exported.score([picture], "red", None))
 
 
+def test_a_category_that_was_not_trained_on_has_a_file_too_if_the_detector_speaks_of_such(
+    tmp_path_factory, tmp_path
+):
+    clip = str(write_clip(tmp_path_factory.mktemp("clip")))
+    chosen = protocol.get("vlad").settings(size=64, batch=4, steps=2, backbone=clip, memory=False)
+    normals = [Normal(f"n{i}", "nut", texture(i)) for i in range(6)]
+    made = [sample(i, "nut") for i in range(4)]
+    detector = train("vlad", chosen, made, normals[:4], normals[4:], seed=3)
+    checkpoints.save(tmp_path / "it", "vlad", detector, seed=3, notes={"thresholds": {"nut": -1.0}})
+    facts = export_model(tmp_path / "it", tmp_path / "it.onnx", "onnx", "bolt")
+    assert facts["category"] == facts["input"]["category"] == "bolt"
+    eager, exported = open_detector(tmp_path / "it"), open_detector(tmp_path / "it.onnx")
+    overall = detector.calibration["threshold"]
+    assert alarm(exported.facts, "bolt") == alarm(exported.facts, None) == ("bolt", overall)
+    wanted, nuts = ([score for score, _ in eager.score(pictures(), name, None)] for name in ("bolt", "nut"))
+    found = [score for score, _ in exported.score(pictures(), "bolt", None)]
+    assert found == pytest.approx(wanted, abs=1e-3) and found != pytest.approx(nuts, abs=1e-3)
+
+
 class Together(Settings):
     @property
     def leak(self) -> str:

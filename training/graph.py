@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detectors.protocol import Detector, refuse_leak
+from detectors.protocol import Detector, get, refuse_leak
 from generation.backbones import resize
 from manifests.errors import FlawsmithError, UsageError
 from training import checkpoints
@@ -87,8 +87,8 @@ def export(
             graph is for that one then.
 
     Returns:
-        The facts stored in the file: those of the checkpoint's ``config.yaml``, and ``category``,
-        ``threshold``, ``input``, ``outputs`` and ``exported_with``.
+        The facts stored in the file: those of the checkpoint's ``config.yaml``, and ``open_categories``,
+        ``category``, ``threshold``, ``input``, ``outputs`` and ``exported_with``.
 
     Raises:
         UsageError: unknown format, a category is needed, a package is missing, or scores depend on what else
@@ -109,6 +109,7 @@ def export(
     program, batch, places = _trace(graph, format == "onnx")
     facts = {
         **config,
+        "open_categories": get(config["detector"]).open_categories,
         "category": category,
         "threshold": threshold,
         "input": {
@@ -192,8 +193,11 @@ def _reads_category(detector: Detector, category: str | None) -> bool:
         if category is None:
             raise UsageError(f"{error}; or export for one category: --category NAME") from error
         return True
-    named = (detector.score({"features": features, "category": [name]})[0] for name in detector.categories)
-    return category is not None and len({score.item() for score in (unnamed, *named)}) > 1
+    if category is None:
+        return False
+    names = {*detector.categories, category}  # it may be one that was not trained on
+    named = (detector.score({"features": features, "category": [name]})[0] for name in names)
+    return len({score.item() for score in (unnamed, *named)}) > 1
 
 
 def _to_onnx(facts: Mapping[str, Any], program: torch.export.ExportedProgram, path: Path) -> None:

@@ -87,10 +87,14 @@ def alarm(facts: Mapping[str, Any], category: str | None) -> tuple[str | None, f
 
 
 def export_model(checkpoint: str | Path, out: Path, format: str, category: str | None) -> dict[str, Any]:
-    """Write a checkpoint as one file, see ``training.graph.export``; the category's own threshold decides."""
+    """Write a checkpoint as one file, see ``training.graph.export``; the category's own threshold decides, or
+    that over all for one that it was not trained on."""
+    from detectors.protocol import get
     from training import checkpoints, graph
 
-    category, threshold = alarm(checkpoints.read_config(checkpoint), category)
+    facts = checkpoints.read_config(checkpoint)
+    facts["open_categories"] = get(facts["detector"]).open_categories
+    category, threshold = alarm(facts, category)
     return graph.export(checkpoint, out, format, threshold, category)
 
 
