@@ -67,8 +67,8 @@ class Detector(Protocol):
         settings: as built.
         categories: of the training pictures, sorted.
         fingerprint: of the frozen part; a checkpoint is refused on another one.
-        calibration: numbers fixed on normal pictures, among them ``threshold``; empty before
-            :meth:`calibrate`. Saved as plain text beside the weights.
+        calibration: numbers fixed on normal pictures, among them ``threshold``, which a run replaces by that
+            of its own quantile; empty before :meth:`calibrate`. Saved as plain text beside the weights.
     """
 
     @property

@@ -446,6 +446,7 @@ SMALL = {
         "name": "onenip",
         "settings": {"size": 64, "steps": 20, "batch": 4, "hidden": 16, "heads": 2, "ffn": 16, "refiner": 8},
     },
+    "evaluation": {"quantile": 0.5},
     "cluster": {"workers": 1},
 }
 
@@ -506,6 +507,14 @@ def test_a_killed_training_goes_on_to_the_same_bytes(generated, tmp_path):
     assert space.read_bytes(WEIGHTS) == undisturbed.read_bytes(WEIGHTS)
     assert not space.exists("rounds/001/training.state")
     assert not detecting.train(space, 1), "it is there now"
+
+
+def test_a_runs_quantile_decides_for_pictures_of_no_known_category_too(generated, tmp_path):
+    """There is one category, so both thresholds are of the same pictures."""
+    space = copy(generated, tmp_path / "a")
+    detecting.train(space, 0)
+    facts = space.read_yaml("rounds/000/detectors/onenip/config.yaml")
+    assert facts["calibration"]["threshold"] == facts["notes"]["thresholds"]["ring"]
 
 
 def test_the_mix_is_that_of_the_configuration(generated, monkeypatch):

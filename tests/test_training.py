@@ -535,7 +535,7 @@ def test_alarm_thresholds_are_set_on_counted_places_of_normals():
         )
         round_ = SimpleNamespace(config=config)
         normals = [Normal("n", "a", pixels, ignore), Normal("m", "b", pixels)]
-        found = alarm_thresholds(round_, brightness(), normals)
+        found, _ = alarm_thresholds(round_, brightness(), normals)
         assert found["a"] == pytest.approx((50 / 255, 50 / 255), abs=0.01)
         assert found["b"] == pytest.approx((1, 1), abs=0.01)
 
@@ -562,6 +562,19 @@ def test_few_shots_are_calibrated_on_views_of_which_no_two_are_equal(shots, shap
         np.testing.assert_array_equal(one.ignore, same.ignore)
         bright = one.pixels[..., 0] > 220
         assert (bright == one.ignore).all(), "what does not count goes with the picture"
+
+
+@pytest.mark.parametrize("tiles", [None, 0.25])
+def test_the_threshold_for_no_known_category_is_the_stated_quantile_of_all_normals(tiles):
+    config = SimpleNamespace(evaluation=SimpleNamespace(quantile=0.5), detector=SimpleNamespace(tiles=tiles))
+    levels = {"a": [10, 20, 30], "b": [40, 250]}
+    normals = [
+        Normal(f"{name}{level}", name, np.full((80, 80, 1), level, np.uint8))
+        for name, own in levels.items()
+        for level in own
+    ]
+    _, overall = alarm_thresholds(SimpleNamespace(config=config), brightness(), normals)
+    assert overall == pytest.approx(30 / 255, abs=1e-3)
 
 
 def test_false_alarms_are_a_share_of_the_places_that_count(tmp_path):

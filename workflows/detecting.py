@@ -139,9 +139,8 @@ def train(space: Workspace, number: int) -> bool:
     if before is not None:
         _mark_decisions(space, number, vetoed)
     licences = [image.licence for image in round_.images.values() if image.licence]
-    thresholds = alarm_thresholds(round_, detector, calibration)
-    if tiles is not None:  # a picture scores as its worst tile; the detector was calibrated on single tiles
-        detector.calibration["threshold"] = max(score for score, _ in thresholds.values())
+    # Its own one is of the quantile that it fixes, and of single tiles.
+    thresholds, detector.calibration["threshold"] = alarm_thresholds(round_, detector, calibration)
     windows = {image.window for image in round_.images.values() if image.window}
     notes = {
         "max_side": max_side,
@@ -540,11 +539,12 @@ def _write_figures(
 
 def alarm_thresholds(
     round_: Round, detector: Detector, normals: Sequence[Normal]
-) -> dict[str, tuple[float, float]]:
-    """By category: the stated quantile of calibration normals' (picture scores, map values)."""
+) -> tuple[dict[str, tuple[float, float]], float]:
+    """The stated quantile of calibration normals' (picture scores, map values) by category, and that of the
+    picture scores of all categories together, for pictures of none that is known."""
     quantile, tiles = round_.config.evaluation.quantile, round_.config.detector.tiles
     size = detector.settings.size
-    thresholds = {}
+    thresholds, every = {}, []
     for category in sorted({normal.category for normal in normals}):
         own = [normal for normal in normals if normal.category == category]
         places: list[np.ndarray | None] = []
@@ -559,7 +559,8 @@ def alarm_thresholds(
             values.append(scored.ravel() if skip is None else scored[~skip])
         on_maps = np.quantile(np.concatenate(values), quantile)
         thresholds[category] = (float(np.quantile(scores, quantile)), float(on_maps))
-    return thresholds
+        every += scores
+    return thresholds, float(np.quantile(every, quantile))
 
 
 def false_alarms(
