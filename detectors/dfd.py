@@ -339,12 +339,16 @@ class DFD(nn.Module):
         With ``normalise: batch`` (the released code's; core.md 3.8, 3 and 4) the smallest and largest values
         of the very pictures that are scored decide: a picture's score then depends on what it is scored with,
         and on test pictures that is a leak. Published figures come from all test pictures of a category as
-        one batch; a batch of one picture has no range, and its score is 0. ``threshold`` then says little,
-        and neither `predict` nor `export-model` takes such a detector.
+        one batch, and so do ours from all that are judged of it: the feedback half, the test half, or a
+        folder. Held-out samples and calibration normals have a range each, so figures that set one against
+        the other say little, and so does ``threshold``. A batch of one picture has no range, its score is 0:
+        neither `predict` nor `export-model` takes such a detector.
         """
-        maps = self.path_maps(batch["features"])
+        features, together = batch["features"], self.settings.normalise == "batch"
+        few = features.split(CHUNK) if together else [features]  # a batch may be a whole category
+        maps = torch.cat([self.path_maps(part) for part in few], dim=1)
         scores = torch.stack([counted(path, batch).amax(dim=(1, 2)) for path in maps])
-        if self.settings.normalise == "batch":
+        if together:
             scores, maps = _leaking(scores, maps)
         else:
             scores, maps = self._standard(scores), self._standard(maps)

@@ -295,6 +295,19 @@ def test_the_released_normalisation_is_the_one_of_the_slip(ready, backbone):
     assert not torch.allclose(fewer, scores[:2])
 
 
+def test_the_released_normalisation_is_over_all_pictures_of_a_category_that_are_judged(ready, backbone):
+    """More than are scored at once; the other category moves nothing."""
+    leaking = make(backbone, normalise="batch").eval()
+    leaking.load_state_dict(ready.state_dict())
+    pictures = [weave(i) // (1 + i % 3) for i in range(24)]
+    found = list(predict(leaking, pictures, ["a"] * 20 + ["b"] * 4))
+    for part in (slice(0, 20), slice(20, 24)):
+        scores, maps = leaking.score({"features": extract(leaking, pictures[part])})
+        torch.testing.assert_close(torch.tensor([score for score, _ in found[part]]), scores)
+        torch.testing.assert_close(torch.from_numpy(np.stack([m for _, m in found[part]])), maps)
+        assert scores.min() < 0.2 < 0.8 < scores.max()
+
+
 def test_maps_are_smoothed_as_scipy_does():
     from scipy.ndimage import gaussian_filter
 

@@ -266,7 +266,7 @@ def brightness_detector():
         return counted(maps, batch).amax(dim=(1, 2)), maps
 
     return SimpleNamespace(
-        settings=SimpleNamespace(size=32),
+        settings=SimpleNamespace(size=32, leak=None),
         categories=("bolt",),
         calibration={"threshold": 0.5},
         extract=lambda images: images.float(),

@@ -48,7 +48,7 @@ def pointwise(size):
         return maps.amax(dim=(1, 2)), maps
 
     return SimpleNamespace(
-        settings=SimpleNamespace(size=size), extract=lambda images: images.float(), score=score
+        settings=SimpleNamespace(size=size, leak=None), extract=lambda images: images.float(), score=score
     )
 
 
@@ -96,7 +96,7 @@ def line_detector(size):
         return maps.amax(dim=(1, 2)), maps
 
     return SimpleNamespace(
-        settings=SimpleNamespace(size=size), extract=lambda images: images.float(), score=score
+        settings=SimpleNamespace(size=size, leak=None), extract=lambda images: images.float(), score=score
     )
 
 

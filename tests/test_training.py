@@ -486,7 +486,9 @@ def brightness(size=64):
         maps = batch["features"].float().mean(dim=1) / 255
         return counted(maps, batch).amax(dim=(1, 2)), maps
 
-    return SimpleNamespace(settings=SimpleNamespace(size=size), extract=lambda x: x.float(), score=score)
+    return SimpleNamespace(
+        settings=SimpleNamespace(size=size, leak=None), extract=lambda x: x.float(), score=score
+    )
 
 
 @pytest.mark.parametrize("tiles", [None, 0.25])

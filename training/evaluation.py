@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice, repeat
 from typing import Any
 
 import cv2
@@ -85,11 +86,17 @@ def predict(
 
     Args:
         pictures: uint8, H×W×C with C = 1 or 3, any sizes; consumed a few at a time.
-        categories: one a picture; needed by some settings of some detectors.
+        categories: one a picture; needed by some settings of some detectors. Where scores depend on what else
+            is scored (``Settings.leak``), pictures of one category that follow each other are one batch, and
+            their features in memory at once.
         tiles: overlap of the tiles in which pictures larger than the input are scored: the picture's score is
             then that of its worst tile, its map has the picture's size. None: whole pictures, resized.
         ignore: bool, of the map's shape, or None; one a picture: True places raise no picture's score.
     """
+    sizes: Iterable[int] = repeat(CHUNK)
+    if categories is not None and tiles is None and detector.settings.leak is not None:
+        categories = list(categories)
+        sizes = [len(list(run)) for _, run in groupby(categories)]
     names = iter(categories) if categories is not None else None
     skipped = iter(ignore) if ignore is not None else None
     if tiles is not None:
@@ -98,11 +105,16 @@ def predict(
             yield _predict_tiled(detector, picture, name, tiles, next(skipped) if skipped else None)
         return
     nothing = np.zeros((detector.settings.size,) * 2, bool)
-    for chunk in chunks(pictures, CHUNK):
-        batch: dict[str, Any] = {"features": extract(detector, chunk)}
+    rest = iter(pictures)
+    for size in sizes:
+        parts = [extract(detector, chunk) for chunk in chunks(islice(rest, size), CHUNK)]
+        if not parts:
+            return
+        features = torch.cat(parts)
+        batch: dict[str, Any] = {"features": features}
         if names is not None:
-            batch["category"] = [next(names) for _ in chunk]
-        places = [next(skipped) for _ in chunk] if skipped is not None else []
+            batch["category"] = list(islice(names, len(features)))
+        places = list(islice(skipped, len(features))) if skipped is not None else []
         if any(mask is not None for mask in places):
             stacked = np.stack([nothing if mask is None else mask for mask in places])
             batch["ignore"] = torch.from_numpy(stacked)
@@ -151,7 +163,7 @@ def judge(
     """Score real pictures.
 
     Args:
-        images: rows of the images table.
+        images: rows of the images table; those of one category after each other, see :func:`predict`.
         max_side: as the samples were made with, so that training and test pictures have equal detail.
         on_picture: ``on_picture(done, total)``.
         tiles: see :func:`predict`.

@@ -499,9 +499,10 @@ def _judge(round_: Round, detector: Detector, split: str, title: str) -> list[Ju
 
 
 def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[Judged]:
-    """The samples kept from training, labelled by their generators."""
+    """The samples kept from training, labelled by their generators; by category."""
     tiles = round_.config.detector.tiles
-    held = list(samples_of(space, round_.number, lambda recipe: held_out(recipe["sample_id"])))
+    own = samples_of(space, round_.number, lambda recipe: held_out(recipe["sample_id"]))
+    held = sorted(own, key=lambda sample: sample.category)
     found = predict(detector, [s.image for s in held], [s.category for s in held], tiles)
     judged = []
     for sample, (score, scores) in zip(held, found, strict=True):
