@@ -310,7 +310,7 @@ def test_without_labelled_anomalies_the_loop_goes_on(pictures, tmp_path):
     assert splits == {"heldout_synthetic"}
 
 
-def test_the_command_line_serves_a_finished_workspace(finished, tmp_path):
+def test_the_command_line_serves_a_finished_workspace(finished, pictures, tmp_path):
     from workflows.cli import app
 
     runner = CliRunner()
@@ -336,6 +336,11 @@ def test_the_command_line_serves_a_finished_workspace(finished, tmp_path):
     checkpoint = Path(finished.url) / "rounds/001/detectors/onenip"
     out = call("predict", checkpoint, picture, "--out", tmp_path / "found")
     assert str(picture.name) in out
+    shutil.copytree(pictures / "ring", tmp_path / "hoop")
+    before = {path for path in Path(finished.url).rglob("*") if path.is_file()}
+    table = call("evaluate", finished.url, "--data", tmp_path / "hoop", "--category", "ring")
+    assert "ring" in table and "image_auroc" in table and "hoop" not in table
+    assert {path for path in Path(finished.url).rglob("*") if path.is_file()} == before
 
 
 def test_learned_weights_are_stored_and_reach_the_training(finished, tmp_path, monkeypatch):
