@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manifests.errors import UsageError
 from manifests.pictures import small_mask
 from manifests.workspace import Workspace
 from training.evaluation import predict
@@ -18,7 +19,7 @@ from training.loading import Sample
 from training.metrics import pixel_metrics
 from training.tiling import blend, tile_normals, tile_samples, windows
 from workflows import detecting, rounds
-from workflows.config import parse_config
+from workflows.config import check_detector, parse_config
 from workflows.demo import write_drawn
 
 shapes = st.tuples(st.integers(8, 200), st.integers(8, 200))
@@ -173,3 +174,11 @@ def test_a_tile_in_which_nothing_counts_does_not_decide():
         next(predict(pointwise(64), [picture], tiles=0.0, ignore=[given])) for given in (ignore, None)
     )
     assert score < 0.2 < 0.9 < whole
+
+
+def test_tiles_are_refused_where_scores_depend_on_each_other():
+    dfd = {"name": "dfd", "tiles": 0.25}
+    check_detector(parse_config({"source": "x", "detector": dfd}, name="test"), "test")
+    batch = dfd | {"settings": {"normalise": "batch"}}
+    with pytest.raises(UsageError, match=r"detector\.tiles: .*normalise: batch"):
+        check_detector(parse_config({"source": "x", "detector": batch}, name="test"), "test")

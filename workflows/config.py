@@ -463,7 +463,7 @@ def check_detector(config: Config, name: str) -> None:
     from detectors import protocol
 
     try:
-        config.detector.resolved()
+        _, settings = config.detector.resolved()
     except UsageError as error:
         raise UsageError(f"{name}: detector: {error}") from None
     except ValidationError as error:
@@ -471,6 +471,11 @@ def check_detector(config: Config, name: str) -> None:
         raise UsageError(
             explain(error, config.detector.settings, f"{name}: detector.settings", known)
         ) from None
+    if config.detector.tiles is not None and settings.leak is not None:
+        raise UsageError(
+            f"{name}: detector.tiles: the scores of a picture's tiles would depend on each other, for "
+            f"{settings.leak}: set tiles to null, or change that setting"
+        )
     _check_features(config, name)
 
 
