@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from manifests.errors import FlawsmithError
 from manifests.recipes import GeneratorSettings
@@ -12,7 +13,7 @@ from manifests.schema import HISTORY, to_table
 from manifests.searching import Search
 from manifests.workspace import Workspace
 from training.intervals import Estimate
-from training.proxy import Figures, Judged, gain
+from training.proxy import Figures, Judged, Normals, gain, normal_bank
 from workflows import loop
 from workflows.config import Config, Generation
 from workflows.history import spent
@@ -277,6 +278,20 @@ def test_a_winner_must_not_cost_more_or_alarm_more():
     rows = found(measure)
     assert any(row.values.get("x0", 0.5) > 0.6 for row in rows)
     assert winner(rows, 0).values.get("x0", 0.5) <= 0.6
+
+
+@pytest.mark.parametrize(("low", "high", "counted"), [(0, 64, 256), (12, 44, 128), (31, 33, 32), (0, 0, 256)])
+def test_normals_count_where_they_may_even_in_a_narrow_strip(low, high, counted):
+    """Tokens of which most counts; in a strip thinner than a token all that it touches; of nothing all."""
+    ignore = np.ones((1, 64, 64), bool)
+    ignore[:, low:high] = False
+    residual = np.arange(256, dtype=np.float32).reshape(1, 16, 16, 1)
+    normals = Normals(residual, ignore)
+    assert len(normals.tokens) == counted
+    (scores,) = normals.scores(np.ones(1, np.float32), np.ones(2, np.float32))
+    assert scores.size == (64 * (high - low) or 64 * 64)
+    bank = normal_bank(torch.from_numpy(residual).permute(0, 3, 1, 2), np.random.default_rng(0), ignore)
+    assert sorted(bank[:, 0].tolist()) == sorted(normals.tokens[:, 0].tolist())
 
 
 def test_nothing_to_judge_by_leaves_the_settings():

@@ -118,8 +118,8 @@ def test_report_of_a_whole_run(space):
     space.write_table(round_file(0, "decisions.parquet"), to_table(decisions, DECISIONS))
     gain = {"against": "0", "metric": "pixel_ap", "difference": "0.05", "low": "0.01", "high": "0.09"}
     for number, kind, kept in (
-        (0, "seconds.train", {"train": "61.25"}), (0, "weight", {"noise": "1.000", "scar": "1.000"}),
-        (1, "weight", {"noise": "0.500", "scar": "1.250"}), (1, "gain", gain),
+        (0, "seconds.train", {"train": "61.25"}), (0, "weighing", {"result": "every sample counts the same"}),
+        (1, "weighing", {"result": "mean weight by generator: noise 0.50, scar 1.25"}), (1, "gain", gain),
         (1, "stop", {"reason": "all 2 rounds are done"}),
     ):  # fmt: skip
         history.remember(space, number, kind, kept)
@@ -137,7 +137,7 @@ def test_report_of_a_whole_run(space):
         "0.8110.71–0.86", "0.410", "0.8230.72–0.87", "87.5%", "contrast below 1", "61.2",
         "[0.05, 0.1]", reason,
         "blur0.9130.91–0.910.5270.53–0.53", "rejected 1 of the accepted samples",
-        "Round 0: no weights do better than equal ones on parts left out: every sample counts the same.",
+        "Round 0: every sample counts the same.",
         "Round 1: mean weight by generator: noise 0.50, scar 1.25.",
         "Round 1: against round 0: pixel_ap +0.050 [+0.010, +0.090].",
         "Round 1: the run stopped after it: all 2 rounds are done.",

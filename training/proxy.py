@@ -35,11 +35,11 @@ FINER = 4  # maps are judged at this multiple of the token grid
 def normal_bank(
     features: torch.Tensor, rng: np.random.Generator, ignore: np.ndarray | None = None
 ) -> torch.Tensor:
-    """A random choice of at most ``BANK`` tokens of normals: N×C×h×w to M×C float32; without those of
-    ``ignore`` (see :func:`skipped`), N×4h×4w, unless nothing else is left."""
+    """A random choice of at most ``BANK`` tokens of normals: N×C×h×w to M×C float32; without those that
+    ``ignore``, N×4h×4w, has :func:`skipped`."""
     tokens = features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-    if ignore is not None and not (out := torch.from_numpy(skipped(ignore)).reshape(-1)).all():
-        tokens = tokens[~out]
+    if ignore is not None:
+        tokens = tokens[torch.from_numpy(~skipped(ignore)).reshape(-1)]
     chosen = rng.permutation(len(tokens))[:BANK]
     return tokens[torch.from_numpy(chosen)]
 
@@ -205,11 +205,16 @@ def shrink_mask(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def skipped(ignore: np.ndarray) -> np.ndarray:
-    """Which tokens do not count: bool N×4h×4w of places that do not to N×h×w; true where any of its places
-    does not."""
+    """Which tokens do not count: bool N×4h×4w of places that do not to N×h×w. Those of which most places do
+    not; all that have a place that counts do where that would leave none, as in a narrow strip; and every one
+    where no place counts at all."""
     count, height, width = ignore.shape
     blocks = ignore.reshape(count, height // FINER, FINER, width // FINER, FINER)
-    return np.asarray(blocks.any(axis=(2, 4)))
+    out = blocks.mean(axis=(2, 4))
+    for least in (0.5, 1 - 1e-9):
+        if (out <= least).any():
+            return np.asarray(out > least)
+    return np.zeros(out.shape, np.bool_)
 
 
 class Normals(NamedTuple):
@@ -229,10 +234,11 @@ class Normals(NamedTuple):
         return self.residual[~skipped(self.ignore)]
 
     def scores(self, scale: np.ndarray, head: np.ndarray) -> list[np.ndarray]:
-        """A head's scores of each picture's places that count, of pictures that have such."""
+        """A head's scores of each picture's places that count, of pictures that have such; of all places
+        where no picture has."""
         maps = score_maps(self.residual, scale, head)
-        found = [scores[~no] for scores, no in zip(maps, self.ignore, strict=True)]
-        return [scores for scores in found if scores.size]
+        found = [scores[~no] for scores, no in zip(maps, self.ignore, strict=True) if not no.all()]
+        return found or [scores.ravel() for scores in maps]
 
 
 @dataclass(frozen=True)

@@ -257,10 +257,13 @@ def compare(
     rows = compare_checkpoints(first, second, data, roi=roi, ignore=ignore, category=category)
     typer.echo(comparison_table(rows))
     typer.echo("p: image_auroc by DeLong's test, the rest by resampling groups; Holm over the categories\n")
-    typer.echo(parts_table(rows))
+    if not (parts := parts_table(rows)):
+        return
+    typer.echo(parts)
     typer.echo(
         "A's figure, B − A, its 95 % interval; *: p < 5 % after Holm over all defect types, or all sizes "
-        "(tiny: under 0.1 % of the picture, small: under 1 %); no interval: such defects on under five parts"
+        "(tiny: under 0.1 % of the picture, small: under 1 %); no interval: under five good parts, or parts "
+        "with such defects"
     )
 
 

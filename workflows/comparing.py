@@ -161,7 +161,7 @@ def _new_apart(
     """The pictures of categories that are new to the same detectors, if there are some; else all.
 
     Raises:
-        UsageError: categories are new to different detectors.
+        UsageError: categories are new to different detectors, or have no defect.
     """
     new_to = {
         category: tuple(
@@ -183,7 +183,10 @@ def _new_apart(
     known = [category for category, to in new_to.items() if not to]
     apart = f"; {', '.join(known)}, trained on, left out: no mean is of both kinds" if known else ""
     say(f"zero-shot: {' and '.join(*kinds)} not trained on {', '.join(new)}{apart}")
-    return [image for image in images if new_to[image.category]]
+    chosen = [image for image in images if new_to[image.category]]
+    if not any(image.defect != GOOD for image in chosen):
+        raise UsageError(f"no defect picture of {', '.join(new)}; name another folder with --data")
+    return chosen
 
 
 def _workspace_images(checkpoint: str | Path) -> list[Image] | None:
@@ -203,6 +206,7 @@ def _feedback(first: str | Path, kept: Sequence[list[Image] | None]) -> list[Ima
             "with --data FOLDER"
         )
     images = [image for image in kept[0] if image.split == "feedback"]
+    images.sort(key=lambda image: image.category)  # some scores are of a category's pictures together
     other = {image.image_id: image.split for image in kept[1] or []}
     seen = [image for image in images if other.get(image.image_id, "feedback") != "feedback"]
     if seen:

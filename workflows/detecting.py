@@ -294,7 +294,7 @@ def calibration_normals(
 
 def view(normal: Normal, number: int) -> Normal:
     """A normal as another part might look, in one of the ``FEW`` views; no two are equal, and none is what
-    was trained on.
+    was trained on, unless the picture is its own mirror image.
 
     They are: mirrored left to right, mirrored top to bottom, turned by half; moved down and to the right by a
     32nd of the sides and lighter by a twentieth; moved the other way and darker [inferred; core.md 3.8 says

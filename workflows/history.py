@@ -50,9 +50,9 @@ def in_words(rows: Sequence[Mapping[str, Any]], number: int) -> list[str]:
     """What was concluded from a round besides its decisions on settings: how its samples were weighed, its
     gain over the best round before it, and why the run stopped after it."""
     said = []
-    weights = {name: float(value) for name, value in facts_of(rows, number, "weight").items()}
-    if weights:
-        said.append(weights_in_words(weights))
+    weighed = facts_of(rows, number, "weighing")
+    if weighed:
+        said.append(weighed["result"])
     gain = facts_of(rows, number, "gain")
     if "metric" in gain:
         difference, low, high = (float(gain[name]) for name in ("difference", "low", "high"))
@@ -63,10 +63,3 @@ def in_words(rows: Sequence[Mapping[str, Any]], number: int) -> list[str]:
     if stop:
         said.append(f"the run stopped after it: {stop['reason']}")
     return said
-
-
-def weights_in_words(means: Mapping[str, float]) -> str:
-    """Of the mean learned weights of samples, by generator."""
-    if set(means.values()) == {1.0}:
-        return "no weights do better than equal ones on parts left out: every sample counts the same"
-    return "mean weight by generator: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())

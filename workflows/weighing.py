@@ -42,10 +42,11 @@ def sample_weights(space: Workspace, round_: Round, *, write: bool) -> dict[str,
         rows = [{"round": round_.number, "sample_id": key, "weight": value} for key, value in found.items()]
         space.write_table(name, to_table(rows, WEIGHTS))
         means = mean_weights(ground.generators, weights)
-        history.remember(
-            space, round_.number, "weight", {key: f"{value:.3f}" for key, value in means.items()}
-        )
-        say(f"round {round_.number}: {history.weights_in_words(means)}")
+        shown = {key: f"{value:.3f}" for key, value in means.items()}
+        history.remember(space, round_.number, "weight", shown)
+        words = _in_words(means, weights)
+        history.remember(space, round_.number, "weighing", {"result": words})
+        say(f"round {round_.number}: {words}")
     return found
 
 
@@ -55,3 +56,9 @@ def mean_weights(generators: np.ndarray, weights: np.ndarray) -> dict[str, float
     for name, weight in zip(generators.tolist(), weights.tolist(), strict=True):
         found[name].append(weight)
     return {name: float(np.mean(found[name])) for name in sorted(found)}
+
+
+def _in_words(means: dict[str, float], weights: np.ndarray) -> str:
+    if (weights == 1).all():
+        return "no weights do better than equal ones on parts left out: every sample counts the same"
+    return "mean weight by generator: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
