@@ -354,7 +354,7 @@ def test_nothing_comes_around_from_the_opposite_border(name):
 
 def test_amplitudes_beyond_the_other_picture_keep_the_phase():
     image, other = image_of(24, 37), 0.05 * image_of(24, 37, seed=1)
-    changed = operators.mix(image, other)(4.0)
+    changed = operators.mix(image, other, 1.0)(4.0)
     before, after = (np.fft.rfft2(x, axes=(0, 1)) for x in (image, changed))
     strong = np.abs(after) > 1e-3
     turn = np.angle(after * np.conj(before))[strong]
