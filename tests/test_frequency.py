@@ -26,20 +26,7 @@ from manifests.schema import canonical_json
 from tests.test_generators import make, picture, recipe, source
 from training.pocket.materials import scene
 
-FREQUENCY = (
-    "band",
-    "fda",
-    "fact",
-    "apr",
-    "laplacian",
-    "wavelet",
-    "notch",
-    "peak",
-    "blur",
-    "sharpen",
-    "shift",
-    "highpass",
-)
+FREQUENCY = tuple(name for name in registry.BUILT_IN if registry.get(name).family == "frequency")
 CLASSIC = ("perlin", "cutpaste", "scar", "crack", "poisson")
 SIZES = [(16, 16), (15, 18), (33, 21), (24, 37)]
 

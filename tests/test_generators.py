@@ -28,18 +28,8 @@ from manifests.schema import Recipe, canonical_json
 from tests.benchmarks import synthesis
 
 CLASSIC = ("perlin", "cutpaste", "scar", "crack", "chip", "fibre", "poisson", "band")
-FREQUENCY = (
-    "fda",
-    "fact",
-    "apr",
-    "laplacian",
-    "wavelet",
-    "notch",
-    "peak",
-    "blur",
-    "sharpen",
-    "shift",
-    "highpass",
+FREQUENCY = tuple(
+    name for name in registry.BUILT_IN if registry.get(name).family == "frequency" and name not in CLASSIC
 )
 FEATURE = tuple(
     f"feature-{name}"

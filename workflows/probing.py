@@ -119,11 +119,13 @@ def prepare(
         ][:MOST_NORMALS]
         # Half of the train normals are the bank, the other half are what the head learns as normal.
         known = features_of(backbone, own[::2], max_side, advance)
-        banks[category] = proxy.normal_bank(known, rng, _ignored(own[::2], known))
+        out = [ignored(image, SIZE) for image in own[::2]]
+        banks[category] = proxy.normal_bank(known, rng, _ignored(out, known))
 
         def against_bank(images: Sequence[Image], bank: torch.Tensor = banks[category]) -> proxy.Normals:
             found = features_of(backbone, images, max_side, advance)
-            return proxy.Normals(proxy.residuals(found, bank), _ignored(images, found))
+            skipped = [ignored(image, SIZE) for image in images]
+            return proxy.Normals(proxy.residuals(found, bank), _ignored(skipped, found))
 
         others = against_bank(own[1::2] or own)
         negatives.append(others.tokens)
@@ -201,7 +203,7 @@ def _real(
         skipped = [ignored(image, SIZE) for image in own]
         groups = tuple(image.group for image in own)
         fold = proxy.folds([category] * len(own), groups, labels)
-        judged[category] = proxy.Judged(residual, labels, masked, _ignored(own, features), groups, fold)
+        judged[category] = proxy.Judged(residual, labels, masked, _ignored(skipped, features), groups, fold)
         images[category] = own
         found = {}
         for k, (mask, no) in enumerate(zip(truths, skipped, strict=True)):
@@ -213,11 +215,11 @@ def _real(
     return judged, images, real
 
 
-def _ignored(images: Sequence[Image], features: torch.Tensor) -> np.ndarray:
-    """Where nothing counts, bool N×(4h)×(4w)."""
+def _ignored(skipped: Sequence[np.ndarray | None], features: torch.Tensor) -> np.ndarray:
+    """Where nothing counts, as :func:`training.evaluation.ignored` says of each picture, at the size of the
+    maps: bool N×(4h)×(4w)."""
     grid = (features.shape[2], features.shape[3])
     nothing = np.zeros((SIZE, SIZE), bool)
-    skipped = [ignored(image, SIZE) for image in images]
     return np.stack([proxy.shrink_mask(nothing if no is None else no, grid) for no in skipped])
 
 

@@ -2,8 +2,8 @@
 
 A severity is a separability: at 0 a linear probe on the backbone's features of normal surfaces tells 60 % of
 the changed tokens, at 1 it tells 80 % (core.md 5.7). A token that was moved is as clean as any; it is told by
-how it differs from those around it (:func:`generation.feature.statistics.accuracy`), and its strength is the
-weight with which it takes the other's place.
+how it differs from those around it (:func:`generation.feature.statistics.beside_others`), and its strength is
+the weight with which it takes the other's place.
 """
 
 from __future__ import annotations

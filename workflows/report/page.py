@@ -55,69 +55,67 @@ def write_report(space: Workspace, *, with_pictures: bool = True) -> str:
     drawn = charts.all_charts(facts, types)
     style, script = _file("page.css"), _file("page.js")
     library = [_bokeh(name) for name in LIBRARY]
+    fixed = dict(
+        title="Flawsmith report",
+        subtitle=_subtitle(facts),
+        policy=_policy(script, *library),
+        style=Markup(style),
+        script=Markup(script),
+        library=[Markup(part) for part in library],
+        notices=tables.notices(facts.images),
+        cards=_cards(facts, types),
+        latest=max((row["round"] for row in matching(facts.metrics, split="feedback")), default=None),
+        charts=drawn,
+        rounds=tables.rounds_table(facts),
+        concluded=[
+            f"Round {number}: {line}."
+            for number in facts.rounds
+            for line in history.in_words(facts.history, number)
+        ],
+        settings=tables.settings_table(facts),
+        vetoed=len(facts.vetoed),
+        feedback_figures=tables.figures_tables(facts.metrics, "feedback"),
+        test_figures=tables.figures_tables(facts.metrics, "test"),
+        heldout_figures=tables.figures_tables(facts.metrics, "heldout_synthetic"),
+        stress_figures=tables.stress_tables(facts.stress),
+        changed=tables.decisions_table(facts, changed=True),
+        stayed=tables.decisions_table(facts, changed=False),
+        hard_normals=tables.hard_normals_table(facts),
+        configured=tables.configured_table(facts),
+        types=tables.types_table(types),
+        type_cards=_type_cards(types, heatmaps),
+        generators=tables.generators_table(facts),
+        reasons=tables.reasons_table(facts),
+        seconds=tables.seconds_table(facts),
+        effort=tables.effort_table(facts),
+        shard_bytes=_bytes(sum(facts.bytes.values())) if facts.bytes else "",
+        real_pictures=tables.pictures_table(facts.images),
+        pictures=with_pictures,
+        most_pictures=pictures.MOST_PICTURES,
+        row_count=len(rows),
+        total=total,
+        heat_count=len(heatmaps),
+        heat_left=len(facts.heatmaps) - len(heatmaps) if with_pictures else 0,
+        heat_pictures=heat_pictures,
+    )
+    columns = {
+        "charts": drawn,
+        "samples": samples.columns(rows, facts.images, paths=with_pictures),
+        "count": len(rows),
+        "vetoed": samples.REJECTED_BY_HAND,
+        "replay": samples.replay_command(space, paths=with_pictures),
+        "heatmaps": _heatmap_rows(facts, heatmaps),
+    }
     template = _template()
 
     def render(album: pictures.Album) -> str:
+        shown = {name: {**own, "place": place} for place, (name, own) in enumerate(album.shown.items())}
         return template.render(
-            title="Flawsmith report",
-            subtitle=_subtitle(facts),
-            policy=_policy(script, *library),
-            style=Markup(style),
-            script=Markup(script),
-            library=[Markup(part) for part in library],
-            notices=tables.notices(facts.images),
-            cards=_cards(facts, types),
-            latest=max((row["round"] for row in matching(facts.metrics, split="feedback")), default=None),
-            charts=drawn,
-            rounds=tables.rounds_table(facts),
-            concluded=[
-                f"Round {number}: {line}."
-                for number in facts.rounds
-                for line in history.in_words(facts.history, number)
-            ],
-            settings=tables.settings_table(facts),
-            vetoed=len(facts.vetoed),
-            feedback_figures=tables.figures_tables(facts.metrics, "feedback"),
-            test_figures=tables.figures_tables(facts.metrics, "test"),
-            heldout_figures=tables.figures_tables(facts.metrics, "heldout_synthetic"),
-            stress_figures=tables.stress_tables(facts.stress),
-            changed=tables.decisions_table(facts, changed=True),
-            stayed=tables.decisions_table(facts, changed=False),
-            hard_normals=tables.hard_normals_table(facts),
-            configured=tables.configured_table(facts),
-            types=tables.types_table(types),
-            type_cards=_type_cards(types, heatmaps),
-            generators=tables.generators_table(facts),
-            reasons=tables.reasons_table(facts),
-            seconds=tables.seconds_table(facts),
-            effort=tables.effort_table(facts),
-            shard_bytes=_bytes(sum(facts.bytes.values())) if facts.bytes else "",
-            real_pictures=tables.pictures_table(facts.images),
-            pictures=with_pictures,
-            most_pictures=pictures.MOST_PICTURES,
-            row_count=len(rows),
-            total=total,
+            **fixed,
             shown_count=len(album.shown),
-            heat_count=len(heatmaps),
-            heat_left=len(facts.heatmaps) - len(heatmaps) if with_pictures else 0,
-            data=_json(
-                {
-                    "charts": drawn,
-                    "samples": samples.columns(rows, facts.images, paths=with_pictures),
-                    "count": len(rows),
-                    "vetoed": samples.REJECTED_BY_HAND,
-                    "replay": samples.replay_command(space, paths=with_pictures),
-                    "sheets": len(album.sheets),
-                    "shown": {
-                        name: {**shown, "place": place}
-                        for place, (name, shown) in enumerate(album.shown.items())
-                    },
-                    "heatmaps": _heatmap_rows(facts, heatmaps),
-                }
-            ),
+            data=_json({**columns, "sheets": len(album.sheets), "shown": shown}),
             sheets=album.sheets,
             sample_pictures=album.pictures,
-            heat_pictures=heat_pictures,
         )
 
     page = render(pictures.Album())
