@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from detectors.patches import CHUNK, STRIDES, pack, statistics_of, tap_shapes, to_maps, unpack
 from detectors.protocol import Batch, Method, Settings, counted
 from generation.backbones import DEFAULT, Backbone, in_unit, load_backbone
-from generation.feature.operators import gaussian
+from generation.feature.operators import ascent, gaussian
 from manifests.errors import UsageError
 
 PATHS = "perlin", "gaussian"
@@ -74,6 +74,11 @@ class DFDSettings(Settings):
     width: int = Field(128, ge=8, description="of the Gaussian path's hidden layer")
     heads: int = Field(4, ge=1, description="of the Perlin path's attention")
     noise: float = Field(0.4, ge=0, description="deviation of the Gaussian path's noise")
+    perturbation: Literal["noise", "ascent"] = Field(
+        "noise",
+        description="what the Gaussian path learns to tell from patches: noise, or noise that climbs the "
+        "path's own gradient to a distance of noise to twice noise (GLASS)",
+    )
     left_normal: float = Field(0.2, ge=0, le=1, description="share of samples whose anomaly is left out")
     gaussian_share: float = Field(
         0.0, ge=0, le=1, description="weight of the Gaussian path in scores and maps; the other has the rest"
@@ -412,11 +417,30 @@ class DFD(nn.Module):
         return self.adapter(patches).float()
 
     def _noisy(self, patches: Tensor) -> Tensor:
-        """q + N(0, ``noise``²), independent in every channel (core.md 3.5)."""
+        """q + N(0, ``noise``²), independent in every channel (core.md 3.5), or q + what gradient ascent on
+        this very path makes of that (core.md 5.7, GLASS's global synthesis on the manifold); the adapter
+        learns from both, but not from how the gradient was followed."""
         flat = patches.flatten(0, 1).transpose(1, 2).unflatten(2, self.grid)
         everywhere = torch.ones_like(flat[:, 0], dtype=torch.bool)
-        noisy = gaussian(flat, everywhere, self.settings.noise, None, flat.new_ones(flat.shape[1]))
+        unit, noise = flat.new_ones(flat.shape[1]), self.settings.noise
+        if self.settings.perturbation == "noise":
+            noisy = gaussian(flat, everywhere, noise, None, unit)
+        else:
+            still, centre = flat.detach(), torch.zeros_like(unit)
+            climbed = ascent(still, everywhere, noise, None, unit, centre, self._less_normal, manifold=True)
+            noisy = flat + (climbed - still)
         return noisy.flatten(2).transpose(1, 2).view_as(patches)
+
+    def _less_normal(self, patches: Tensor) -> Tensor:
+        """K×C to the gradient of the Gaussian path's abnormality, as it scores."""
+        patches = patches.detach().requires_grad_(True)
+        training = self.gaussian_path.training
+        self.gaussian_path.eval()  # its batch norm keeps no statistics of what is only tried
+        try:
+            with torch.enable_grad():
+                return torch.autograd.grad(-self._gaussian(patches).sum(), patches)[0]
+        finally:
+            self.gaussian_path.train(training)
 
     def _gaussian(self, patches: Tensor) -> Tensor:
         """…×T×C to normality, …×T, in float32: bfloat16 would round the noise away."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -64,11 +65,25 @@ class Backbone:
         Returns:
             float32, N×``channels``×h×w on ``device``, with h = H/``stride`` rounded as the network does.
         """
-        taps = self.taps(images)
-        # align_corners as in the released code of UniAD and OneNIP
-        size = taps[-1].shape[-2:]
-        resized = [F.interpolate(tap, size, mode="bilinear", align_corners=True) for tap in taps]
-        return torch.cat(resized, dim=1).contiguous()
+        return _concatenated(self.taps(images))
+
+    def features_and_attention(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`features`, and from the same pass how much the class token looks at each place.
+
+        Returns:
+            The features; float32 N×heads×h×w, the softmax of the class token's row in the deepest tapped
+            block of a timm vision transformer, or None of a network that has no such token.
+        """
+        seen: list[Tensor] = []
+        block = _last_attention(self.network)
+        if block is None:
+            return self.features(images), None
+        hook = block.register_forward_pre_hook(lambda _block, given: seen.append(given[0]))
+        try:
+            features = _concatenated(self.taps(images))
+        finally:
+            hook.remove()
+        return features, _class_attention(block, seen[0], features.shape[2:])
 
     def taps(self, images: Tensor) -> list[Tensor]:
         """The taps as they are, shallow to deep: float32, each N×C×h×w at its own stride; differentiable in
@@ -76,12 +91,47 @@ class Backbone:
 
         Args:
             images: as :meth:`features` takes them; floats beyond [0, 1] are allowed.
+
+        Raises:
+            BackboneError: a side that a vision transformer cannot cut into whole patches.
         """
+        embedding: Any = getattr(getattr(self.network.network, "model", None), "patch_embed", None)
+        patch = 1 if embedding is None else embedding.patch_size[0]
+        if ragged := [side for side in images.shape[2:] if side % patch]:
+            raise BackboneError(
+                f"backbone {self.name}: pictures of {ragged[0]} pixels a side do not divide into its patches "
+                f"of {patch}; set size to {ragged[0] // patch * patch or patch}"
+            )
         x = in_unit(images.to(self.device))
         x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         # float32: bfloat16 is 2.5 times faster here but changes the features by 3 to 8 % (measured)
         return self.network(x)
+
+
+def _concatenated(taps: Sequence[Tensor]) -> Tensor:
+    """At the size of the last one; align_corners as in the released code of UniAD and OneNIP."""
+    size = taps[-1].shape[-2:]
+    resized = [F.interpolate(tap, size, mode="bilinear", align_corners=True) for tap in taps]
+    return torch.cat(resized, dim=1).contiguous()
+
+
+def _last_attention(taps: Any) -> Attention | None:
+    """That of the deepest tapped block, if its network is a vision transformer with a class token."""
+    transformer = getattr(taps.network, "model", None)
+    if not getattr(transformer, "has_class_token", False):
+        return None
+    attention = getattr(transformer.blocks[max(taps.indices)], "attn", None)  # type: ignore[union-attr]
+    return attention if isinstance(attention, Attention) else None
+
+
+def _class_attention(block: Attention, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """Softmax of the first token's query with all keys, without those of the tokens before the patches."""
+    n, length, _ = tokens.shape
+    q, k, _ = block.qkv(tokens).view(n, length, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = block.q_norm(q[:, :, :1]), block.k_norm(k)
+    row = (q @ k.transpose(-2, -1) * block.scale).softmax(dim=-1)[:, :, 0]
+    return row[:, :, length - grid[0] * grid[1] :].unflatten(2, tuple(grid))
 
 
 def in_unit(images: Tensor) -> Tensor:
@@ -287,7 +337,7 @@ def _timm(name: str) -> tuple[Any, dict[str, Any]]:
             f"backbone {name!r}: neither a timm model nor a folder; near it: {near}, default: {DEFAULT}"
         )
     try:
-        network = timm.create_model(source, pretrained=True, features_only=True)
+        network = _pretrained(source)
     except OSError as error:
         raise BackboneError(
             f"backbone {name}: its weights could not be fetched ({type(error).__name__}: {error}). "
@@ -296,6 +346,14 @@ def _timm(name: str) -> tuple[Any, dict[str, Any]]:
         ) from error
     cfg: Any = network.pretrained_cfg
     return network, cfg
+
+
+def _pretrained(source: str) -> Any:
+    """Vision transformers at any size of picture, their positions interpolated."""
+    try:
+        return timm.create_model(source, pretrained=True, features_only=True, dynamic_img_size=True)
+    except TypeError:  # a convolutional network, which takes any size as it is
+        return timm.create_model(source, pretrained=True, features_only=True)
 
 
 def _sha256(network: nn.Module) -> str:

@@ -40,6 +40,7 @@ BUILT_IN = {
     "feature-noise": "generation.feature.family:GAUSSIAN",
     "feature-jitter": "generation.feature.family:JITTER",
     "feature-ascent": "generation.feature.family:ASCENT",
+    "feature-local": "generation.feature.family:LOCAL",
     "feature-adversarial": "generation.feature.family:ADVERSARIAL",
     "feature-flow": "generation.feature.family:FLOW",
     "feature-copy": "generation.feature.family:COPY",

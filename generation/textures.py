@@ -45,6 +45,19 @@ def procedural(kind: str, rng: np.random.Generator, height: int, width: int, cha
     return coloured(rng, KINDS[kind](rng, height, width), channels)
 
 
+def textured(pixels: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture, uint8 or uint16 H×W×C, with a texture drawn by code over a region, bool H×W, of which half
+    shows (GLASS draws that share around one half [inferred])."""
+    y, x = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
+    box = slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
+    before, chosen = pixels[box], region[box]
+    texture = procedural(list(KINDS)[rng.integers(len(KINDS))], rng, *before.shape)
+    texture *= np.iinfo(pixels.dtype).max
+    changed = pixels.copy()
+    changed[box][chosen] = np.rint((before[chosen] + texture[chosen]) / 2)
+    return changed
+
+
 def coloured(rng: np.random.Generator, pattern: np.ndarray, channels: int) -> np.ndarray:
     """A drawn pattern, in [0, 1] and of any shape, in 256 steps between two colours of matter: float32 in
     [0, 1], the pattern's shape×channels."""

@@ -93,6 +93,48 @@ def test_a_local_folder_is_read_and_must_hold_safetensors(tmp_path, pictures):
         load_backbone(str(tmp_path))
 
 
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    """A vision transformer of random weights, in timm's layout."""
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vit")
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
+    save_for_hf(model, folder, safe_serialization=True, model_args=sizes)
+    return folder
+
+
+def test_a_vision_transformer_takes_pictures_of_any_size(transformer, pictures):
+    found = load_backbone(str(transformer))
+    assert (found.channels, found.stride) == (3 * 32, 16)
+    assert found.features(pictures).shape == (2, 96, 6, 6)
+    assert found.features(torch.zeros(1, 3, 64, 128, dtype=torch.uint8)).shape == (1, 96, 4, 8)
+    with pytest.raises(BackboneError, match=r"100 pixels .* patches of 16; set size to 96"):
+        found.features(torch.zeros(1, 3, 100, 96, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("layers", [None, ("blocks.0", "blocks.1")])
+def test_the_class_token_s_attention_is_that_of_the_deepest_tapped_block(transformer, pictures, layers):
+    """Against the softmax that timm's own block works out where it is not fused."""
+    found = load_backbone(str(transformer), layers)
+    features, attention = found.features_and_attention(pictures)
+    torch.testing.assert_close(features, found.features(pictures), rtol=0, atol=0)
+    block = found.network.network.model.blocks[2 if layers is None else 1].attn
+    block.fused_attn, rows = False, []
+    block.attn_drop.register_forward_pre_hook(lambda _module, given: rows.append(given[0][:, :, 0, 1:]))
+    found.features(pictures)
+    assert attention.shape == (2, 2, 6, 6)
+    torch.testing.assert_close(attention.flatten(2), rows[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_without_class_token_has_no_attention(lite0, pictures):
+    features, attention = lite0.features_and_attention(pictures)
+    assert attention is None
+    torch.testing.assert_close(features, lite0.features(pictures), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["efficientnet_lite9", "no/such/folder"])
 def test_unknown_names_are_refused(name):
     with pytest.raises(BackboneError, match="neither"):

@@ -177,6 +177,40 @@ def test_the_gaussian_path_sees_noise_of_the_given_deviation(backbone):
     assert noise.std(dim=(0, 1, 2)).min() > 0.4
 
 
+def test_ascent_follows_the_live_path_to_the_distance_of_the_noise(backbone):
+    detector = make(backbone, noise=0.5, perturbation="ascent").train()
+    patches = torch.randn(2, 3, 64, 32)
+    kept = [value.clone() for value in detector.gaussian_path.state_dict().values()]
+    for _ in range(2):  # of another path the same patches climb elsewhere
+        torch.manual_seed(1)
+        climbed = detector._noisy(patches)
+        change = climbed - patches
+        distance = change.norm(dim=-1) / 32**0.5
+        assert distance.min() > 0.5 - 1e-3 and distance.max() < 1 + 1e-3
+        torch.manual_seed(1)
+        detector.settings = detector.settings.model_copy(update={"perturbation": "noise"})
+        noisy = detector._noisy(patches)
+        detector.settings = detector.settings.model_copy(update={"perturbation": "ascent"})
+        path = detector.gaussian_path.eval()
+        normality = [path(x.flatten(0, 2)).mean().item() for x in (patches, noisy, climbed)]
+        detector.train()
+        assert normality[2] < min(normality[:2])
+        assert detector.gaussian_path.training
+        for value, before in zip(detector.gaussian_path.state_dict().values(), kept, strict=True):
+            torch.testing.assert_close(value, before, rtol=0, atol=0)
+        with torch.no_grad():
+            detector.gaussian_path[3].weight.neg_()
+        kept = [value.clone() for value in detector.gaussian_path.state_dict().values()]
+
+
+def test_the_adapter_learns_from_what_climbed(backbone):
+    detector = make(backbone, perturbation="ascent", left_normal=0.0)
+    losses = detector.loss(batch_of(detector, prepare=True))
+    losses["gauss"].backward()
+    assert detector.adapter.weight.grad.abs().sum() > 0
+    assert all(torch.isfinite(p.grad).all() for p in detector.gaussian_path.parameters())
+
+
 def test_a_share_of_the_samples_is_left_normal(backbone):
     detector = make(backbone, left_normal=0.2)
     count = 2000

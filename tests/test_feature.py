@@ -1,15 +1,18 @@
 """The feature family: operators against their equations, calibration, shards, and use inside training."""
 
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from generation import registry
 from generation.backbones import DEFAULT, load_backbone
-from generation.feature import operators, statistics
+from generation.feature import operators, statistics, storing
 from generation.feature.family import Model, calibrated, tokens, variant
 from generation.gates import Gates
 from generation.masks import shaped
@@ -97,6 +100,22 @@ def test_ascent_keeps_its_distance_and_rises(projection, known):
     assert score(new) > score(old)
 
 
+def test_local_tokens_go_towards_the_texture_and_no_nearer_to_the_centre(known):
+    features, mask = normal_tokens(1), torch.ones(6, 16, 16, dtype=torch.bool)
+    textured = normal_tokens(3) * 3
+    textured[0] = known.centre[:, None, None]  # as normal as can be
+    changed = operators.local(features, mask, 0.6, None, known.deviation, known.centre, textured)
+    old, new, goal = (
+        ((x.permute(0, 2, 3, 1).flatten(1, 2) - known.centre) / known.deviation)
+        for x in (features, changed, textured)
+    )
+    ratio = new.norm(dim=2) / old.norm(dim=2)
+    assert ratio.min() > 1 - 1e-4 and ratio.max() < 2 + 1e-4
+    torch.testing.assert_close(new[0], old[0], rtol=1e-3, atol=1e-4)  # 0.4 of the distance, and back
+    direction = torch.nn.functional.cosine_similarity(new[1:], (old + 0.6 * (goal - old))[1:], dim=2)
+    torch.testing.assert_close(direction, torch.ones_like(direction))
+
+
 def test_ascent_follows_the_discriminator_it_is_given(known):
     """As in training: any network's gradient."""
     network = torch.nn.Linear(CHANNELS, 1)
@@ -170,6 +189,21 @@ def test_the_attended_tokens_are_those_that_stand_out():
     assert chosen.sum() == 24 and chosen[:, 3:5, 3:5].all()
 
 
+def test_attended_tokens_follow_one_head_of_a_transformer_s_attention():
+    features, mask = normal_tokens(1), torch.zeros(6, 16, 16, dtype=torch.bool)
+    mask[:, :8, :8] = True
+    attention = torch.full((6, 2, 16, 16), 1e-3)
+    attention[:, 0, 1, 1:5] = attention[:, 1, 6, 1:5] = 0.1
+    attention[:, :, 12, :] = 0.5  # outside the mask
+    seen = set()
+    for seed in range(8):
+        chosen = operators.attended(features, mask, 4, attention, torch.Generator().manual_seed(seed))
+        rows = [one.nonzero()[:, 0].unique().tolist() for one in chosen]
+        assert all(row in ([1], [6]) for row in rows) and chosen.sum() == 24
+        seen |= {row[0] for row in rows}
+    assert seen == {1, 6}
+
+
 # -- calibration
 # ------------------------------------------------------------------------------------------------
 
@@ -235,22 +269,48 @@ def test_a_probe_that_is_linear_in_the_features_would_not_see_noise(known):
 
 def test_the_shipped_statistics_are_those_of_the_default_backbone():
     backbone = load_backbone(DEFAULT)
-    assert statistics.shipped(backbone)
+    assert statistics.stored(backbone)
     shipped = statistics.statistics(backbone)
     fresh = statistics.estimate(statistics.normal_features(backbone))
     torch.testing.assert_close(shipped.centre, fresh.centre, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(shipped.deviation, fresh.deviation, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["noise", "flow", "insert"])
+@pytest.mark.parametrize("name", ["noise", "flow", "insert", "local"])
 def test_the_shipped_strengths_are_those_that_calibration_finds(name):
     generator = registry.get(f"feature-{name}")
     params, operator = generator.params(), generator.apply.keywords["operator"]
     backbone = load_backbone(DEFAULT)
-    stored = statistics.shipped(backbone)[statistics.strengths_key(variant(operator, params))]
+    stored = statistics.stored(backbone)[statistics.strengths_key(variant(operator, params))]
     np.testing.assert_allclose(stored, calibrated(backbone, operator, params), rtol=0.02)
     model = generator.load(params.model_dump(mode="json"), "cpu")
     assert model.range == tuple(stored.tolist())
+
+
+def test_statistics_of_a_folder_are_stored_beside_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "PICTURES", 4)  # seconds instead of a minute
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=0), tmp_path, safe_serialization=True)
+    generator, params = (
+        registry.get("feature-noise"),
+        {"backbone": str(tmp_path), "layers": ["layer2"], "size": 64},
+    )
+    before = generator.load(params, "cpu")
+    backbone = before.backbone
+    assert not statistics.stored(backbone)
+    file = storing.write(backbone)
+    assert file.parent == tmp_path
+    found = statistics.stored(backbone)
+    wanted = {"strengths of " + name for name in ("gaussian", "local", "ascent manifold", "insert")}
+    assert wanted <= found.keys()
+    np.testing.assert_allclose(found["strengths of gaussian"], before.range, rtol=0.02)
+    other = load_backbone(str(tmp_path), ("layer1",))
+    assert not statistics.stored(other)  # each choice of layers has its own
+    edited = {**found, statistics.FINGERPRINT: torch.tensor(list(b"others"), dtype=torch.uint8)}
+    save_file(edited, file)
+    assert not statistics.stored(backbone)  # other weights
+    with pytest.raises(UsageError, match="save the model to a folder"):
+        storing.write(replace(backbone, name="resnet18"))
 
 
 # -- as generators

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from generation.masks import Shape, shaped
 from generation.protocol import Donors, FeatureEdit, Generator, Params, Source
+from generation.textures import textured
 from manifests.errors import UsageError
 from manifests.pictures import eight_bit
 from manifests.schema import Recipe
@@ -51,7 +52,8 @@ class MovedParams(FeatureParams):
     """Settings of ``feature-copy`` and ``feature-shuffle``.
 
     Attributes:
-        attended: of a place twice as large, change the half that stands out most.
+        attended: of a place twice as large, change the half that stands out most: where the class token of
+            a vision transformer looks, or else what is least like the picture's mean.
     """
 
     attended: Annotated[bool, Search(choices=(True, False))] = True
@@ -72,16 +74,16 @@ class AscentParams(FeatureParams):
 
 @dataclass(frozen=True)
 class Operator:
-    """Attributes: ``name`` in the shipped table; ``bind(statistics, params, foreign)`` an operator of
+    """Attributes: ``name`` among the stored strengths; ``bind(statistics, params, other)`` an operator of
     :mod:`generation.feature.operators` with all but features, mask, strength and random numbers given;
-    ``limit`` its largest strength; ``moves`` whether it puts clean tokens elsewhere; ``foreign`` whether it
-    needs a second picture."""
+    ``limit`` its largest strength; ``moves`` whether it puts clean tokens elsewhere; ``other`` the second
+    picture whose features it needs, if any: one of another category, or the same with a texture over it."""
 
     name: str
     bind: Callable[[Statistics, Any, Any], Perturb]
     limit: float
     moves: bool = False
-    foreign: bool = False
+    other: Literal["foreign", "textured"] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,24 @@ class Model:
 @dataclass(frozen=True)
 class FeatureDraw:
     """Attributes: ``region`` bool, H×W of the source; ``seed`` of the noise, whose shape only the backbone
-    knows; ``donor`` uint8 or None, the second picture."""
+    knows; ``other`` H×W×C as the source's pixels or None, the second picture."""
 
     region: np.ndarray
     severity: float
     seed: int
     params: Any
-    donor: np.ndarray | None
+    other: np.ndarray | None
 
 
 def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[FeatureParams]) -> Model:
     """The frozen backbone, ready on ``device``, its statistics, and the operator's strengths on them."""
-    from generation.feature.statistics import shipped, statistics, strengths_key
+    from generation.feature.statistics import statistics, stored, strengths_key
 
     settings = kind(**params)
     backbone = _backbone(settings.backbone, settings.layers, device)
-    stored = shipped(backbone).get(strengths_key(variant(operator, settings)))
-    if stored is not None:
-        found = (float(stored[0]), float(stored[1]))
+    strengths = stored(backbone).get(strengths_key(variant(operator, settings)))
+    if strengths is not None:
+        found = (float(strengths[0]), float(strengths[1]))
     else:
         found = calibrated(backbone, operator, settings)
     return Model(backbone, settings.size, statistics(backbone), found)
@@ -133,13 +135,17 @@ def calibrated(backbone: Backbone, operator: Operator, params: FeatureParams) ->
     from generation.feature.statistics import normal_features, separable, statistics
 
     known, features = statistics(backbone), normal_features(backbone)
-    foreign = features.roll(1, 0) if operator.foreign else None  # the next one is of another kind of surface
-    perturb = operator.bind(known, params, foreign)
+    other = None
+    if operator.other == "foreign":
+        other = features.roll(1, 0)  # the next one is of another kind of surface
+    elif operator.other == "textured":
+        other = normal_features(backbone, textured=True)
+    perturb = operator.bind(known, params, other)
     return separable(features, known, perturb, operator.limit, beside=operator.moves)
 
 
 def variant(operator: Operator, params: FeatureParams) -> str:
-    """Under which name an operator's strengths are shipped: its own, and the projection that changes them."""
+    """Under which name an operator's strengths are stored: its own, and the projection that changes them."""
     return f"{operator.name} {params.projection}" if isinstance(params, AscentParams) else operator.name
 
 
@@ -153,7 +159,7 @@ def draw(
         Undrawable: no room for the mask.
     """
     params = kind.of(recipe)
-    if operator.foreign and not source.donors:
+    if operator.other == "foreign" and not source.donors:
         raise UsageError(
             f"{recipe.generator} needs a picture of another category, but recipe {recipe.sample_id} names "
             "none: add a category to the source, or set its share to 0"
@@ -163,41 +169,54 @@ def draw(
     (y0, y1, x0, x1), part = shaped(rng, source.allowed, area, recipe.count, params.shape)
     region = np.zeros(source.allowed.shape, np.bool_)
     region[y0:y1, x0:x1] = part
-    donor = source.donors[rng.integers(len(source.donors))] if operator.foreign else None
-    return FeatureDraw(region, recipe.severity, int(rng.integers(2**63)), params, donor)
+    other = None
+    if operator.other == "foreign":
+        other = source.donors[rng.integers(len(source.donors))]
+    elif operator.other == "textured":
+        other = textured(source.pixels, region, rng)
+    return FeatureDraw(region, recipe.severity, int(rng.integers(2**63)), params, other)
 
 
 def apply(
     sources: Sequence[Source], draws: Sequence[FeatureDraw], model: Model, operator: Operator
 ) -> list[FeatureEdit]:
     """The features of all pictures in one pass of the backbone, each changed in its mask."""
-    features = _features([source.pixels for source in sources], model)
-    foreign: list[Any] = [None] * len(draws)
-    if operator.foreign:
-        foreign = [
-            part[None] for part in _features([one.donor for one in draws if one.donor is not None], model)
-        ]
-    return [_apply(features[at : at + 1], one, foreign[at], model, operator) for at, one in enumerate(draws)]
+    features, attention = _features([source.pixels for source in sources], model)
+    seconds = [one.other for one in draws if one.other is not None]
+    others = _features(seconds, model)[0] if seconds else None
+    edits = []
+    for at, one in enumerate(draws):
+        own = slice(at, at + 1)
+        looks = None if attention is None else attention[own]
+        other = None if others is None else others[own]
+        edits.append(_apply(features[own], looks, one, other, model, operator))
+    return edits
 
 
-def _features(pictures: Sequence[np.ndarray], model: Model) -> Any:
+def _features(pictures: Sequence[np.ndarray], model: Model) -> tuple[Any, Any]:
+    """Features, and the class token's attention if there is one, on the CPU."""
     from generation.backbones import to_batch
 
-    return model.backbone.features(to_batch([eight_bit(p) for p in pictures], model.size)).cpu()
+    batch = to_batch([eight_bit(picture) for picture in pictures], model.size)
+    features, attention = model.backbone.features_and_attention(batch)
+    return features.cpu(), None if attention is None else attention.cpu()
 
 
-def _apply(features: Any, one: FeatureDraw, foreign: Any, model: Model, operator: Operator) -> FeatureEdit:
+def _apply(
+    features: Any, attention: Any, one: FeatureDraw, other: Any, model: Model, operator: Operator
+) -> FeatureEdit:
     import torch
 
     from generation.feature.operators import attended
 
+    random = torch.Generator().manual_seed(one.seed)
     mask = torch.from_numpy(tokens(one.region, *features.shape[2:]))[None]
     if isinstance(one.params, MovedParams) and one.params.attended:
-        mask = attended(features, mask, max(2, int(mask.sum()) // 2))  # one alone has no other to go to
+        count = max(2, int(mask.sum()) // 2)  # one alone has no other to go to
+        mask = attended(features, mask, count, attention, random)
     low, high = model.range
     strength = low * (high / low) ** one.severity if one.params.strength is None else one.params.strength
-    perturb = operator.bind(model.statistics, one.params, foreign)
-    random = torch.Generator().manual_seed(one.seed)
+    perturb = operator.bind(model.statistics, one.params, other)
     changed = perturb(features, mask, strength, random)[0].numpy().astype(np.float16)
     clean, where = features[0].numpy().astype(np.float16), mask[0].numpy()
     measures = {"wanted_area": float(one.region.mean())} if one.params.shape == "whole" else {}
@@ -232,19 +251,19 @@ def tokens(region: np.ndarray, height: int, width: int) -> np.ndarray:
 # -- the operators with what they need to know -------------------------------------------------------------
 
 
-def _gaussian(known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+def _gaussian(known: Statistics, _params: FeatureParams, _other: Any) -> Perturb:
     from generation.feature.operators import gaussian
 
     return partial(gaussian, deviation=known.deviation)
 
 
-def _jitter(_known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+def _jitter(_known: Statistics, _params: FeatureParams, _other: Any) -> Perturb:
     from generation.feature.operators import jitter
 
     return jitter
 
 
-def _ascent(known: Statistics, params: AscentParams, _foreign: Any) -> Perturb:
+def _ascent(known: Statistics, params: AscentParams, _other: Any) -> Perturb:
     from generation.feature.operators import ascent
 
     return partial(
@@ -256,40 +275,46 @@ def _ascent(known: Statistics, params: AscentParams, _foreign: Any) -> Perturb:
     )
 
 
-def _adversarial(known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+def _local(known: Statistics, _params: FeatureParams, other: Any) -> Perturb:
+    from generation.feature.operators import local
+
+    return partial(local, deviation=known.deviation, centre=known.centre, textured=other)
+
+
+def _adversarial(known: Statistics, _params: FeatureParams, _other: Any) -> Perturb:
     from generation.feature.operators import adversarial
 
     return partial(adversarial, deviation=known.deviation, gradient=known.gradient)
 
 
-def _flow_shift(known: Statistics, _params: FeatureParams, _foreign: Any) -> Perturb:
+def _flow_shift(known: Statistics, _params: FeatureParams, _other: Any) -> Perturb:
     from generation.feature.operators import flow_shift
 
     return partial(flow_shift, centre=known.centre, basis=known.basis, spread=known.spread)
 
 
-def _copy_out(_known: Statistics, _params: MovedParams, _foreign: Any) -> Perturb:
+def _copy_out(_known: Statistics, _params: MovedParams, _other: Any) -> Perturb:
     from generation.feature.operators import copy_out
 
     return copy_out
 
 
-def _shuffle(_known: Statistics, _params: MovedParams, _foreign: Any) -> Perturb:
+def _shuffle(_known: Statistics, _params: MovedParams, _other: Any) -> Perturb:
     from generation.feature.operators import shuffle
 
     return shuffle
 
 
-def _insert(_known: Statistics, _params: FeatureParams, foreign: Any) -> Perturb:
+def _insert(_known: Statistics, _params: FeatureParams, other: Any) -> Perturb:
     from generation.feature.operators import insert
 
-    return partial(insert, foreign=foreign)
+    return partial(insert, foreign=other)
 
 
 def _generator(
     name: str, operator: Operator, params: type[FeatureParams], defect: str, summary: str
 ) -> Generator:
-    donors: Donors = "foreign" if operator.foreign else "none"
+    donors: Donors = "foreign" if operator.other == "foreign" else "none"
     return Generator(
         name=name,
         family="feature",
@@ -328,6 +353,13 @@ ASCENT = _generator(
     "near anomaly",
     "gradient ascent away from normal, at a kept distance (GLASS): anomalies close to the boundary",
 )
+LOCAL = _generator(
+    "feature-local",
+    Operator("local", _local, 1.0, other="textured"),
+    FeatureParams,
+    "textured feature",
+    "tokens of a textured place, kept away from normal (GLASS, local): stains, foreign matter",
+)
 ADVERSARIAL = _generator(
     "feature-adversarial",
     Operator("adversarial", _adversarial, 4.0),
@@ -358,7 +390,7 @@ SHUFFLE = _generator(
 )
 INSERT = _generator(
     "feature-insert",
-    Operator("insert", _insert, 1.0, moves=True, foreign=True),
+    Operator("insert", _insert, 1.0, moves=True, other="foreign"),
     FeatureParams,
     "foreign feature",
     "tokens of another category's picture: foreign objects and materials",

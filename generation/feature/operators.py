@@ -65,9 +65,8 @@ def ascent(
     if strength == 0:
         return features
     tokens = _tokens(features, mask)
-    scale = deviation * math.sqrt(len(deviation))
+    scale, own = _distance(tokens, deviation, centre)
     origin = tokens if manifold else centre.expand_as(tokens)
-    own = ((tokens - centre) / scale).norm(dim=1, keepdim=True)
     start, unit = (torch.zeros_like(own), 1.0) if manifold else (own, own)
     low, high = start + strength * unit, start + 2 * strength * unit
     moved = tokens + ASCENT_START * strength * deviation * _normal(tokens, random)
@@ -77,6 +76,33 @@ def ascent(
         if step % PROJECTED == 0:
             moved = _project((moved - origin) / scale, low, high) * scale + origin
     return _placed(features, mask, moved)
+
+
+def local(
+    features: Tensor,
+    mask: Tensor,
+    strength: float,
+    _random: Random,
+    deviation: Tensor,
+    centre: Tensor,
+    textured: Tensor,
+) -> Tensor:
+    """Tokens of the picture with a texture over it, kept away from normal (GLASS's local synthesis).
+
+    They take the place of the clean ones with weight s in [0, 1], and their distance from the normal centre
+    is clamped to once to twice the clean token's own. Published is weight 1 and [2·r, 4·r] with one r for all
+    (core.md 5.7): as with :func:`ascent`, a probe tells 100 % of them at the distance alone [measured].
+
+    Args:
+        deviation, centre: C each.
+        textured: features of the textured picture, as ``features``.
+    """
+    if strength == 0:
+        return features
+    tokens = _tokens(features, mask)
+    scale, own = _distance(tokens, deviation, centre)
+    moved = tokens + strength * (_tokens(textured, mask) - tokens)
+    return _placed(features, mask, _project((moved - centre) / scale, own, 2 * own) * scale + centre)
 
 
 def adversarial(
@@ -179,17 +205,29 @@ def insert(features: Tensor, mask: Tensor, strength: float, random: Random, fore
     return changed
 
 
-def attended(features: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The ``count`` tokens of each mask that stand out most: GeneralAD's attention-selected places. The
-    attention of a backbone without class token is the token's distance from the picture's mean [inferred].
+def attended(
+    features: Tensor, mask: Tensor, count: int, attention: Tensor | None = None, random: Random = None
+) -> Tensor:
+    """The ``count`` tokens of each mask that stand out most: GeneralAD's attention-selected places.
+
+    Args:
+        attention: of the class token, N×heads×h×w: those places are taken at which one head, drawn by chance
+            for each picture, looks most. None, of a backbone without class token: those whose token is
+            furthest from the picture's mean [inferred].
 
     Returns:
         bool, N×h×w; at least one token where the mask has any.
     """
-    distance = (features - features.mean(dim=(2, 3), keepdim=True)).norm(dim=1)
-    distance = distance.masked_fill(~mask, -math.inf).flatten(1)
-    order = distance.argsort(dim=1, descending=True)[:, : max(count, 1)]
-    chosen = torch.zeros_like(distance, dtype=torch.bool).scatter_(1, order, True)
+    if attention is None:
+        looks = (features - features.mean(dim=(2, 3), keepdim=True)).norm(dim=1)
+    else:
+        heads = torch.randint(
+            attention.shape[1], (len(attention),), generator=random, device=_home(attention, random)
+        )
+        looks = attention[torch.arange(len(attention)), heads.to(attention.device)]
+    looks = looks.masked_fill(~mask, -math.inf).flatten(1)
+    order = looks.argsort(dim=1, descending=True)[:, : max(count, 1)]
+    chosen = torch.zeros_like(looks, dtype=torch.bool).scatter_(1, order, True)
     return chosen.view_as(mask) & mask
 
 
@@ -215,6 +253,12 @@ def _placed(features: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
     changed = features.permute(0, 2, 3, 1).clone()
     changed[mask] = tokens
     return changed.permute(0, 3, 1, 2)
+
+
+def _distance(tokens: Tensor, deviation: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit of distances, √C deviations of each channel, C; how far tokens lie from the centre, K×1."""
+    scale = deviation * math.sqrt(len(deviation))
+    return scale, ((tokens - centre) / scale).norm(dim=1, keepdim=True)
 
 
 def _project(offset: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 Estimated on surfaces that code draws, so they depend on the backbone alone and are the same on every machine
 up to rounding. Those of the default backbone are shipped beside this file; ``python -m
-generation.feature.shipping`` writes them anew.
+generation.feature.storing`` writes them, and those of a backbone in a folder beside its weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -18,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from generation import textures
 from generation.backbones import DEFAULT, Backbone, to_batch
 from generation.textures import KINDS, procedural
 
 PICTURES, SIDE = 32, 256  # drawn for the estimate, and their side in pixels
 SEPARABLE = (0.60, 0.80)  # a probe's accuracy at severity 0 and 1 (core.md 5.7: 60–80 % at the start)
 RIDGE = 1e-2
-SHIPPED, FINGERPRINT = f"{DEFAULT}.safetensors", "fingerprint"
+FINGERPRINT = "fingerprint"
 
 Perturb = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 
@@ -48,33 +50,47 @@ class Statistics:
 
 @lru_cache(maxsize=4)
 def statistics(backbone: Backbone) -> Statistics:
-    """Those of a backbone: shipped, or estimated (seconds) once a process."""
-    if stored := shipped(backbone):
-        return Statistics(**{field.name: stored[field.name] for field in fields(Statistics)})
+    """Those of a backbone: stored, or estimated (seconds) once a process."""
+    if found := stored(backbone):
+        return Statistics(**{field.name: found[field.name] for field in fields(Statistics)})
     return estimate(normal_features(backbone))
 
 
-def shipped(backbone: Backbone) -> dict[str, Tensor]:
-    """What the shipped file holds for a backbone, empty for all but the default one: the fields of
-    :class:`Statistics`, and by :func:`strengths_key` the strengths of each operator at severity 0 and 1."""
-    path = Path(str(resources.files("generation.feature"))) / SHIPPED
-    stored = load_file(path) if path.is_file() else {}
-    name = bytes(stored.pop(FINGERPRINT, torch.empty(0, dtype=torch.uint8)).tolist()).decode()
-    return stored if name == backbone.fingerprint else {}
+def stored(backbone: Backbone) -> dict[str, Tensor]:
+    """What the file of a backbone holds: the fields of :class:`Statistics`, and by :func:`strengths_key` the
+    strengths of each operator at severity 0 and 1. Empty if there is none, or one of other weights."""
+    path = file_of(backbone)
+    found = load_file(path) if path is not None and path.is_file() else {}
+    name = bytes(found.pop(FINGERPRINT, torch.empty(0, dtype=torch.uint8)).tolist()).decode()
+    return found if name == backbone.fingerprint else {}
+
+
+def file_of(backbone: Backbone) -> Path | None:
+    """Where a backbone's statistics are stored: the default one's in this package, those of a folder beside
+    its weights, one file for each choice of layers; None for another, whose weights come from a hub."""
+    if backbone.name == DEFAULT:
+        return Path(str(resources.files("generation.feature"))) / f"{DEFAULT}.safetensors"
+    folder = Path(backbone.name)
+    digest = hashlib.sha256(backbone.fingerprint.encode()).hexdigest()[:8]
+    return folder / f"flawsmith-{digest}.safetensors" if folder.is_dir() else None
 
 
 def strengths_key(operator: str) -> str:
     return f"strengths of {operator}"
 
 
-@lru_cache(maxsize=2)
-def normal_features(backbone: Backbone) -> Tensor:
-    """Features of the drawn surfaces: float32, N×C×h×w, on the CPU."""
+@lru_cache(maxsize=4)
+def normal_features(backbone: Backbone, textured: bool = False) -> Tensor:
+    """Features of the drawn surfaces, or of the same with a texture over all of them
+    (:func:`generation.textures.textured`): float32, N×C×h×w, on the CPU."""
     pictures = []
     for number in range(PICTURES):
         rng = np.random.default_rng(number)
         kind = list(KINDS)[number % len(KINDS)]
-        pictures.append(np.rint(procedural(kind, rng, SIDE, SIDE, 3) * 255).astype(np.uint8))
+        picture = np.rint(procedural(kind, rng, SIDE, SIDE, 3) * 255).astype(np.uint8)
+        pictures.append(
+            textures.textured(picture, np.ones((SIDE, SIDE), np.bool_), rng) if textured else picture
+        )
     batches = (to_batch(pictures[i : i + 8], SIDE) for i in range(0, PICTURES, 8))
     return torch.cat([backbone.features(batch).cpu() for batch in batches])
 

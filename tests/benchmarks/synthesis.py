@@ -18,6 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -34,8 +36,12 @@ from generation.protocol import Source
 from generation.synthesis import Outcome, Signatures, synthesise
 from generation.textures import KINDS, procedural
 from manifests.schema import Recipe, canonical_json
+from manifests.workspace import Workspace
 from tests.benchmarks.peers import run_peer, run_timed
+from workflows import rounds
+from workflows.config import Config
 from workflows.gallery import render
+from workflows.stages import Job, make_shard, settings_hash
 from workflows.trying import read_source
 
 # At a fixed strength, where each operator's change is plainly seen.
@@ -47,9 +53,9 @@ FREQUENCY = tuple(STRENGTHS)
 LIMITS = {256: 2.0, 1024: 40.0}  # ms a grey sample at a fixed strength
 WAVELET_LIMITS = {256: 4.0, 1024: 150.0}
 RGB_LIMIT, SOLVER_LIMIT = 3.2, 6.0  # times the grey sample, and times the fixed strength
-FEATURES = ("noise", "jitter", "flow", "copy", "shuffle", "insert", "ascent", "adversarial")
+FEATURES = ("noise", "jitter", "flow", "copy", "shuffle", "insert", "local", "ascent", "adversarial")
 GRADIENTS = ("ascent", "adversarial")
-FORWARD = 0.9  # wanted share of the backbone's forward pass in a feature sample's time
+FORWARD = 0.9  # wanted share of the backbone's forward pass in a feature shard's time
 SIDES = (256, 1024)
 COUNTS = {256: 300, 1024: 60}
 PEER_COUNTS = {256: 100, 1024: 10}
@@ -84,10 +90,10 @@ def draw_textures(folder: Path) -> None:
         cv2.imwrite(str(folder / f"{index:02d}-{kind}.png"), np.rint(texture * 255).astype(np.uint8))
 
 
-def draw_normals(side: int) -> list[np.ndarray]:
+def draw_normals(side: int, count: int = 8) -> list[np.ndarray]:
     """Pictures of one surface under shifting light: uint8, side×side×3."""
     pictures = []
-    for seed in range(8):
+    for seed in range(count):
         rng = np.random.default_rng(seed)
         light = cv2.resize(rng.uniform(90, 170, (5, 5, 3)).astype(np.float32), (side, side))
         pictures.append(np.clip(light + rng.normal(0, 4, light.shape), 0, 255).astype(np.uint8))
@@ -193,48 +199,65 @@ def measure_operators(side: int) -> dict[str, Any]:
 
 
 def measure_features() -> dict[str, Any]:
-    """The feature family at 256 px in batches of 8: seconds a sample, and the backbone's share of them."""
+    """The feature family at 256 px, whole shards as a run makes them (read, drawn, gated, encoded, packed):
+    seconds a sample, and the share of them, and of the synthesis alone, that the backbone took."""
     import torch
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    normals = draw_normals(256)
-    allowed = np.ones((256, 256), np.bool_)
     rows = {}
-    for name in FEATURES:
-        generator = registry.get(f"feature-{name}")
-        assert generator.load is not None
-        model = generator.load(generator.params().model_dump(mode="json"), "cpu")
-        timed = _Timed(model.backbone)
-        recipes = [replace(r, batch=r.seed // 8) for r in plan(generator.name, {}, DEFAULT_AREA, 48)]
-        for part in (recipes[:8], recipes[8:]):  # the first to warm up
-            timed.seconds, start = 0.0, time.perf_counter()
-            synthesise(
-                part,
-                lambda recipe: Source(normals[recipe.seed % 8], allowed, (normals[(recipe.seed + 1) % 8],)),
-                generator,
-                replace(model, backbone=timed),
-                Gates(),
-                1,
-                {},
+    with tempfile.TemporaryDirectory() as folder, _timed_backbone() as forward:
+        for turned, category in enumerate(("one", "other")):  # no picture is in both
+            good = Path(folder) / "pictures" / category / "train" / "good"
+            good.mkdir(parents=True)
+            for number, normal in enumerate(draw_normals(256, 20)):
+                cv2.imwrite(str(good / f"{number}.png"), np.rot90(normal, turned))
+        for name in FEATURES:
+            config = Config.model_validate(
+                {
+                    "source": f"{folder}/pictures",
+                    "samples": 96,
+                    "output": {"shard_size": 32},
+                    "generation": {"generators": {f"feature-{name}": {}}, "location": "anywhere"},
+                }
             )
-            total = time.perf_counter() - start
-        rows[name] = {"seconds": total / 40, "forward": timed.seconds / total}
+            space = Workspace(f"{folder}/{name}")
+            number = rounds.begin(config, space, new_round=False)
+            shards = range(rounds.open_round(space, number).shard_count)
+            digest = settings_hash(space, number)
+            passes, records = [], []
+            for shard in shards:
+                forward.clear()
+                records.append(make_shard(Job(f"{folder}/{name}", number, shard, digest)))
+                passes.append(sum(forward))
+            whole, synthesis = (
+                sum(record[key] for record in records[1:]) for key in ("seconds", "synthesis_seconds")
+            )  # the first to warm up
+            made = sum(record["accepted"] + record["rejected"] for record in records[1:])
+            busy = sum(passes[1:])
+            rows[name] = {"seconds": whole / made, "forward": busy / whole, "of_synthesis": busy / synthesis}
     return rows
 
 
-class _Timed:
-    """A backbone that knows how long its forward passes took."""
+@contextmanager
+def _timed_backbone() -> Iterator[list[float]]:
+    """The seconds of each forward pass of any backbone in this process."""
+    from generation.backbones import Backbone
 
-    def __init__(self, backbone: Any):
-        self.backbone, self.seconds = backbone, 0.0
-        self.layers, self.fingerprint = backbone.layers, backbone.fingerprint
+    seconds: list[float] = []
+    plain = Backbone.features_and_attention
 
-    def features(self, images: Any) -> Any:
+    def timed(self: Backbone, images: Any) -> Any:
         start = time.perf_counter()
-        found = self.backbone.features(images)
-        self.seconds += time.perf_counter() - start
+        found = plain(self, images)
+        seconds.append(time.perf_counter() - start)
         return found
+
+    Backbone.features_and_attention = timed  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        Backbone.features_and_attention = plain  # type: ignore[method-assign]
 
 
 def _read(file: Path) -> np.ndarray:
@@ -306,14 +329,17 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(operators_table(result))
     table = Table(
-        title="feature family at 256 px, batches of 8: ms a sample, share of the backbone's forward"
+        title="feature family at 256 px, batches of 8, whole shards: ms a sample; share of the backbone's "
+        "forward pass in them, and in the synthesis alone"
     )
-    for column in ("generator", "ms", "forward"):
+    for column in ("generator", "ms", "forward", "of synthesis"):
         table.add_column(column, justify="left" if column == "generator" else "right")
     for name, row in result["features"].items():
         note = " (gradients)" if name in GRADIENTS else ""
         table.add_row(
-            f"feature-{name}{note}", f"{1000 * row['seconds']:.1f}", f"{100 * row['forward']:.0f} %"
+            f"feature-{name}{note}",
+            f"{1000 * row['seconds']:.1f}",
+            *(f"{100 * row[key]:.0f} %" for key in ("forward", "of_synthesis")),
         )
     console.print(table)
     targets = {
@@ -321,7 +347,7 @@ def show(result: dict[str, Any]) -> None:
         "operators": "a grey sample at most 2 ms at 256 px (wavelets 4), 40 ms at 1024 px (150)",
         "rgb": f"RGB at most {RGB_LIMIT:g} times grey",
         "solver": f"a solved strength at most {SOLVER_LIMIT:g} times a fixed one",
-        "features": f"the backbone at least {100 * FORWARD:.0f} % of a feature sample without gradients",
+        "features": f"the backbone at least {100 * FORWARD:.0f} % of a feature shard without gradients",
     }
     for name, what in targets.items():
         console.print(f"{what}: {'met' if result['passed'][name] else 'MISSED'}")
