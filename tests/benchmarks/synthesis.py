@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
@@ -199,44 +199,62 @@ def measure_operators(side: int) -> dict[str, Any]:
 
 
 def measure_features() -> dict[str, Any]:
-    """The feature family at 256 px, whole shards as a run makes them (read, drawn, gated, encoded, packed):
-    seconds a sample, and the share of them, and of the synthesis alone, that the backbone took."""
+    """The feature family and `cut` at 256 px, whole shards as a run makes them (read, drawn, gated, encoded,
+    packed): seconds a sample, and the share of them, and of the synthesis alone, that the backbone took."""
     import torch
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder, _timed_backbone() as forward:
-        for turned, category in enumerate(("one", "other")):  # no picture is in both
-            good = Path(folder) / "pictures" / category / "train" / "good"
-            good.mkdir(parents=True)
-            for number, normal in enumerate(draw_normals(256, 20)):
-                cv2.imwrite(str(good / f"{number}.png"), np.rot90(normal, turned))
-        for name in FEATURES:
-            config = Config.model_validate(
-                {
-                    "source": f"{folder}/pictures",
-                    "samples": 96,
-                    "output": {"shard_size": 32},
-                    "generation": {"generators": {f"feature-{name}": {}}, "location": "anywhere"},
-                }
-            )
-            space = Workspace(f"{folder}/{name}")
-            number = rounds.begin(config, space, new_round=False)
-            shards = range(rounds.open_round(space, number).shard_count)
-            digest = settings_hash(space, number)
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name, _timed_backbone() as forward:
+        folder = Path(name)
+        _write_normals(folder / "pictures")
+        for operator in FEATURES:
             passes, records = [], []
-            for shard in shards:
-                forward.clear()
-                records.append(make_shard(Job(f"{folder}/{name}", number, shard, digest)))
+            for record in _shards(folder, f"feature-{operator}", 32):
                 passes.append(sum(forward))
-            whole, synthesis = (
-                sum(record[key] for record in records[1:]) for key in ("seconds", "synthesis_seconds")
-            )  # the first to warm up
-            made = sum(record["accepted"] + record["rejected"] for record in records[1:])
-            busy = sum(passes[1:])
-            rows[name] = {"seconds": whole / made, "forward": busy / whole, "of_synthesis": busy / synthesis}
+                records.append(record)
+                forward.clear()
+            busy, whole = sum(passes[1:]), sum(record["seconds"] for record in records[1:])
+            synthesis = sum(record["synthesis_seconds"] for record in records[1:])
+            rows[operator] = {
+                "seconds": _pace(records[1:]),
+                "forward": busy / whole,
+                "of_synthesis": busy / synthesis,
+            }
+        rows["cut"] = {"seconds": _pace(list(_shards(folder, "cut", 8))[1:])}
     return rows
+
+
+def _write_normals(folder: Path) -> None:
+    """Two categories of twenty pictures of 256 px, none of which is in both."""
+    for turned, category in enumerate(("one", "other")):
+        good = folder / category / "train" / "good"
+        good.mkdir(parents=True)
+        for number, normal in enumerate(draw_normals(256, 20)):
+            cv2.imwrite(str(good / f"{number}.png"), np.rot90(normal, turned))
+
+
+def _shards(folder: Path, generator: str, size: int) -> Iterator[dict[str, Any]]:
+    """The records of three shards of a generator; the first of them warms up."""
+    config = Config.model_validate(
+        {
+            "source": str(folder / "pictures"),
+            "samples": 3 * size,
+            "output": {"shard_size": size},
+            "generation": {"generators": {generator: {}}, "location": "anywhere"},
+        }
+    )
+    space = Workspace(str(folder / generator))
+    number = rounds.begin(config, space, new_round=False)
+    digest = settings_hash(space, number)
+    for shard in range(rounds.open_round(space, number).shard_count):
+        yield make_shard(Job(str(folder / generator), number, shard, digest))
+
+
+def _pace(records: Sequence[dict[str, Any]]) -> float:
+    """Seconds a sample, of those that were accepted in the end."""
+    return sum(r["seconds"] for r in records) / sum(r["accepted"] for r in records)
 
 
 @contextmanager
@@ -299,7 +317,7 @@ def passed(sides: dict[str, Any], features: dict[str, Any]) -> dict[str, bool]:
         ),
         "rgb": all(row["rgb"] <= RGB_LIMIT * row["grey"] for _, _, row in rows),
         "solver": all(row["solved"] <= SOLVER_LIMIT * row["grey"] for _, _, row in rows),
-        "features": all(row["forward"] >= FORWARD for name, row in features.items() if name not in GRADIENTS),
+        "features": all(features[name]["forward"] >= FORWARD for name in FEATURES if name not in GRADIENTS),
     }
 
 
@@ -334,7 +352,8 @@ def show(result: dict[str, Any]) -> None:
     )
     for column in ("generator", "ms", "forward", "of synthesis"):
         table.add_column(column, justify="left" if column == "generator" else "right")
-    for name, row in result["features"].items():
+    for name in FEATURES:
+        row = result["features"][name]
         note = " (gradients)" if name in GRADIENTS else ""
         table.add_row(
             f"feature-{name}{note}",
@@ -377,10 +396,12 @@ def readme_table(result: dict[str, Any]) -> str:
         "| | generator | family | imitates | settings | ms a sample at 256 px, 1024 px |",
         "|---|---|---|---|---|---|",
     ]
-    cost = {f"feature-{name}": [1000 * found["seconds"]] for name, found in result["features"].items()}
+    found = result["features"]
+    cost = {f"feature-{name}": [1000 * found[name]["seconds"]] for name in FEATURES}
+    cost["cut"] = [1000 * found["cut"]["seconds"]]
     for name, generator, *_ in CASES:
         if generator not in cost or name == "perlin, procedural":
-            cost[generator] = [1000 * found["ours"][name]["median"] for found in result["sides"].values()]
+            cost[generator] = [1000 * side["ours"][name]["median"] for side in result["sides"].values()]
     families = ("classic", "frequency", "feature", "cut")
     for name in sorted(registry.BUILT_IN, key=lambda n: (families.index(registry.get(n).family), n)):
         pace = ", ".join(f"{milliseconds:.1f}" for milliseconds in cost[name]) if name in cost else ""
