@@ -85,12 +85,22 @@ class DFDSettings(Settings):
     gaussian_share: float = Field(
         0.0, ge=0, le=1, description="weight of the Gaussian path in maps; the other has the rest"
     )
-    score_share: float = Field(0.5, ge=0, le=1, description="the same in scores")
+    score_share: float = Field(
+        0.5, ge=0, le=1, description="the same in scores; where gaussian_share alone is named, that"
+    )
     standardise: bool = Field(True, description="bring every channel of a band to mean 0 and deviation 1")
     bgr: bool = Field(False, description="the encoder sees blue first")
     normalise: Literal["clean", "batch"] = Field(
         "clean", description="paths by normals' statistics, or (leaking) by those of the pictures scored"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_share(cls, given: Any) -> Any:
+        """Also of checkpoints from before ``score_share``, whose thresholds are of scores mixed as maps."""
+        if isinstance(given, dict) and "gaussian_share" in given:
+            return {"score_share": given["gaussian_share"], **given}
+        return given
 
     @model_validator(mode="after")
     def _whole_heads(self) -> DFDSettings:

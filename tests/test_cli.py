@@ -100,6 +100,8 @@ def test_three_lines_suffice_and_show_prints_the_rest(parts):
     again = parts / "full.yaml"
     again.write_text(done.stdout)
     assert load_config(again) == load_config(parts / "config.yaml")
+    for line in ("#   coreset: 1000  # ", "#   gaps: 0.5", "# detector.settings of residual:"):
+        assert line in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(

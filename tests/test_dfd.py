@@ -312,6 +312,12 @@ def test_paths_are_normalised_by_normals_and_pictures_scored_one_by_one(ready):
     torch.testing.assert_close(alone_map[0], maps[2], rtol=1e-4, atol=1e-4)
 
 
+def test_a_checkpoint_from_before_scores_had_a_share_keeps_its_own():
+    assert DFDSettings().score_share == 0.5 and DFDSettings().gaussian_share == 0
+    assert DFDSettings(gaussian_share=0.0).score_share == 0
+    assert DFDSettings(gaussian_share=0.0, score_share=0.3).score_share == 0.3
+
+
 def test_the_released_normalisation_is_the_one_of_the_slip(ready, backbone):
     """Every map by the range of each picture in turn, averaged; and it does leak."""
     leaking = make(backbone, normalise="batch").eval()

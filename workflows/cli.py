@@ -589,10 +589,11 @@ def config_check(config: ConfigPath) -> None:
 
 @config_app.command("show", epilog="Example: flawsmith config show config.yaml > full.yaml")
 def config_show(config: ConfigPath) -> None:
-    """Print a configuration with every default filled in."""
-    from workflows.config import to_yaml
+    """Print a configuration with every default filled in; the detector's and generators' as comments."""
+    from workflows.config import own_settings, to_yaml
 
-    typer.echo(to_yaml(_configure(config)), nl=False)
+    found = _configure(config)
+    typer.echo(to_yaml(found) + own_settings(found), nl=False)
 
 
 @app.command()
@@ -611,7 +612,7 @@ def doctor() -> None:
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="for pictures and results")] = Path("demo"),
 ) -> None:
-    """The whole loop on real solar cells and drawn parts: two rounds, ten minutes or so, no network."""
+    """The whole loop on real solar cells and drawn parts: two rounds, a quarter of an hour, no network."""
     from workflows.config import load_config
     from workflows.contact import contact_sheet
     from workflows.demo import write_demo

@@ -10,6 +10,7 @@ Three lines suffice::
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -591,6 +592,27 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def own_settings(config: Config) -> str:
+    """The settings of the detector and of each generator, as they stand, as comments of YAML: written out
+    as values they would make another configuration of the same run."""
+    from generation import registry
+
+    method, detector = config.detector.resolved()
+    sections: list[tuple[str, BaseModel]] = [(f"detector.settings of {method.name}", detector)]
+    for name, own in config.generation.generators.items():
+        sections.append(
+            (f"generation.generators.{name}.params", registry.get(name).params.model_validate(own.params))
+        )
+    lines = []
+    for title, settings in sections:
+        lines += ["#", f"# {title}:"]
+        for field, value in settings.model_dump(mode="json").items():
+            told = type(settings).model_fields[field].description
+            shown = json.dumps(value, ensure_ascii=False)  # which YAML reads too
+            lines.append(f"#   {field}: {shown}" + (f"  # {told}" if told else ""))
+    return "\n".join(lines) + "\n"
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
