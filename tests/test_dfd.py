@@ -203,12 +203,11 @@ def test_ascent_follows_the_live_path_to_the_distance_of_the_noise(backbone):
         kept = [value.clone() for value in detector.gaussian_path.state_dict().values()]
 
 
-def test_the_adapter_learns_from_what_climbed(backbone):
-    detector = make(backbone, perturbation="ascent", left_normal=0.0)
-    losses = detector.loss(batch_of(detector, prepare=True))
-    losses["gauss"].backward()
-    assert detector.adapter.weight.grad.abs().sum() > 0
-    assert all(torch.isfinite(p.grad).all() for p in detector.gaussian_path.parameters())
+def test_the_adapter_learns_from_what_climbed_but_not_from_how(backbone):
+    detector = make(backbone, perturbation="ascent")
+    patches = torch.randn(2, 3, 64, 32, requires_grad=True)
+    detector._noisy(patches).sum().backward()
+    torch.testing.assert_close(patches.grad, torch.ones_like(patches))
 
 
 def test_a_share_of_the_samples_is_left_normal(backbone):

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from generation import registry
-from generation.backbones import DEFAULT, load_backbone
+from generation.backbones import DEFAULT, BackboneError, load_backbone, to_batch
 from generation.feature import operators, statistics, storing
 from generation.feature.family import Model, calibrated, tokens, variant
 from generation.gates import Gates
 from generation.masks import shaped
+from generation.protocol import Source
 from generation.synthesis import attempt, synthesise
+from generation.textures import KINDS, procedural
 from manifests.errors import UsageError
 from manifests.recipes import Pool, _donors
 from manifests.schema import canonical_json
@@ -282,7 +284,9 @@ def test_the_shipped_strengths_are_those_that_calibration_finds(name):
     params, operator = generator.params(), generator.apply.keywords["operator"]
     backbone = load_backbone(DEFAULT)
     stored = statistics.stored(backbone)[statistics.strengths_key(variant(operator, params))]
-    np.testing.assert_allclose(stored, calibrated(backbone, operator, params), rtol=0.02)
+    np.testing.assert_allclose(
+        stored, calibrated(backbone, statistics.statistics(backbone), operator, params), rtol=0.02
+    )
     model = generator.load(params.model_dump(mode="json"), "cpu")
     assert model.range == tuple(stored.tolist())
 
@@ -299,18 +303,87 @@ def test_statistics_of_a_folder_are_stored_beside_its_weights(tmp_path, monkeypa
     backbone = before.backbone
     assert not statistics.stored(backbone)
     file = storing.write(backbone)
-    assert file.parent == tmp_path
+    assert file.parent == tmp_path and not list(tmp_path.glob("*.part"))
     found = statistics.stored(backbone)
-    wanted = {"strengths of " + name for name in ("gaussian", "local", "ascent manifold", "insert")}
-    assert wanted <= found.keys()
+    assert {
+        "strengths of " + name for name in ("gaussian", "local", "ascent manifold", "insert")
+    } <= found.keys()
     np.testing.assert_allclose(found["strengths of gaussian"], before.range, rtol=0.02)
-    other = load_backbone(str(tmp_path), ("layer1",))
-    assert not statistics.stored(other)  # each choice of layers has its own
+    monkeypatch.chdir(tmp_path)
+    assert statistics.stored(load_backbone(".", ("layer2",))).keys() == found.keys()
+    assert not statistics.stored(
+        load_backbone(str(tmp_path), ("layer1",))
+    )  # each choice of layers has its own
+    monkeypatch.setattr(statistics, "CALIBRATION", -1)
+    assert not statistics.stored(backbone)  # found by other rules
+    monkeypatch.undo()
     edited = {**found, statistics.FINGERPRINT: torch.tensor(list(b"others"), dtype=torch.uint8)}
     save_file(edited, file)
     assert not statistics.stored(backbone)  # other weights
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(BackboneError, match=r"is damaged.*remove it"):
+        statistics.stored(backbone)
+
+
+def test_statistics_are_stored_only_where_they_are_looked_for():
+    backbone = load_backbone(DEFAULT, ("blocks.1",))
+    with pytest.raises(UsageError, match="default layers"):
+        storing.write(backbone)
     with pytest.raises(UsageError, match="save the model to a folder"):
         storing.write(replace(backbone, name="resnet18"))
+
+
+def test_a_transformer_with_patches_of_14_pixels_says_where_it_looks(tmp_path, monkeypatch):
+    """As DINOv2's: the statistics are of pictures that its patches divide, and the places are attended."""
+    monkeypatch.setattr(statistics, "PICTURES", 4)
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "depth": 5, "num_heads": 2}
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28, **sizes)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True, model_args={"img_size": 28, **sizes})
+    params = {"backbone": str(tmp_path), "size": 140}
+    generator = registry.get("feature-copy")
+    loaded = generator.load(params, "cpu")
+    (outcome,) = synthesise(
+        [recipe("feature-copy", area=0.1, params=canonical_json(params))],
+        lambda _: source(), generator, loaded, Gates(), 3, {},
+    )  # fmt: skip
+    assert outcome.status == "accepted", outcome.reason
+    assert outcome.feature.feature.shape == (32, 10, 10)
+    assert outcome.measures["solved_strength"] == pytest.approx(
+        loaded.range[0] * (loaded.range[1] / loaded.range[0]) ** outcome.recipe.severity
+    )
+    batch = to_batch([source().pixels], 140)
+    _, attention = loaded.backbone.features_and_attention(batch)
+    changed = torch.from_numpy(outcome.mask[None] > 0)
+    looks = attention[0].flatten(1)
+    others = looks[:, ~changed.flatten()].mean(1)
+    assert (looks[:, changed.flatten()].mean(1) > others).any()  # those that one of the heads looks at
+
+
+def test_a_local_sample_is_told_as_its_severity_promises():
+    """By a probe on other surfaces than the calibration's, changed by the generator's own draw and apply."""
+    generator = registry.get("feature-local")
+    model = generator.load(generator.params().model_dump(mode="json"), "cpu")
+    allowed = np.ones((256, 256), np.bool_)
+    found = {}
+    for severity in (0.0, 1.0):
+        clean, changed = [], []
+        for number in range(24):
+            rng = np.random.default_rng((77, number))
+            kind = list(KINDS)[number % len(KINDS)]
+            pixels = np.rint(procedural(kind, rng, 256, 256, 3) * 255).astype(np.uint8)
+            one = Source(pixels, allowed)
+            drawn = generator.draw(
+                recipe("feature-local", number, severity=severity, area=0.25, count=4), one, rng
+            )
+            (edit,) = generator.apply([one], [drawn], model)
+            for features, kept in ((edit.clean, clean), (edit.feature, changed)):
+                whole = torch.from_numpy(features.astype(np.float32))[None]
+                z = statistics.standardised(whole, model.statistics)[0]
+                kept.append(z[:, torch.from_numpy(edit.mask)].T)
+        order = torch.randperm(len(torch.cat(clean)), generator=torch.Generator().manual_seed(0))
+        found[severity] = statistics.accuracy(torch.cat(clean)[order], torch.cat(changed)[order])
+    assert found[0.0] == pytest.approx(0.6, abs=0.07) and found[1.0] == pytest.approx(0.8, abs=0.07)
 
 
 # -- as generators

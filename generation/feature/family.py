@@ -53,7 +53,7 @@ class MovedParams(FeatureParams):
 
     Attributes:
         attended: of a place twice as large, change the half that stands out most: where the class token of
-            a vision transformer looks, or else what is least like the picture's mean.
+            a vision transformer looks (of timm's own class), or else what is least like the picture's mean.
     """
 
     attended: Annotated[bool, Search(choices=(True, False))] = True
@@ -114,12 +114,13 @@ def load(params: Mapping[str, Any], device: str, operator: Operator, kind: type[
 
     settings = kind(**params)
     backbone = _backbone(settings.backbone, settings.layers, device)
+    known = statistics(backbone)
     strengths = stored(backbone).get(strengths_key(variant(operator, settings)))
     if strengths is not None:
         found = (float(strengths[0]), float(strengths[1]))
     else:
-        found = calibrated(backbone, operator, settings)
-    return Model(backbone, settings.size, statistics(backbone), found)
+        found = calibrated(backbone, known, operator, settings)
+    return Model(backbone, settings.size, known, found)
 
 
 @lru_cache(maxsize=2)
@@ -130,18 +131,37 @@ def _backbone(name: str, layers: tuple[str, ...] | None, device: str) -> Backbon
     return load_backbone(name, layers, device)
 
 
-def calibrated(backbone: Backbone, operator: Operator, params: FeatureParams) -> tuple[float, float]:
+def calibrated(
+    backbone: Backbone, known: Statistics, operator: Operator, params: FeatureParams
+) -> tuple[float, float]:
     """An operator's strengths at severity 0 and 1, found on the backbone's features (seconds)."""
-    from generation.feature.statistics import normal_features, separable, statistics
+    from generation.feature.statistics import normal_features, separable
 
-    known, features = statistics(backbone), normal_features(backbone)
-    other = None
+    features, other, mask = normal_features(backbone), None, None
     if operator.other == "foreign":
         other = features.roll(1, 0)  # the next one is of another kind of surface
     elif operator.other == "textured":
-        other = normal_features(backbone, textured=True)
+        other, mask = _textured_features(backbone)
     perturb = operator.bind(known, params, other)
-    return separable(features, known, perturb, operator.limit, beside=operator.moves)
+    return separable(features, known, perturb, operator.limit, beside=operator.moves, mask=mask)
+
+
+def _textured_features(backbone: Backbone) -> tuple[Any, Any]:
+    """Features of the drawn surfaces with textures over a quarter of each, in places as they are drawn for
+    samples, and the tokens there: N×C×h×w and bool N×h×w."""
+    import torch
+
+    from generation.feature.statistics import features_of, normal_pictures
+
+    changed, regions = [], []
+    for number, picture in enumerate(normal_pictures(backbone)):
+        rng = np.random.default_rng((number, 1))
+        region = _region(rng, np.ones(picture.shape[:2], np.bool_), 0.25, 4, "blob")
+        changed.append(textured(picture, region, rng))
+        regions.append(region)
+    features = features_of(backbone, changed)
+    masks = [tokens(region, *features.shape[2:]) for region in regions]
+    return features, torch.from_numpy(np.stack(masks))
 
 
 def variant(operator: Operator, params: FeatureParams) -> str:
@@ -166,9 +186,7 @@ def draw(
         )
     wider = 2 if isinstance(params, MovedParams) and params.attended else 1
     area = min(wider * recipe.area, 0.9)
-    (y0, y1, x0, x1), part = shaped(rng, source.allowed, area, recipe.count, params.shape)
-    region = np.zeros(source.allowed.shape, np.bool_)
-    region[y0:y1, x0:x1] = part
+    region = _region(rng, source.allowed, area, recipe.count, params.shape)
     other = None
     if operator.other == "foreign":
         other = source.donors[rng.integers(len(source.donors))]
@@ -177,13 +195,23 @@ def draw(
     return FeatureDraw(region, recipe.severity, int(rng.integers(2**63)), params, other)
 
 
+def _region(
+    rng: np.random.Generator, allowed: np.ndarray, area: float, count: int, shape: Shape
+) -> np.ndarray:
+    (y0, y1, x0, x1), part = shaped(rng, allowed, area, count, shape)
+    region = np.zeros(allowed.shape, np.bool_)
+    region[y0:y1, x0:x1] = part
+    return region
+
+
 def apply(
     sources: Sequence[Source], draws: Sequence[FeatureDraw], model: Model, operator: Operator
 ) -> list[FeatureEdit]:
     """The features of all pictures in one pass of the backbone, each changed in its mask."""
-    features, attention = _features([source.pixels for source in sources], model)
+    looked = any(isinstance(one.params, MovedParams) and one.params.attended for one in draws)
+    features, attention = _features([source.pixels for source in sources], model, looked)
     seconds = [one.other for one in draws if one.other is not None]
-    others = _features(seconds, model)[0] if seconds else None
+    others = _features(seconds, model, attention=False)[0] if seconds else None
     edits = []
     for at, one in enumerate(draws):
         own = slice(at, at + 1)
@@ -193,13 +221,15 @@ def apply(
     return edits
 
 
-def _features(pictures: Sequence[np.ndarray], model: Model) -> tuple[Any, Any]:
-    """Features, and the class token's attention if there is one, on the CPU."""
+def _features(pictures: Sequence[np.ndarray], model: Model, attention: bool) -> tuple[Any, Any]:
+    """Features and, if it is asked for and there is one, the class token's attention, on the CPU."""
     from generation.backbones import to_batch
 
     batch = to_batch([eight_bit(picture) for picture in pictures], model.size)
-    features, attention = model.backbone.features_and_attention(batch)
-    return features.cpu(), None if attention is None else attention.cpu()
+    if not attention:
+        return model.backbone.features(batch).cpu(), None
+    features, looks = model.backbone.features_and_attention(batch)
+    return features.cpu(), None if looks is None else looks.cpu()
 
 
 def _apply(
@@ -219,7 +249,9 @@ def _apply(
     perturb = operator.bind(model.statistics, one.params, other)
     changed = perturb(features, mask, strength, random)[0].numpy().astype(np.float16)
     clean, where = features[0].numpy().astype(np.float16), mask[0].numpy()
-    measures = {"wanted_area": float(one.region.mean())} if one.params.shape == "whole" else {}
+    measures = {"solved_strength": strength} if one.params.strength is None else {}
+    if one.params.shape == "whole":
+        measures["wanted_area"] = float(one.region.mean())
     backbone = model.backbone
     return FeatureEdit(
         np.where(where, changed, clean), where, clean, backbone.layers, backbone.fingerprint, measures

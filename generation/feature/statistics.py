@@ -16,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from generation import textures
-from generation.backbones import DEFAULT, Backbone, to_batch
+from generation.backbones import DEFAULT, Backbone, BackboneError, to_batch
 from generation.textures import KINDS, procedural
 
 PICTURES, SIDE = 32, 256  # drawn for the estimate, and their side in pixels
 SEPARABLE = (0.60, 0.80)  # a probe's accuracy at severity 0 and 1 (core.md 5.7: 60–80 % at the start)
 RIDGE = 1e-2
 FINGERPRINT = "fingerprint"
+CALIBRATION = 2  # of the rules here and of the operators: raise it with them, and write what is stored anew
 
 Perturb = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 
@@ -58,11 +59,28 @@ def statistics(backbone: Backbone) -> Statistics:
 
 def stored(backbone: Backbone) -> dict[str, Tensor]:
     """What the file of a backbone holds: the fields of :class:`Statistics`, and by :func:`strengths_key` the
-    strengths of each operator at severity 0 and 1. Empty if there is none, or one of other weights."""
+    strengths of each operator at severity 0 and 1. Empty if there is none, or one of other weights, layers or
+    rules.
+
+    Raises:
+        BackboneError: a file that is cut or damaged.
+    """
     path = file_of(backbone)
-    found = load_file(path) if path is not None and path.is_file() else {}
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise BackboneError(
+            f"{path} is damaged ({error}): remove it, or write it anew: python -m generation.feature.storing"
+        ) from error
     name = bytes(found.pop(FINGERPRINT, torch.empty(0, dtype=torch.uint8)).tolist()).decode()
-    return found if name == backbone.fingerprint else {}
+    return found if name == fingerprint(backbone) else {}
+
+
+def fingerprint(backbone: Backbone) -> str:
+    """Of what is stored: layers, weights, and the rules by which statistics and strengths are found."""
+    return f"{CALIBRATION}:{backbone.fingerprint.partition(':')[2]}"
 
 
 def file_of(backbone: Backbone) -> Path | None:
@@ -71,7 +89,7 @@ def file_of(backbone: Backbone) -> Path | None:
     if backbone.name == DEFAULT:
         return Path(str(resources.files("generation.feature"))) / f"{DEFAULT}.safetensors"
     folder = Path(backbone.name)
-    digest = hashlib.sha256(backbone.fingerprint.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(fingerprint(backbone).encode()).hexdigest()[:8]
     return folder / f"flawsmith-{digest}.safetensors" if folder.is_dir() else None
 
 
@@ -79,19 +97,25 @@ def strengths_key(operator: str) -> str:
     return f"strengths of {operator}"
 
 
-@lru_cache(maxsize=4)
-def normal_features(backbone: Backbone, textured: bool = False) -> Tensor:
-    """Features of the drawn surfaces, or of the same with a texture over all of them
-    (:func:`generation.textures.textured`): float32, N×C×h×w, on the CPU."""
+@lru_cache(maxsize=2)
+def normal_features(backbone: Backbone) -> Tensor:
+    """Features of the drawn surfaces: float32, N×C×h×w, on the CPU."""
+    return features_of(backbone, normal_pictures(backbone))
+
+
+def normal_pictures(backbone: Backbone) -> list[np.ndarray]:
+    """The drawn surfaces, uint8 H×W×3, of a size that the backbone takes."""
+    side = SIDE // backbone.stride * backbone.stride
     pictures = []
     for number in range(PICTURES):
-        rng = np.random.default_rng(number)
         kind = list(KINDS)[number % len(KINDS)]
-        picture = np.rint(procedural(kind, rng, SIDE, SIDE, 3) * 255).astype(np.uint8)
-        pictures.append(
-            textures.textured(picture, np.ones((SIDE, SIDE), np.bool_), rng) if textured else picture
-        )
-    batches = (to_batch(pictures[i : i + 8], SIDE) for i in range(0, PICTURES, 8))
+        drawn = procedural(kind, np.random.default_rng(number), side, side, 3)
+        pictures.append(np.rint(drawn * 255).astype(np.uint8))
+    return pictures
+
+
+def features_of(backbone: Backbone, pictures: list[np.ndarray]) -> Tensor:
+    batches = (to_batch(pictures[i : i + 8], len(pictures[0])) for i in range(0, len(pictures), 8))
     return torch.cat([backbone.features(batch).cpu() for batch in batches])
 
 
@@ -153,7 +177,13 @@ def _fit(clean: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def separable(
-    features: Tensor, known: Statistics, perturb: Perturb, limit: float, *, beside: bool = False
+    features: Tensor,
+    known: Statistics,
+    perturb: Perturb,
+    limit: float,
+    *,
+    beside: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[float, float]:
     """The strengths at which a probe tells 60 % and 80 %: those of severity 0 and 1.
 
@@ -163,9 +193,11 @@ def separable(
         features: of normal pictures, N×C×h×w.
         perturb: an operator with all but features, mask, strength and random numbers given.
         beside: whether the probe sees tokens as :func:`beside_others` has them, not by themselves.
+        mask: the tokens to change, bool N×h×w; None: a quarter of them, by chance.
     """
     generator = torch.Generator()
-    mask = torch.rand(features.shape[0], *features.shape[2:], generator=generator.manual_seed(0)) < 0.25
+    if mask is None:
+        mask = torch.rand(features.shape[0], *features.shape[2:], generator=generator.manual_seed(0)) < 0.25
 
     def seen(all_tokens: Tensor) -> Tensor:
         places = beside_others(all_tokens, known) if beside else standardised(all_tokens, known)

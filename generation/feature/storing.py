@@ -9,6 +9,7 @@ no process has to find it anew and every machine has the same to the bit::
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -18,15 +19,23 @@ from torch import Tensor
 from generation import registry
 from generation.backbones import DEFAULT, Backbone, load_backbone
 from generation.feature.family import AscentParams, FeatureParams, calibrated, variant
-from generation.feature.statistics import FINGERPRINT, estimate, file_of, normal_features, strengths_key
+from generation.feature.statistics import (
+    FINGERPRINT,
+    Statistics,
+    estimate,
+    file_of,
+    fingerprint,
+    normal_features,
+    strengths_key,
+)
 from manifests.errors import UsageError
 
 
 def write(backbone: Backbone) -> Path:
-    """The file of a backbone, see :func:`generation.feature.statistics.file_of`.
+    """The file of a backbone, see :func:`generation.feature.statistics.file_of`; whole or not at all.
 
     Raises:
-        UsageError: a backbone that has no folder to write to.
+        UsageError: a backbone that has no folder to write to, or other layers than those that are shipped.
     """
     path = file_of(backbone)
     if path is None:
@@ -34,14 +43,17 @@ def write(backbone: Backbone) -> Path:
             f"backbone {backbone.name}: its weights come from a hub, where nothing can be stored; "
             "save the model to a folder (timm.models.save_for_hf) and name that"
         )
-    path.unlink(missing_ok=True)  # strengths are found on what is estimated now
+    if backbone.name == DEFAULT and backbone.fingerprint != load_backbone().fingerprint:
+        raise UsageError(f"backbone {DEFAULT}: what is shipped is of its default layers; leave --layers out")
     known = estimate(normal_features(backbone))
-    name = torch.tensor(list(backbone.fingerprint.encode()), dtype=torch.uint8)
-    save_file({**vars(known), **_strengths(backbone), FINGERPRINT: name}, path)
+    name = torch.tensor(list(fingerprint(backbone).encode()), dtype=torch.uint8)
+    aside = path.with_suffix(".part")
+    save_file({**vars(known), **_strengths(backbone, known), FINGERPRINT: name}, aside)
+    os.replace(aside, path)
     return path
 
 
-def _strengths(backbone: Backbone) -> dict[str, Tensor]:
+def _strengths(backbone: Backbone, known: Statistics) -> dict[str, Tensor]:
     found = {}
     for generator in map(registry.get, registry.BUILT_IN):
         if generator.family != "feature":
@@ -53,7 +65,7 @@ def _strengths(backbone: Backbone) -> dict[str, Tensor]:
             else [FeatureParams()]
         )
         for params in kinds:
-            low, high = calibrated(backbone, operator, params)
+            low, high = calibrated(backbone, known, operator, params)
             found[strengths_key(variant(operator, params))] = torch.tensor([low, high], dtype=torch.float64)
     return found
 

@@ -263,7 +263,7 @@ def _timed_backbone() -> Iterator[list[float]]:
     from generation.backbones import Backbone
 
     seconds: list[float] = []
-    plain = Backbone.features_and_attention
+    plain = Backbone.taps
 
     def timed(self: Backbone, images: Any) -> Any:
         start = time.perf_counter()
@@ -271,11 +271,11 @@ def _timed_backbone() -> Iterator[list[float]]:
         seconds.append(time.perf_counter() - start)
         return found
 
-    Backbone.features_and_attention = timed  # type: ignore[method-assign]
+    Backbone.taps = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        Backbone.features_and_attention = plain  # type: ignore[method-assign]
+        Backbone.taps = plain  # type: ignore[method-assign]
 
 
 def _read(file: Path) -> np.ndarray:
