@@ -49,7 +49,9 @@ DEFAULT_MIX = {
     "cutpaste": GeneratorSettings(),
     "scar": GeneratorSettings(),
     "poisson": GeneratorSettings(),
-    "chip": GeneratorSettings(severity=(1.0, 1.0)),  # a piece that is missing by half looks like a film
+    # A piece that is missing by half looks like a film. With three shares instead of one OneNIP learned 0.030
+    # more pixel AP and 0.013 more AUPRO (four categories of real pictures, one seed), `residual` as much.
+    "chip": GeneratorSettings(severity=(1.0, 1.0), share=3.0),
     "band": GeneratorSettings(),
 }
 

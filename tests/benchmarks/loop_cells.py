@@ -69,7 +69,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cutpaste": {},
     "scar": {},
     "poisson": {},
-    "chip": {"severity": [1.0, 1.0]},
+    "chip": {"severity": [1.0, 1.0], "share": 3.0},
     "band": {},
     "wavelet": {},
     "cut": {},

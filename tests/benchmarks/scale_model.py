@@ -44,7 +44,7 @@ GENERATORS = {
     "wavelet": (3.3, 34.0),
 }
 # generation.generators by default, equal shares
-MIX = ("perlin", "cutpaste", "scar", "poisson", "chip", "band")
+MIX = {"perlin": 1.0, "cutpaste": 1.0, "scar": 1.0, "poisson": 1.0, "chip": 3.0, "band": 1.0}  # shares
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def default_mix(side: int) -> float:
     """Seconds a sample of the default mix on one core; at 256 px a run's own rate."""
     if side == 256:
         return 1 / of("run 256")
-    return with_encoding(sum(GENERATORS[name][1] for name in MIX) / len(MIX), side)
+    drawing = sum(share * GENERATORS[name][1] for name, share in MIX.items()) / sum(MIX.values())
+    return with_encoding(drawing, side)
 
 
 def operations() -> float:
