@@ -67,7 +67,11 @@ class Backbone:
         Returns:
             float32, N×``channels``×h×w on ``device``, with h = H/``stride`` rounded as the network does.
         """
-        return _concatenated(self.taps(images))
+        taps = self.taps(images)
+        # align_corners as in the released code of UniAD and OneNIP
+        size = taps[-1].shape[-2:]
+        resized = [F.interpolate(tap, size, mode="bilinear", align_corners=True) for tap in taps]
+        return torch.cat(resized, dim=1).contiguous()
 
     def features_and_attention(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`features`, and from the same pass how much the class token looks at each place.
@@ -114,13 +118,6 @@ class Backbone:
             raise BackboneError(
                 f"backbone {self.name} takes no pictures of {shape} pixels ({error}): set another size"
             ) from error
-
-
-def _concatenated(taps: Sequence[Tensor]) -> Tensor:
-    """At the size of the last one; align_corners as in the released code of UniAD and OneNIP."""
-    size = taps[-1].shape[-2:]
-    resized = [F.interpolate(tap, size, mode="bilinear", align_corners=True) for tap in taps]
-    return torch.cat(resized, dim=1).contiguous()
 
 
 def _last_attention(taps: Any) -> Attention | None:

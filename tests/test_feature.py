@@ -305,15 +305,13 @@ def test_statistics_of_a_folder_are_stored_beside_its_weights(tmp_path, monkeypa
     file = storing.write(backbone)
     assert file.parent == tmp_path and not list(tmp_path.glob("*.part"))
     found = statistics.stored(backbone)
-    assert {
-        "strengths of " + name for name in ("gaussian", "local", "ascent manifold", "insert")
-    } <= found.keys()
+    wanted = {"strengths of " + name for name in ("gaussian", "local", "ascent manifold", "insert")}
+    assert wanted <= found.keys()
     np.testing.assert_allclose(found["strengths of gaussian"], before.range, rtol=0.02)
     monkeypatch.chdir(tmp_path)
     assert statistics.stored(load_backbone(".", ("layer2",))).keys() == found.keys()
-    assert not statistics.stored(
-        load_backbone(str(tmp_path), ("layer1",))
-    )  # each choice of layers has its own
+    other = load_backbone(str(tmp_path), ("layer1",))
+    assert not statistics.stored(other)  # each choice of layers has its own
     monkeypatch.setattr(statistics, "CALIBRATION", -1)
     assert not statistics.stored(backbone)  # found by other rules
     monkeypatch.undo()

@@ -31,10 +31,7 @@ CLASSIC = ("perlin", "cutpaste", "scar", "crack", "chip", "fibre", "poisson", "b
 FREQUENCY = tuple(
     name for name in registry.BUILT_IN if registry.get(name).family == "frequency" and name not in CLASSIC
 )
-FEATURE = tuple(
-    f"feature-{name}"
-    for name in ("noise", "jitter", "ascent", "adversarial", "flow", "copy", "shuffle", "insert")
-)
+FEATURE = tuple(name for name in registry.BUILT_IN if registry.get(name).family == "feature")
 OPEN = Gates(leak_max=1, hollow_max=1, contrast_min=0, area_low=0, area_high=1e9, pixels_min=1, change_min=0)
 
 

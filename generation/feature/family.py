@@ -198,6 +198,7 @@ def draw(
 def _region(
     rng: np.random.Generator, allowed: np.ndarray, area: float, count: int, shape: Shape
 ) -> np.ndarray:
+    """A mask of the places that are allowed: bool, H×W."""
     (y0, y1, x0, x1), part = shaped(rng, allowed, area, count, shape)
     region = np.zeros(allowed.shape, np.bool_)
     region[y0:y1, x0:x1] = part
