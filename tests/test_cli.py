@@ -102,6 +102,8 @@ def test_three_lines_suffice_and_show_prints_the_rest(parts):
     assert load_config(again) == load_config(parts / "config.yaml")
     for line in ("#   coreset: 1000  # ", "#   gaps: 0.5", "# detector.settings of residual:"):
         assert line in done.stdout, done.stdout
+    wrong = write_config(parts, detector={"name": "residual", "settings": {"stepz": 3}})
+    assert "did you mean 'steps'" in flawsmith("config", "show", wrong).stderr
 
 
 @pytest.mark.parametrize(

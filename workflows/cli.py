@@ -590,9 +590,10 @@ def config_check(config: ConfigPath) -> None:
 @config_app.command("show", epilog="Example: flawsmith config show config.yaml > full.yaml")
 def config_show(config: ConfigPath) -> None:
     """Print a configuration with every default filled in; the detector's and generators' as comments."""
-    from workflows.config import own_settings, to_yaml
+    from workflows.config import check_detector, own_settings, to_yaml
 
     found = _configure(config)
+    check_detector(found, str(config))
     typer.echo(to_yaml(found) + own_settings(found), nl=False)
 
 
