@@ -14,7 +14,7 @@ from manifests.searching import Search
 from manifests.workspace import Workspace
 from tests.benchmarks import loop, loop_cells
 from tests.benchmarks.detectors import read_case
-from tests.benchmarks.loop import ARMS, EFFICIENCY, estimates, key, samples_in_all
+from tests.benchmarks.loop import ARMS, COMPARED, EFFICIENCY, estimates, key, samples_in_all
 from tests.benchmarks.loop_cells import (
     FAMILIES,
     FOLDS,
@@ -35,6 +35,7 @@ from tests.benchmarks.loop_cells import (
 from tests.benchmarks.paired import packed
 from training.evaluation import Judged
 from workflows import probing
+from workflows.config import Generation
 from workflows.demo import write_drawn
 from workflows.searching import REACH
 
@@ -94,10 +95,8 @@ def test_arms_run_in_small(plan, monkeypatch):
     monkeypatch.setattr(loop_cells, "THREADS", 1)
     monkeypatch.setattr(probing, "SHARD", 6)  # samples a trial
     short = {**loop.STEERED, **loop.PRACTICE, "feedback": {"trials": 16}}
-    small = {
-        name: replace(ARMS[name], without="cut", rounds=2, settings=short) for name in ("chance", "loop")
-    }
-    small["ceiling"] = replace(ARMS["ceiling"], without="cut")
+    small = {name: replace(ARMS[name], rounds=2, settings=short) for name in ("chance", "loop")}
+    small["ceiling"] = ARMS["ceiling"]
     with own_worker() as cluster:
         found = {name: measure(replace(plan, cluster=cluster), arm, 0, 0) for name, arm in small.items()}
     for cell in found.values():
@@ -135,7 +134,7 @@ def test_what_is_lent_is_what_would_have_been_made(plan, tmp_path):
         stages = {row["kind"] for row in space.read_table("history.parquet").to_pylist()}
         return [space.read_bytes(file) for file in files], stages
 
-    arm = Arm("plain", without="cut")
+    arm = Arm("plain")
     with own_worker() as cluster:
         shared = replace(plan, cluster=cluster, case=replace(plan.case, work=tmp_path / "shared"))
         apart = replace(shared, case=replace(plan.case, work=tmp_path / "apart"))
@@ -180,23 +179,25 @@ def test_arms_differ_in_what_they_are_named_for(plan):
         return config_of(plan, ARMS[name], 1, Path("/a.csv"), 3, opacity).model_dump(mode="json")
 
     mix = "generation.generators"
-    practice = {"generation.practice.candidates", "generation.practice.guidance"}
-    lacks = {
+    changes = {
         "few-loop-no-feedback": {"feedback.enabled"},
         "few-loop-no-weights": {"training.weigh"},
-        "few-loop-no-cut": {f"{mix}.cut"},
-        "few-loop-no-frequency": {f"{mix}.band", f"{mix}.wavelet"},
+        "few-loop-no-frequency": {f"{mix}.band"},
+        "few-loop-cut": {f"{mix}.cut"},
+        "few-loop-cut-practice": {"generation.practice.candidates", "generation.practice.guidance"},
+        "few-onenip-loop-feature": {f"{mix}.{name}" for name in FAMILIES["feature"]},
     }
-    assert set(lacks) == {name for name in ARMS if name.startswith("few-loop-no-")}
-    for name, parts in (*lacks.items(), ("few-loop-practice", practice)):
-        assert changed(config("few-loop"), config(name)) == parts, name
-    features = {f"{mix}.{name}" for name in FAMILIES["feature"]}
-    assert changed(config("few-onenip-loop"), config("few-onenip-loop-no-feature")) == features
+    assert set(changes) == set(COMPARED)
+    for name, parts in changes.items():
+        assert changed(config(COMPARED[name]), config(name)) == parts, name
+        alike = {"base": "", "beside": None, "without": None, "settings": {}}
+        assert replace(ARMS[name], **alike) == replace(ARMS[COMPARED[name]], **alike)
     assert changed(config("loop"), config("chance")) == set()
     assert ARMS["chance"] == replace(ARMS["loop"], base="chance", chance=True)
-    assert changed(config("loop"), config("ours")) == {f"{mix}.cut.vary", "training.weigh", "samples"}
-    assert config("loop")["generation"]["generators"]["cut"]["vary"] > 0
-    size = config("few-onenip-loop")["generation"]["generators"]["feature-ascent"]["params"]["size"]
+    assert changed(config("loop"), config("ours")) == {"training.weigh", "samples"}
+    assert config("ours")["generation"]["generators"] == Generation().model_dump(mode="json")["generators"]
+    assert config("few-loop-cut")["generation"]["generators"]["cut"]["vary"] > 0
+    size = config("few-onenip-loop-feature")["generation"]["generators"]["feature-ascent"]["params"]["size"]
     assert size == get("onenip").settings().size
     faint, strong = (config("standard", opacity) for opacity in (OPACITIES[0], OPACITIES[2]))
     weights = [one["generation"]["generators"]["perlin"]["params"]["opacity"] for one in (faint, strong)]

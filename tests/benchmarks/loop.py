@@ -14,19 +14,21 @@ The arms (one multi-category model each; equal recipes in all rounds together, s
 detector):
 
 * A standard: Perlin textures and CutPaste as published, the textures' weight chosen once on what steers;
-* B ours: one round of our generators at their default settings;
+* B ours: one round of the default mix at its default settings;
 * C loop: the product's rounds, each detector learning from all samples so far (``training.earlier: 1``), with
-  what it steers by, weights of samples, and settings of `cut` that vary between shards, for no trial makes
-  samples of it; without practice against the detector of the round before, which is measured beside it;
+  what it steers by, and weights of samples; without practice against the detector of the round before;
 * C0 chance: the loop in everything (rounds, samples, first round, weights, the round that is judged) but one:
   each later round's settings are drawn evenly from those that the loop's search can reach from the present
   ones, in place of being chosen, no category has a mix of its own, and no normal picture counts as hard. A
   pick at random from as many such settings as the loop tries is one such setting, so no trials are run;
 * D ceiling: ours, and the real anomalies of the pictures that steer, as half of what is drawn;
-* few-loop, few-loop-no-…, few-loop-practice: the loop on four categories, the same without feedback, weights,
-  `cut` or frequency, and with guidance by the detector of the round before. Without the feature level:
-  few-onenip-loop-no-feature against few-onenip-loop, for `onenip` alone learns from features that a generator
-  made;
+* few-loop, few-loop-no-…: the loop on four categories, and the same without feedback, weights or the
+  frequency family;
+* few-loop-cut: the same with `cut` beside the default mix, whose settings vary between shards, for no trial
+  makes samples of it; few-loop-cut-practice: that, practising against the detector of the round before, which
+  guides `cut`, too;
+* few-onenip-loop, few-onenip-loop-feature: the loop of `onenip`, which alone learns from features that a
+  generator made, without them and with two kinds of them beside the default mix;
 * few-ours, few-loop-half, -third, -sixth: ours in one round of as many samples as all rounds of few-loop
   have together, and the loop with that share of them in as many rounds.
 
@@ -86,6 +88,7 @@ STEERED: dict[str, dict[str, Any]] = {"training": {**POOLED["training"], "weigh"
 PRACTICE: dict[str, dict[str, Any]] = {"generation": {"practice": {"candidates": 4, "guidance": 0.3}}}
 UNFED: dict[str, dict[str, Any]] = {"feedback": {"enabled": False}}
 FEW_LOOP = Arm("few-loop", rounds=ROUNDS, few=True, settings=STEERED)
+FEW_CUT = replace(FEW_LOOP, base="few-cut", beside="cut")
 ONENIP: dict[str, dict[str, Any]] = {"detector": {"name": "onenip", "settings": {}}}
 FEW_ONENIP = replace(FEW_LOOP, base="few-onenip", settings={**STEERED, **ONENIP})
 ARMS = {
@@ -101,14 +104,21 @@ ARMS = {
     "few-loop-sixth": replace(FEW_LOOP, base="few-sixth", samples=1 / 6),
     "few-loop-no-feedback": replace(FEW_LOOP, base="few-no-feedback", settings={**STEERED, **UNFED}),
     "few-loop-no-weights": replace(FEW_LOOP, base="few-no-weights", settings=POOLED),
-    "few-loop-no-cut": replace(FEW_LOOP, base="few-no-cut", without="cut"),
     "few-loop-no-frequency": replace(FEW_LOOP, base="few-no-frequency", without="frequency"),
-    "few-loop-practice": replace(FEW_LOOP, base="few-practice", settings={**STEERED, **PRACTICE}),
+    "few-loop-cut": FEW_CUT,
+    "few-loop-cut-practice": replace(FEW_CUT, base="few-practice", settings={**STEERED, **PRACTICE}),
     "few-onenip-loop": FEW_ONENIP,
-    "few-onenip-loop-no-feature": replace(FEW_ONENIP, base="few-onenip-no-feature", without="feature"),
+    "few-onenip-loop-feature": replace(FEW_ONENIP, base="few-onenip-feature", beside="feature"),
 }
 EFFICIENCY = ("few-loop-sixth", "few-loop-third", "few-loop-half", "few-loop")
-WHOLES = ("few-loop", "few-onenip-loop")  # each is followed by itself without a part, or with one more
+COMPARED = {  # arms on four categories, each with the one that it differs from in one thing
+    "few-loop-no-feedback": "few-loop",
+    "few-loop-no-weights": "few-loop",
+    "few-loop-no-frequency": "few-loop",
+    "few-loop-cut": "few-loop",
+    "few-loop-cut-practice": "few-loop-cut",
+    "few-onenip-loop-feature": "few-onenip-loop",
+}
 MAIN = ("standard", "ours", "chance", "loop", "ceiling")
 SEEDS = (0, 1, 2)
 DETECTOR = "residual"
@@ -291,28 +301,20 @@ def verdicts(plan: Plan, known: Mapping[str, Figures]) -> list[str]:
 
 
 def few_table(plan: Plan, known: Mapping[str, Figures]) -> Table:
-    rows = table(
-        "four categories: the loop, without a part of it, and with practice (their leads over it)",
-        "arm",
-        *(TITLES[m] for m in METRICS),
-    )
-    for whole in WHOLES:
-        for name in (
-            whole,
-            *(name for name in ARMS if name.startswith((f"{whole}-no-", f"{whole}-practice"))),
-        ):
-            if name not in known:
-                rows.add_row(name, *["–"] * len(METRICS))
-                continue
-            less = name != whole and whole in known
-            rows.add_row(
-                name,
-                *(
-                    told(mean(plan, known[name], metric))
-                    + (f" ({signed(lead(plan, known[name], known[whole], metric))})" if less else "")
-                    for metric in METRICS
-                ),
-            )
+    """The loop on four categories with one thing changed, each with its lead over the arm that it changes."""
+    rows = table("four categories: the loop, and what a part of it brings", "arm", "over")
+    for metric in METRICS:
+        rows.add_column(TITLES[metric])
+        rows.add_column("lead")
+    wholes = [name for name in dict.fromkeys(COMPARED.values()) if name not in COMPARED]
+    for name in (*wholes, *COMPARED):
+        whole = COMPARED.get(name, "")
+        figures = []
+        for metric in METRICS:
+            figures.append(told(mean(plan, known[name], metric)) if name in known else "–")
+            both = name in known and whole in known
+            figures.append(signed(lead(plan, known[name], known[whole], metric)) if both else "")
+        rows.add_row(name, whole, *figures)
     return rows
 
 

@@ -41,7 +41,7 @@ from training.evaluation import Judged, judge
 from training.fitting import train
 from training.intervals import Estimate, evaluate_pixels
 from training.loading import Sample
-from workflows.config import Config, Generation, parse_config
+from workflows.config import DEFAULT_MIX, Config, Generation, parse_config
 from workflows.detecting import calibration_normals, checkpoint_folder, held_out, load_detector, samples_of
 from workflows.loop import run
 from workflows.machines import LOCAL
@@ -63,20 +63,11 @@ PARTS = ("first", "second", "whole")
 REAL = 0.5  # share of the ceiling's draws that are real anomalies
 FILLED = 5  # pixels by which a real defect is grown before it is filled
 CHANCE = 3  # spawn key of random settings
-# Our generators: those of the default mix with its settings, another of the frequency family, and `cut`.
-OURS: dict[str, dict[str, Any]] = {
-    "perlin": {"params": {"texture": "procedural"}},
-    "cutpaste": {},
-    "scar": {},
-    "poisson": {},
-    "chip": {"severity": [1.0, 1.0], "share": 3.0},
-    "band": {},
-    "wavelet": {},
-    "cut": {},
+FAMILIES = {  # that an arm may have beside the default mix, or be without; `cut` varies where it is steered
+    "cut": ("cut",),
+    "feature": ("feature-noise", "feature-ascent"),
+    "frequency": ("band",),
 }
-FEATURES = ("feature-noise", "feature-ascent")  # beside them, where the detector reads features
-READS_FEATURES = ("onenip",)
-FAMILIES = {"cut": ("cut",), "frequency": ("band", "wavelet"), "feature": FEATURES}
 # Of the standard recipe's textures, from faint to strong; the second is published.
 OPACITIES = ((0.1, 0.5), (0.2, 1.0), (0.5, 1.0))
 
@@ -93,7 +84,8 @@ class Arm:
         real: the real anomalies of the pictures that steer are trained on, too.
         few: on four categories, one a data set.
         samples: a round's recipes, as a share of the plan's.
-        without: families of generators that are left out.
+        beside: a family of generators beside the default mix; features, for a detector that reads them.
+        without: a family of it that is left out.
         settings: of the product, by section, that differ from the defaults.
     """
 
@@ -104,6 +96,7 @@ class Arm:
     real: bool = False
     few: bool = False
     samples: float = 1.0
+    beside: str | None = None
     without: str | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -253,13 +246,15 @@ def standard_mix(plan: Plan, opacity: Any) -> dict[str, Any]:
 
 
 def our_mix(arm: Arm, detector: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Our generators, by name; of features at the detector's input size."""
-    mix = {name: dict(own) for name, own in OURS.items()}
-    if arm.rounds > 1:
+    """The default mix with what the arm has beside it and without what it lacks, by name; features at the
+    detector's input size."""
+    mix = {name: own.model_dump(exclude_unset=True) for name, own in DEFAULT_MIX.items()}
+    mix |= {name: {} for name in FAMILIES.get(arm.beside or "", ())}
+    if arm.beside == "cut" and arm.rounds > 1:
         mix["cut"]["vary"] = VARY
-    if detector["name"] in READS_FEATURES:
+    if arm.beside == "feature":
         size = get(detector["name"]).settings.model_validate(detector["settings"]).size
-        mix |= {name: {"params": {"size": size}} for name in FEATURES}
+        mix |= {name: {"params": {"size": size}} for name in FAMILIES["feature"]}
     return {name: own for name, own in mix.items() if name not in FAMILIES.get(arm.without or "", ())}
 
 
