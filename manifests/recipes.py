@@ -72,6 +72,12 @@ class GeneratorSettings(BaseModel):
         default_factory=dict,
         description="how often defects of its prompt bank are drawn, by name; 1 if not named",
     )
+    texts: dict[str, Share] = Field(
+        default_factory=dict,
+        description="how often prompts and details of its prompt bank are drawn, beside others of their "
+        "defect, by the text with its slots; 1 if not named. Feedback names those that turn out well, and "
+        "those that do not",
+    )
     categories: dict[str, Share] = Field(
         default_factory=dict,
         description="how often it makes a sample of a category, beside its share; 1 if not named. Feedback "
@@ -301,7 +307,7 @@ def plan_shard(
         defect, prompt, detail = settings.defect or trait.defect, settings.prompt, settings.detail
         if trait.prompts is not None:
             defect, prompt, detail = trait.prompts.words(
-                category, areas[index], severities[index], word_draws[index], settings.defects
+                category, areas[index], severities[index], word_draws[index], settings.defects, settings.texts
             )
         recipes.append(
             Recipe(

@@ -104,6 +104,7 @@ class Prompts:
         severity: float,
         draws: Sequence[float],
         shares: Mapping[str, float] = MappingProxyType({}),
+        texts: Mapping[str, float] = MappingProxyType({}),
     ) -> tuple[str, str, str]:
         """(defect, prompt, detail) of one recipe.
 
@@ -111,18 +112,33 @@ class Prompts:
             area, severity: of the recipe; see :func:`write` for the words they give.
             draws: ``DRAWS`` numbers in [0, 1).
             shares: how often a defect's entries are drawn, ≥ 0; 1 if not named. All 0: equally often.
+            texts: the same of an entry's prompts and of its details, by template.
         """
         noun, entries = self.of(category)
-        total = sum(shares.get(entry.defect, 1.0) for entry in entries)
-        if shares and total > 0:
-            ends = accumulate(shares.get(entry.defect, 1.0) / total for entry in entries)
-            entry = next((e for e, end in zip(entries, ends, strict=True) if draws[0] < end), entries[-1])
-        else:
-            entry = pick(entries, draws[0])
-        return (entry.defect, *write(entry, noun, area, severity, draws[1:]))
+        entry = pick(entries, draws[0], [shares.get(e.defect, 1.0) for e in entries] if shares else ())
+        return (entry.defect, *write(entry, noun, area, severity, draws[1:], texts))
+
+    def templates(self, category: str, defect: str, prompt: str, detail: str) -> tuple[str, str]:
+        """The prompt and the detail of a recipe before their slots were filled; "" where the bank has none
+        that fits."""
+        noun, entries = self.of(category)
+        own = [entry for entry in entries if entry.defect == defect]
+
+        def found(text: str, field: str) -> str:
+            fits = (t for entry in own for t in getattr(entry, field) if _fills(t, noun, entry, text))
+            return next(fits, "")
+
+        return found(prompt, "prompts"), found(detail, "details")
 
 
-def write(entry: Wording, noun: str, area: float, severity: float, draws: Sequence[float]) -> tuple[str, str]:
+def write(
+    entry: Wording,
+    noun: str,
+    area: float,
+    severity: float,
+    draws: Sequence[float],
+    texts: Mapping[str, float] = MappingProxyType({}),
+) -> tuple[str, str]:
     """(prompt, detail) of an entry, both with the same words.
 
     The size word follows the area, as a share of the picture: tiny below 0.1 %, small (short) below 1 %,
@@ -132,18 +148,26 @@ def write(entry: Wording, noun: str, area: float, severity: float, draws: Sequen
 
     Args:
         draws: ``DRAWS - 1`` numbers in [0, 1): which prompt, detail, size, shape and severity word.
+        texts: how often a prompt or a detail is drawn beside the entry's others, ≥ 0; 1 if not named.
     """
     size = pick(entry.sizes[bisect_right(SIZE_STEPS, area)], draws[2])
     shape = pick(entry.shape, draws[3])
     strength = pick(entry.severities[bisect_right(SEVERITY_STEPS, severity)], draws[4])
-    return (
-        fill_template(pick(entry.prompts, draws[0]), noun, size, shape, strength),
-        fill_template(pick(entry.details, draws[1]), noun, size, shape, strength),
-    )
+
+    def text(templates: Sequence[str], draw: float) -> str:
+        often = [texts.get(template, 1.0) for template in templates] if texts else ()
+        return fill_template(pick(templates, draw, often), noun, size, shape, strength)
+
+    return text(entry.prompts, draws[0]), text(entry.details, draws[1])
 
 
-def pick(items: Sequence[Any], draw: float) -> Any:
-    """The item at a share ``draw`` in [0, 1) of the list; "" of an empty one."""
+def pick(items: Sequence[Any], draw: float, shares: Sequence[float] = ()) -> Any:
+    """The item at a share ``draw`` in [0, 1) of the list; "" of an empty one. With ``shares``, one an item,
+    ≥ 0, an item is as long as its share; all 0: equally long."""
+    total = sum(shares)
+    if total > 0:
+        ends = accumulate(share / total for share in shares)
+        return next((item for item, end in zip(items, ends, strict=True) if draw < end), items[-1])
     return items[int(draw * len(items))] if items else ""
 
 
@@ -161,6 +185,23 @@ def fill_template(template: str, noun: str, size: str = "", shape: str = "", sev
         return text if found[1] is None else f"{found[1]}{'n' if _takes_an(text) else ''} {text}"
 
     return _SLOT.sub(word, template)
+
+
+def _fills(template: str, noun: str, entry: Wording, text: str) -> bool:
+    """Whether the template, filled with words of its entry, is the text."""
+    return _filling(template, noun, entry.size, entry.shape, entry.severity).fullmatch(text) is not None
+
+
+@lru_cache(maxsize=2**12)
+def _filling(template: str, noun: str, *words: tuple[str, ...]) -> re.Pattern[str]:
+    known = dict(zip(SLOTS, ((noun,), *words), strict=True))
+    parts, at = [], 0
+    for slot in _SLOT.finditer(template):
+        article = "" if slot[1] is None else f"{slot[1]}n? "
+        parts += [re.escape(template[at : slot.start()]), article]
+        parts.append(f"(?:{'|'.join(map(re.escape, known[slot[2]] or ('',)))})")
+        at = slot.end()
+    return re.compile("".join(parts) + re.escape(template[at:]))
 
 
 def _takes_an(word: str) -> bool:

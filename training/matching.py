@@ -94,6 +94,17 @@ def matched(
     return result
 
 
+def likeness(real: np.ndarray, groups: Sequence[str], samples: np.ndarray) -> np.ndarray:
+    """How near each sample lies to real defects: float64 S, > 0, the density of these there but for a factor,
+    every part counting the same.
+
+    Args:
+        real, groups: as :func:`matched` takes them. samples: directions, S×C.
+    """
+    votes = _votes(np.unique(np.asarray(groups), return_inverse=True)[1])
+    return votes @ _kernel(real, samples) / votes.sum()
+
+
 def _kernel(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.exp((some @ others.T).astype(np.float64) / SHARP)
 

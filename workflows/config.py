@@ -76,7 +76,8 @@ class Practice(Settings):
 
 class Generation(Settings):
     """What is made in a round. The feedback of a round changes for the next what is marked ``Search``, here
-    and in the generators' own settings, ``normals``, ``nearest`` and the generators' ``categories``."""
+    and in the generators' own settings, ``normals``, ``nearest`` and the generators' ``categories`` and
+    ``texts``."""
 
     generators: dict[str, GeneratorSettings] = Field(
         default_factory=lambda: dict(DEFAULT_MIX), description="the mix; see `flawsmith doctor` for names"
@@ -450,9 +451,23 @@ def _check_prompts(config: Config) -> list[str]:
         generator = registry.get(key)
         if generator.prompts is not None:
             try:
-                generator.prompts(generator.params.model_validate(settings.params), settings)
+                bank = generator.prompts(generator.params.model_validate(settings.params), settings)
             except UsageError as error:
                 problems.append(f"generation.generators.{key}: {error}")
+                continue
+            texts = [text for entry in bank.entries for text in (*entry.prompts, *entry.details)]
+            for field, known in (("defects", [entry.defect for entry in bank.entries]), ("texts", texts)):
+                for name in getattr(settings, field):
+                    if name not in known:
+                        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                        problems.append(
+                            f"generation.generators.{key}.{field}: the prompt bank has no {name!r}; did you "
+                            f"mean {near[0]!r}?"
+                        )
+        elif settings.defects or settings.texts:
+            problems.append(
+                f"generation.generators.{key}: it has no prompt bank: remove `defects` and `texts`"
+            )
     return problems
 
 

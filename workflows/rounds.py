@@ -310,15 +310,19 @@ def sweep(space: Workspace, number: int, count: int) -> None:
         space.remove(name)
 
 
+def sample_rows(space: Workspace, number: int) -> list[dict[str, Any]]:
+    """Rows of all samples of a round, rejected ones among them, in plan order."""
+    shards = space.read_table(round_file(number, "shards.parquet"))["shard"].to_pylist()
+    names = [part("samples", number, shard, "parquet") for shard in shards]
+    return [row for table in space.read_many(names, space.read_table) for row in table.to_pylist()]
+
+
 def accepted_samples(space: Workspace, number: int) -> list[dict[str, Any]]:
     """Rows of a round's samples that were accepted and not rejected by a person, in plan order."""
     vetoed = vetoes(space)
-    shards = space.read_table(round_file(number, "shards.parquet"))["shard"].to_pylist()
-    names = [part("samples", number, shard, "parquet") for shard in shards]
     return [
         row
-        for table in space.read_many(names, space.read_table)
-        for row in table.to_pylist()
+        for row in sample_rows(space, number)
         if row["status"] == "accepted" and row["sample_id"] not in vetoed
     ]
 

@@ -51,6 +51,7 @@ from workflows.rules import (
 from workflows.searching import COST, SURE, Point, Trial, Verdict, search, verdict
 from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
 from workflows.stages import Round, evenly, read_settings, traits_of
+from workflows.texts import steer_texts
 
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
 TOO_DEAR = (
@@ -125,6 +126,8 @@ def feedback(space: Workspace, number: int) -> bool:
         with progress(f"round {number}: samples beside real defects", None, "samples") as advance:
             after, more = _as_matched(ground, after, advance)
         decisions += more
+    after, more = steer_texts(space, ground, after)
+    decisions += more
     alarms = _alarms(space, round_, ground)
     hard, nearest, hard_decisions = hard_normals(alarms, round_.generation.normals)
     after = after.model_copy(update={"normals": hard, "nearest": nearest})
