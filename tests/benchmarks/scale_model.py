@@ -72,13 +72,13 @@ INPUTS: dict[str, Figure] = {
     "encode 256": Figure(1.9, "ms a sample", "measured", _ENCODE),
     "encode 512": Figure(5.9, "ms a sample", "measured", _ENCODE),
     "encode 1024": Figure(25.3, "ms a sample", "measured", _ENCODE),
-    "cut, shipped models": Figure(2.2, "s a spot, one CPU thread", "measured", "README, `cut` table"),
+    "cut, shipped models": Figure(2.2, "s a spot, one CPU thread", "measured", "docs/measured.md, `cut`"),
     "cut, SD 1.5": Figure(
         95.04, "TFLOP a spot", "counted", "`tests.benchmarks.cut --flops`, 512 px, default"
     ),
     "UNet": Figure(0.8033, "TFLOP a forward pass", "counted", "`tests.benchmarks.flops`, SD 1.5, 512 px"),
     "spots": Figure(2, "a sample", "counted", "`generation.count` 1–3, the default"),
-    "first draws": Figure(0.81, "accepted", "measured", "README, `cut` table, shipped models"),
+    "first draws": Figure(0.81, "accepted", "measured", "docs/measured.md, `cut`, shipped models"),
     # GPUs
     "H100 peak": Figure(989, "TFLOP/s", "published", f"{_SHEET} (SXM)"),
     "A100 peak": Figure(312, "TFLOP/s", "published", _SHEET),
