@@ -118,17 +118,19 @@ class Prompts:
         entry = pick(entries, draws[0], [shares.get(e.defect, 1.0) for e in entries] if shares else ())
         return (entry.defect, *write(entry, noun, area, severity, draws[1:], texts))
 
-    def templates(self, category: str, defect: str, prompt: str, detail: str) -> tuple[str, str]:
-        """The prompt and the detail of a recipe before their slots were filled; "" where the bank has none
-        that fits."""
+    def source(self, category: str, defect: str, prompt: str, detail: str) -> tuple[Wording, str, str] | None:
+        """The entry that worded a recipe, and its prompt and detail before their slots were filled; None if
+        none fits."""
         noun, entries = self.of(category)
-        own = [entry for entry in entries if entry.defect == defect]
-
-        def found(text: str, field: str) -> str:
-            fits = (t for entry in own for t in getattr(entry, field) if _fills(t, noun, entry, text))
-            return next(fits, "")
-
-        return found(prompt, "prompts"), found(detail, "details")
+        for entry in entries:
+            if entry.defect == defect:
+                used = [
+                    next((t for t in own if _fills(t, noun, entry, text)), None)
+                    for own, text in ((entry.prompts, prompt), (entry.details, detail))
+                ]
+                if used[0] is not None and used[1] is not None:
+                    return entry, used[0], used[1]
+        return None
 
 
 def write(

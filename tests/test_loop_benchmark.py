@@ -1,5 +1,6 @@
 """The loop's benchmark: folds, what an arm may see, its file of cells, and one small run of every arm."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from detectors.protocol import get
 from manifests.schema import GOOD
@@ -303,3 +305,16 @@ def test_an_arm_with_a_cell_missing_has_no_figures(plan):
     found = estimates(plan, result, "ours", [0])
     assert found is not None and found["aupro"]["ring"].value == pytest.approx(0.6)
     assert isinstance(workspace(plan, "ours", 0, 0), Workspace)
+
+
+def test_parts_of_the_loop_are_told_beside_what_they_change(plan):
+    levels = {"few-loop": 0.5, "few-loop-cut": 0.6, "few-loop-cut-practice": 0.55}
+    cells = {name: {key(0, part): cell(level) for part in FOLDS} for name, level in levels.items()}
+    known = {name: estimates(plan, {"cells": cells}, name, [0]) for name in levels}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(loop.few_table(plan, known))
+    rows = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if "│" in line}
+    assert set(COMPARED) | set(COMPARED.values()) <= set(rows)
+    assert rows["few-loop-cut"].count("+0.100") == 6 and rows["few-loop-cut-practice"].count("-0.050") == 6
+    assert "0.500" in rows["few-loop"] and "+" not in rows["few-loop"]
+    assert "–" in rows["few-loop-no-weights"]

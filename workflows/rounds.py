@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -310,11 +311,12 @@ def sweep(space: Workspace, number: int, count: int) -> None:
         space.remove(name)
 
 
-def sample_rows(space: Workspace, number: int) -> list[dict[str, Any]]:
+def sample_rows(space: Workspace, number: int) -> Iterator[dict[str, Any]]:
     """Rows of all samples of a round, rejected ones among them, in plan order."""
     shards = space.read_table(round_file(number, "shards.parquet"))["shard"].to_pylist()
     names = [part("samples", number, shard, "parquet") for shard in shards]
-    return [row for table in space.read_many(names, space.read_table) for row in table.to_pylist()]
+    for table in space.read_many(names, space.read_table):
+        yield from table.to_pylist()
 
 
 def accepted_samples(space: Workspace, number: int) -> list[dict[str, Any]]:

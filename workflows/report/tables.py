@@ -199,13 +199,13 @@ def _decisions(title: str, what: str, rows: Sequence[Row]) -> Table:
 
 
 def settings_table(facts: Facts) -> Table:
-    """The settings of generation that differ between rounds, a row each, a column a round; which pictures are
-    drawn more often is told by the decisions alone."""
+    """The settings of generation that differ between rounds, a row each, a column a round; which pictures and
+    which texts are drawn more often is told by the decisions alone."""
     rounds = {
         number: flattened({k: v for k, v in stored["generation"].items() if k not in ("normals", "nearest")})
         for number, stored in facts.settings.items()
     }
-    names = dict.fromkeys(name for own in rounds.values() for name in own)
+    names = dict.fromkeys(name for own in rounds.values() for name in own if ".texts." not in name)
     found = {name: [own.get(name, NOTHING) for own in rounds.values()] for name in names}
     rows = [[name, *values] for name, values in found.items() if len(set(values)) > 1]
     head = ["setting", *(f"round {number}" for number in rounds)]
