@@ -13,7 +13,7 @@ from manifests.errors import UsageError
 from manifests.layouts import Found
 from manifests.schema import Image
 from manifests.shots import choose_shots
-from tests.benchmarks import detectors
+from tests.benchmarks import detector_cells, detectors
 from tests.benchmarks.detector_cells import (
     Arm,
     Case,
@@ -240,3 +240,34 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert json.loads(file.read_text()) == {"value": 1.0}
     write_file(file, {"value": float("nan")})
     assert json.loads(file.read_text()) == {"value": None}
+
+
+def test_a_peer_that_was_stopped_goes_on_in_its_folder(case, monkeypatch):
+    """And in another one where anything is different."""
+    folders = []
+
+    def run_peer(script, arguments, threads):
+        folder = arguments[0]
+        folders.append(folder)
+        done = sorted(file.name for file in folder.glob("*.found.npz"))
+        for category in case.categories:
+            count = len(case.of(category, "feedback"))
+            np.savez(folder / f"{category}.found.npz", maps=np.zeros((count, 4, 4)), scores=np.zeros(count))
+            if not done:
+                raise RuntimeError("killed")
+        cost = {"steps": 0, "fit_seconds": 1.0, "epoch_seconds": 1.0, "picture_seconds": 0.1}
+        return {"models": [cost] * len(case.categories), "peak_bytes": 1, "version": "0"}
+
+    monkeypatch.setattr(detector_cells, "run_peer", run_peer)
+    monkeypatch.setattr(detector_cells, "textures_folder", lambda _case: Path("/textures"))
+    monkeypatch.setattr(detector_cells, "_stack", lambda found: np.zeros((len(found), 4, 4, 3), np.uint8))
+    monkeypatch.setattr(detector_cells, "at_side", lambda image, score, scores: image.image_id)
+    arm = Arm("padim", peer=True)
+    with pytest.raises(RuntimeError, match="killed"):
+        detector_cells._measure_peer(case, arm, 0)
+    found, cost = detector_cells._measure_peer(case, arm, 0)
+    assert found == [i.image_id for c in case.categories for i in case.of(c, "feedback")]
+    assert cost["fit_seconds"] == 4.0 and folders[0] == folders[1] and not folders[0].exists()
+    with pytest.raises(RuntimeError, match="killed"):
+        detector_cells._measure_peer(case, arm, 1)
+    assert folders[2] != folders[0]

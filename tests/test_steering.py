@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -188,6 +189,9 @@ def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):
     assert hard["train"] in after.normals and set(after.normals) <= train
     drawn = [recipe.image_id for recipe in open_round(space, 1).plan(0)]
     assert drawn.count(hard["train"]) / len(drawn) > 1.5 / len(train)
+    name = Path(open_round(space, 0).images[hard["train"]].path).name
+    told = steering.explain(space, 0)
+    assert f"  normals.good/{name}: 1 → 4\n    because hard normal" in told and hard["train"] not in told
     assert set(after.nearest) <= set(after.normals) and set(after.nearest.values()) <= set(MIX["generators"])
     # What was cut goes on from the rows that are there.
     kept = steering.stored_trials(space, 0)

@@ -283,6 +283,7 @@ class Alarm:
     nearest: str = ""
 
 
+PER_PICTURE = "normals."  # begins the settings of decisions on single pictures; their image_id follows
 MOST_HARD, HARD_FACTOR, HARD_EXCESS = 16, 4.0, 3.0  # pictures a round; most weight; least excess
 
 
@@ -309,6 +310,6 @@ def hard_normals(
             reason = "raised no alarm this time"
         if after != 1.0:
             weights[image_id] = after
-        decisions.append(Decision(f"normals.{image_id}", f"{before:g}", f"{after:g}", reason))
+        decisions.append(Decision(f"{PER_PICTURE}{image_id}", f"{before:g}", f"{after:g}", reason))
     nearest = {image_id: alarm.nearest for image_id, alarm in worst.items() if alarm.nearest}
     return weights, nearest, decisions

@@ -39,6 +39,7 @@ from workflows.rounds import open_round, write_settings
 from workflows.rules import (
     HARD_EXCESS,
     MISSED,
+    PER_PICTURE,
     Alarm,
     Decision,
     Found,
@@ -51,6 +52,7 @@ from workflows.rules import (
 from workflows.searching import COST, SURE, Point, Trial, Verdict, search, verdict
 from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
 from workflows.stages import Round, evenly, read_settings, traits_of
+from workflows.stored import source_images
 from workflows.texts import steer_texts
 
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
@@ -145,12 +147,19 @@ def explain(space: Workspace, number: int) -> str:
     if not space.exists(name):
         return "\n".join([*lines, f"round {number}: no settings were decided on; {_why_none(space, number)}"])
     lines.append(f"What round {number} changes in round {number + 1}:")
+    files = {f"{PER_PICTURE}{i.image_id}": f"{PER_PICTURE}{_short(i.path)}" for i in source_images(space)}
     for row in space.read_table(name).to_pylist():
         change = (
             "stays " + row["before"] if row["before"] == row["after"] else f"{row['before']} → {row['after']}"
         )
-        lines.append(f"  {row['setting']}: {change}\n    because {row['reason']}")
+        setting = files.get(row["setting"], row["setting"])
+        lines.append(f"  {setting}: {change}\n    because {row['reason']}")
     return "\n".join(lines)
+
+
+def _short(path: str) -> str:
+    """A picture's file and folder."""
+    return "/".join(path.partition("::")[0].split("/")[-2:])
 
 
 def _why_none(space: Workspace, number: int) -> str:

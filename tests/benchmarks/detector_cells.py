@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from manifests.pictures import load, small_mask
 from manifests.schema import GOOD, Image, canonical_json
 from manifests.shots import choose_shots
 from manifests.sources import scan_textures
-from tests.benchmarks.peers import run_peer
+from tests.benchmarks.peers import SCRIPTS, run_peer
 from tests.benchmarks.resumed import write_file
 from training.evaluation import Judged, at_size, ignored, judge, predict, truth
 from training.fitting import Normal, train
@@ -373,7 +373,8 @@ def steps_within(
 
 
 def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[str, Any]]:
-    """anomalib's: pictures there and maps back as ``.npz``."""
+    """anomalib's: pictures there and maps back as ``.npz``, in a folder that stays until the cell is done, so
+    that one that was stopped goes on with the models that are not fitted yet."""
     categories = case.categories_of(arm)
     made = samples(case, arm, seed)
     pairs: dict[str, list[tuple[np.ndarray, ...]]] = {category: [] for category in categories}
@@ -384,24 +385,30 @@ def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[s
             pairs[sample.category].append((image, small_mask(sample.mask, SIDE), normal))
     learned = [image for image in case.learned(arm, seed) if image.split == "train"]
     judged: list[Judged] = []
-    with tempfile.TemporaryDirectory(dir=case.work) as name:
-        for category in categories:
-            arrays = {
-                "train": _stack([image for image in learned if image.category == category]),
-                "judged": _stack(case.of(category, case.split)),
-            }
-            if own := pairs[category]:
-                parts = zip(*own, strict=True)
-                arrays |= dict(zip(("image", "mask", "normal"), map(np.stack, parts), strict=True))
-            np.savez(Path(name) / f"{category}.npz", **arrays)
-        options = ["--model", arm.detector, "--seed", str(seed), "--textures", textures_folder(case)]
-        options += ["--seconds", str(60 * case.minutes), "--coreset", str(CORESET)]
-        options += ["--pairs"] if arm.synthesis else []
-        found = run_peer("peer_detectors.py", [name, *options], THREADS)
-        for category in categories:
-            with np.load(Path(name) / f"{category}.found.npz", allow_pickle=False) as stored:
-                maps, scores = stored["maps"], stored["scores"].tolist()
-            judged += map(at_side, case.of(category, case.split), scores, maps)
+    options = ["--model", arm.detector, "--seed", str(seed), "--textures", textures_folder(case)]
+    options += ["--seconds", str(60 * case.minutes), "--coreset", str(CORESET)]
+    options += ["--pairs"] if arm.synthesis else []
+    script = SCRIPTS / "peer_detectors.py"
+    shown = [image.image_id for image in (*learned, *case.images)]
+    made_of = [case.split, *map(str, options), script.read_text(), shown, [one.sample_id for one in made]]
+    what = canonical_json(made_of)
+    folder = case.work / f"peer-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    for category in categories:
+        arrays = {
+            "train": _stack([image for image in learned if image.category == category]),
+            "judged": _stack(case.of(category, case.split)),
+        }
+        if own := pairs[category]:
+            parts = zip(*own, strict=True)
+            arrays |= dict(zip(("image", "mask", "normal"), map(np.stack, parts), strict=True))
+        np.savez(folder / f"{category}.npz", **arrays)
+    found = run_peer(script.name, [folder, *options], THREADS)
+    for category in categories:
+        with np.load(folder / f"{category}.found.npz", allow_pickle=False) as stored:
+            maps, scores = stored["maps"], stored["scores"].tolist()
+        judged += map(at_side, case.of(category, case.split), scores, maps)
+    shutil.rmtree(folder)
     rows = found["models"]
     steps = sum(row["steps"] for row in rows)
     cost = {

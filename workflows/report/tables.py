@@ -12,6 +12,7 @@ from typing import Any
 from manifests.schema import GOOD, Image
 from workflows.config import differences
 from workflows.report.facts import STATUSES, Facts, Row, TypeOutcome, matching
+from workflows.rules import PER_PICTURE
 from workflows.stored import licences
 
 METRICS = {
@@ -29,7 +30,6 @@ METRICS = {
 HEADLINE = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 NON_COMMERCIAL = re.compile(r"non-?\s?commercial|\bNC\b", re.IGNORECASE)
 NOTHING = "–"
-PER_PICTURE = "normals."  # begins the names of settings of single pictures
 
 
 @dataclass(frozen=True)
