@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import dask
 import pytest
 import yaml
 from distributed import KilledWorker, Nanny
@@ -20,7 +21,7 @@ from tests import faults
 from tests.test_cli import flawsmith
 from tests.test_pipeline import contents, draw_pictures, make
 from workflows import machines, rounds, stages
-from workflows.cluster import _ran_short
+from workflows.cluster import _ran_short, workers_of
 from workflows.config import Cluster, Config, at_scheduler, parse_config
 from workflows.machines import job_script, lifetime, open_client
 from workflows.stages import load_round, settings_hash, without_device
@@ -251,7 +252,7 @@ def test_each_gpu_has_a_worker_of_its_own_and_the_others_see_none(monkeypatch, c
     monkeypatch.setitem(sys.modules, "dask_cuda", ModuleType("dask_cuda") if dask_cuda else None)
     monkeypatch.setitem(sys.modules, "dask_cuda.worker_spec", package if dask_cuda else None)
     with open_client(Cluster(workers=1), gpus=True) as client:
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(client)
         told = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
     found = {told[address]: worker["resources"].get("GPU", 0) for address, worker in workers.items()}
     assert capfd.readouterr().err == ""  # what Dask has to say to itself
@@ -300,7 +301,7 @@ def test_workers_of_two_hosts_make_the_same_bytes(pictures, tmp_path, two_hosts)
         settings = config(pictures, address=f"tcp://127.0.0.1:{port}")
         with open_client(settings.cluster) as client:
             client.wait_for_workers(2, timeout=60)
-            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            workers = workers_of(client).values()
             assert {worker["host"] for worker in workers} == {"10.87.1.2", "10.87.2.2"}
         space = make(settings, tmp_path / "hosts")
     assert contents(space) == contents(make(config(pictures, workers=1), tmp_path / "here"))
@@ -369,3 +370,13 @@ def test_a_worker_that_ends_late_is_no_error_of_the_work(monkeypatch):
         assert client.submit(pow, 2, 5).result() == 32
     with pytest.raises(ZeroDivisionError), open_client(Cluster(workers=1)) as client:
         client.submit(divmod, 2, 0).result()
+
+
+def test_workers_are_counted_while_the_client_asks_for_none():
+    """Its own poll, every two seconds, asks how the scheduler is without its workers."""
+    with (
+        dask.config.set({"distributed.client.scheduler-info-interval": "1ms"}),
+        open_client(Cluster(workers=1)) as client,
+    ):
+        client.wait_for_workers(1, timeout=60)
+        assert [len(workers_of(client)) for _ in range(300)] == [1] * 300

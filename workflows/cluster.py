@@ -93,7 +93,7 @@ def make_round(
     digest = settings_hash(space, number)
     round_ = load_round(space.url, number, digest)
     with nullcontext(client) if client else open_client(settings, gpus=wants_gpu(round_)) as client:
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(client)
         if not workers and not settings.slurm:
             say("no worker has joined the scheduler yet; waiting for `dask worker` to do so")
         client.register_plugin(Prepare(space.url, number, digest, _offered(workers, settings) > 0))
@@ -132,6 +132,18 @@ class Lane:
         return self.again.popleft() if self.again else next(self.waiting, None)
 
 
+def workers_of(client: Client) -> dict[str, dict[str, Any]]:
+    """All workers that the scheduler knows, by address. It is asked itself: what ``Client.scheduler_info``
+    gives is now and then overwritten before it returns, by the client's own poll, which asks for none.
+
+    Raises:
+        OSError: the scheduler does not answer.
+    """
+    if client.scheduler is None:
+        raise OSError("the connection was closed")
+    return client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+
+
 def _submit_all(
     client: Client,
     space: Workspace,
@@ -155,7 +167,12 @@ def _submit_all(
 
     def count() -> None:
         nonlocal threads, gpus, counted, joined, missed
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        try:
+            workers = workers_of(client)
+        except OSError:  # whether it comes back, the tasks tell
+            if not counted:
+                raise
+            return
         if joined and not workers:
             say("no worker is left; waiting for others to join")
         joined = bool(workers)
