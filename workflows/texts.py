@@ -27,10 +27,8 @@ from workflows.rules import FACTOR, Decision
 PULLS = 5  # recipes of a text, or nothing is said of it
 TRUST = 8  # recipes at which a text's worth counts half
 LEAST, MOST = 0.2, 5.0  # of a share
-UNKNOWN, PRIOR = (
-    0.5,
-    5,
-)  # rank where no real defect can be compared; the samples that it counts as beside others
+UNKNOWN = 0.5  # rank of a sample that no real defect can be compared with
+PRIOR = 5  # samples of that rank that count beside a text's own
 ROUNDED = 0.005  # of a share: a smaller change is none
 
 Row = Mapping[str, Any]
@@ -157,6 +155,5 @@ def _reason(pulled: Sequence[Mapping[str, Pulled]]) -> str:
             ends = (known[-1], known[0])
             words = [f"{worth:.2f} for {text!r} ({own[text].recipes} recipes)" for worth, text in ends]
             told.append(" against ".join(words))
-    return "worth of a text's samples (accepted share, times likeness to real defects; 0 to 1): " + "; ".join(
-        told
-    )
+    what = "worth of a text's samples (accepted share, times likeness to real defects; 0 to 1)"
+    return f"{what}: {'; '.join(told)}"

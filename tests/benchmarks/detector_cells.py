@@ -390,9 +390,8 @@ def _measure_peer(case: Case, arm: Arm, seed: int) -> tuple[list[Judged], dict[s
     options += ["--pairs"] if arm.synthesis else []
     script = SCRIPTS / "peer_detectors.py"
     shown = [image.image_id for image in (*learned, *case.images)]
-    made_of = [case.split, *map(str, options), script.read_text(), shown, [one.sample_id for one in made]]
-    what = canonical_json(made_of)
-    folder = case.work / f"peer-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    what = [case.split, *map(str, options), script.read_text(), shown, [one.sample_id for one in made]]
+    folder = case.work / f"peer-{hashlib.sha256(canonical_json(what).encode()).hexdigest()[:16]}"
     folder.mkdir(exist_ok=True)
     for category in categories:
         arrays = {

@@ -249,12 +249,13 @@ def our_mix(arm: Arm, detector: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The default mix with what the arm has beside it and without what it lacks, by name; features at the
     detector's input size."""
     mix = {name: own.model_dump(exclude_unset=True) for name, own in DEFAULT_MIX.items()}
-    mix |= {name: {} for name in FAMILIES.get(arm.beside or "", ())}
+    more: dict[str, Any] = {}
     if arm.beside == "cut" and arm.rounds > 1:
-        mix["cut"]["vary"] = VARY
+        more = {"vary": VARY}
     if arm.beside == "feature":
         size = get(detector["name"]).settings.model_validate(detector["settings"]).size
-        mix |= {name: {"params": {"size": size}} for name in FAMILIES["feature"]}
+        more = {"params": {"size": size}}
+    mix |= dict.fromkeys(FAMILIES.get(arm.beside or "", ()), more)
     return {name: own for name, own in mix.items() if name not in FAMILIES.get(arm.without or "", ())}
 
 
