@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import pickle
@@ -591,6 +592,7 @@ def _workspace() -> Path:
     from workflows.report.page import write_report
 
     folder = Path(tempfile.mkdtemp(prefix="report-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     space = write_workspace(folder)
     write_judgement(space)
     for name in ("rounds/001", "rounds/000/heatmaps.parquet"):
