@@ -318,3 +318,31 @@ def test_parts_of_the_loop_are_told_beside_what_they_change(plan):
     assert rows["few-loop-cut"].count("+0.100") == 6 and rows["few-loop-cut-practice"].count("-0.050") == 6
     assert "0.500" in rows["few-loop"] and "+" not in rows["few-loop"]
     assert "–" in rows["few-loop-no-weights"]
+
+
+def test_the_loop_of_onenip_is_not_measured_twice(plan, data, tmp_path, monkeypatch):
+    """It is few-loop where the file's detector is `onenip`, and config says so, too."""
+    same = replace(plan, detector="onenip", settings={})
+    alike = [
+        config_of(same, ARMS[name], 1, Path("/a.csv"), 3, None) for name in ("few-loop", "few-onenip-loop")
+    ]
+    assert alike[0] == alike[1]
+    assert loop.counterpart(same, "few-onenip-loop-feature") == "few-loop"
+    assert loop.counterpart(plan, "few-onenip-loop-feature") == "few-onenip-loop"
+    monkeypatch.setattr(loop, "run_timed", lambda *_: cell(0.5))
+    file = tmp_path / "figures.json"
+    arms = ["few-loop", "few-onenip-loop"]
+    given = [
+        "--data",
+        str(data),
+        "--json",
+        str(file),
+        "--seeds",
+        "0",
+        "--detector",
+        "onenip",
+        "--arms",
+        *arms,
+    ]
+    assert loop.main(given) == 0
+    assert set(json.loads(file.read_text())["cells"]) == {"few-loop"}

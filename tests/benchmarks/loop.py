@@ -28,7 +28,8 @@ detector):
   makes samples of it; few-loop-cut-practice: that, practising against the detector of the round before, which
   guides `cut`, too;
 * few-onenip-loop, few-onenip-loop-feature: the loop of `onenip`, which alone learns from features that a
-  generator made, without them and with two kinds of them beside the default mix;
+  generator made, without them and with two kinds of them beside the default mix; the first is few-loop, and
+  not measured once more, where --detector is `onenip` at its default settings;
 * few-ours, few-loop-half, -third, -sixth: ours in one round of as many samples as all rounds of few-loop
   have together, and the loop with that share of them in as many rounds.
 
@@ -300,15 +301,27 @@ def verdicts(plan: Plan, known: Mapping[str, Figures]) -> list[str]:
     return lines
 
 
+def counterpart(plan: Plan, name: str) -> str:
+    """The arm whose cells tell what an arm of four categories differs from; "" for one that stands alone."""
+    other = COMPARED.get(name, "")
+    return "few-loop" if repeated(plan.detector, plan.settings, other) else other
+
+
+def repeated(detector: str, settings: Mapping[str, Any], name: str) -> bool:
+    """Whether an arm is few-loop once more: same seeds, same bytes."""
+    return name == "few-onenip-loop" and {"name": detector, "settings": dict(settings)} == ONENIP["detector"]
+
+
 def few_table(plan: Plan, known: Mapping[str, Figures]) -> Table:
     """The loop on four categories with one thing changed, each with its lead over the arm that it changes."""
     rows = table("four categories: the loop, and what a part of it brings", "arm", "over")
     for metric in METRICS:
         rows.add_column(TITLES[metric])
         rows.add_column("lead")
-    wholes = [name for name in dict.fromkeys(COMPARED.values()) if name not in COMPARED]
+    others = {name: counterpart(plan, name) for name in COMPARED}
+    wholes = [name for name in dict.fromkeys(others.values()) if name not in COMPARED]
     for name in (*wholes, *COMPARED):
-        whole = COMPARED.get(name, "")
+        whole = others.get(name, "")
         figures = []
         for metric in METRICS:
             figures.append(told(mean(plan, known[name], metric)) if name in known else "–")
@@ -365,6 +378,8 @@ def show(plan: Plan, result: Mapping[str, Any], seeds: Sequence[int], console: C
     console.print(efficiency_table(plan, known))
     console.print(efficiency(plan, known), highlight=False)
     for name in ARMS:
+        if repeated(plan.detector, plan.settings, name):
+            continue
         cells = result["cells"].get(name, {})
         if missing := [k for s in seeds for p in plan.parts if (k := key(s, p)) not in cells]:
             console.print(f"{name}: missing: {'; '.join(missing)}", highlight=False)
@@ -418,6 +433,8 @@ def main(given: Sequence[str] | None = None) -> int:
     failed = False
     for seed in arguments.seeds:
         for name in arguments.arms:
+            if repeated(plan.detector, plan.settings, name):
+                continue
             for part in plan.parts:
                 if key(seed, part) in result["cells"].get(name, {}):
                     continue
