@@ -72,7 +72,7 @@ def draw(recipe: Recipe, source: Source, rng: np.random.Generator) -> ChipDraw:
     shares = rng.uniform(1, 3, recipe.count)
     sizes = np.maximum(shares / shares.sum() * recipe.area * part.size, SMALLEST).tolist()
     free = cv2.erode((~part).view(np.uint8), np.ones((3, 3), np.uint8))
-    least = SEEN * _difference(source, part, free)
+    least = SEEN * np.array(_differences(source, part, free))
     found = [
         _missing(rng, source, partial(_piece, rng, part, allowed, rim, size, params), free, least)
         for size in sizes
@@ -91,20 +91,29 @@ def _rim(part: np.ndarray) -> np.ndarray:
     return part & (inner == 0)
 
 
-def _difference(source: Source, part: np.ndarray, free: np.ndarray) -> float:
-    """How much the part differs from the ground: of tones in [0, 1]; 0 without ground.
+def _differences(source: Source, part: np.ndarray, free: np.ndarray) -> tuple[float, float]:
+    """How much the part differs from the ground, and from the ground in a shadow: of tones in [0, 1]; 0
+    without ground.
 
-    That of the upper quartile, for what is taken for the part may hold shadows and ground.
+    Those of the upper quartile, for what is taken for the part may hold shadows and ground.
 
     Args:
         free: uint8, H×W, where ground lies.
     """
     spots = np.flatnonzero(free)
     if len(spots) == 0:
-        return 0.0
+        return 0.0, 0.0
     own = np.flatnonzero(part)
     ground, tones = (source.at(at[:: -(-len(at) // LOOKED_AT)]) for at in (spots, own))
-    return float(np.quantile(np.abs(tones - np.median(ground, axis=0)).max(axis=1), 0.75))
+    middle = np.median(ground, axis=0)[None]
+    plain, shaded = (np.abs(tones - one).max(axis=1) for one in (middle, _shaded(middle, tones)))
+    return float(np.quantile(plain, 0.75)), float(np.quantile(shaded, 0.75))
+
+
+def _shaded(ground: np.ndarray, tones: np.ndarray) -> np.ndarray:
+    """The ground, as dark as comes nearest to the tones: float32, N×C. A shadow keeps the ground's hue."""
+    light = (ground * tones).sum(axis=1) / np.maximum((ground * ground).sum(axis=1), 1e-6)
+    return ground * np.clip(light, 0, 1)[:, None].astype(np.float32)
 
 
 def _missing(
@@ -112,14 +121,14 @@ def _missing(
     source: Source,
     drawn: Callable[[], np.ndarray],
     free: np.ndarray,
-    least: float,
+    least: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A piece, as flat indices, N, and the ground in its place, float32 N×C, whose loss is seen: where a
     shadow passes for the part, there is nothing to lose.
 
     Args:
-        drawn: gives one piece, uint8, H×W. free: uint8, H×W, where ground lies. least: the mean change, of
-            tones in [0, 1].
+        drawn: gives one piece, uint8, H×W. free: uint8, H×W, where ground lies. least: the mean change, and
+            that from the ground in a shadow, of tones in [0, 1].
 
     Raises:
         Undrawable: no room, or nowhere is it seen.
@@ -127,7 +136,9 @@ def _missing(
     for _ in range(TRIES):
         piece = np.flatnonzero(drawn())
         ground = _ground(rng, source, free, piece)
-        if np.abs(ground - source.at(piece)).max(axis=1).mean() >= least:
+        tones = source.at(piece)
+        changes = (np.abs(tones - one).max(axis=1).mean() for one in (ground, _shaded(ground, tones)))
+        if all(change >= wanted for change, wanted in zip(changes, least, strict=True)):
             return piece, ground
     raise Undrawable("not seen")
 

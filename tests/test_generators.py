@@ -348,10 +348,16 @@ def test_where_a_piece_is_missing_the_ground_shows():
     assert np.mean(deep) > 0.8, "the wanted area is 0.03"
 
 
-def test_no_piece_is_missing_where_a_shadow_passes_for_the_part():
+@pytest.mark.parametrize("ground", [None, (215, 205, 60)], ids=["dark", "bright and coloured"])
+def test_no_piece_is_missing_where_a_shadow_passes_for_the_part(ground):
+    """Nor where the shadow differs from a bright ground by more than a pale part does."""
     pixels, disc = plate()
     shadow = np.zeros_like(disc)
     shadow[2:16, 2:30] = True
+    if ground is not None:
+        pixels = np.where(disc[..., None], (225, 215, 190), ground).astype(np.uint8)
+        pixels += np.random.default_rng(0).integers(0, 9, pixels.shape, dtype=np.uint8)
+        pixels[shadow] //= 2
     pixels[shadow] //= 2
     given_source = replace(source(pixels), find_part=lambda: disc | shadow)
     for outcome in make([recipe("chip", k, severity=1.0, count=3) for k in range(24)], given_source):
