@@ -41,6 +41,7 @@ Layout = Literal["auto", "mvtec", "folder", "list", "webdataset"]
 
 LISTS = (".csv", ".jsonl", ".parquet")
 _SPLITS = ("train", "test", "calibration", "feedback")
+_RESERVED = {"category": "mean", "defect": "all"}  # by which tables of figures call what is over all
 _MAX_JSON = 2**20
 
 
@@ -88,7 +89,7 @@ def list_source(path: str, layout: Layout, category: str | None, group: str | No
     """
     if "://" not in path and "{" not in path and not os.path.exists(path):
         raise UsageError(f"{path}: there is no such file or folder; correct the source's path")
-    return _in_text(_list(path, layout, category, group))
+    return _named_apart(_in_text(_list(path, layout, category, group)))
 
 
 def _list(path: str, layout: Layout, category: str | None, group: str | None) -> Listing:
@@ -122,6 +123,19 @@ def _in_text(listing: Listing) -> Listing:
     return Listing(found, problems)
 
 
+def _named_apart(listing: Listing) -> Listing:
+    """Without the pictures whose category or defect has a name that means something else in tables."""
+    found, problems = [], list(listing.problems)
+    for one in listing.found:
+        taken = [label for label, name in _RESERVED.items() if getattr(one, label) == name]
+        for label in taken:
+            what = f"tables of figures call what is over all {_RESERVED[label]!r}: no name for a {label}"
+            problems.append(Problem("error", one.path, what, "rename its folder, or correct the list"))
+        if not taken:
+            found.append(one)
+    return Listing(found, problems)
+
+
 def recognise(path: str) -> Layout:
     """The layout that fits a path.
 
@@ -134,12 +148,20 @@ def recognise(path: str) -> Layout:
         return "webdataset"
     files = 0
     pictures = shards = False
+    folders = set()
     for folder, names in walk(path):
         if _is_category(folder, Path(path)):
             return "mvtec"
+        folders.add(folder.relative_to(path).name.lower())
         files += len(names)
         pictures = pictures or any(_is_picture(name) for name in names)
         shards = shards or (folder == Path(path) and any(name.endswith(".tar") for name in names))
+    if not shards and pictures and (folders >= {"train", "test"} or "ground_truth" in folders):
+        raise UsageError(
+            f"{path}: it has folders as MVTec AD's, but no train/{GOOD} with the good parts, so its defects "
+            f"would pass for good ones; rename the folders to train/{GOOD}, test/... and ground_truth/... in "
+            "small letters, or set layout: folder if every picture below it is of a good part"
+        )
     if shards or pictures:
         return "webdataset" if shards else "folder"
     raise UsageError(
@@ -170,9 +192,8 @@ def walk(path: str | Path) -> Iterator[tuple[Path, list[str]]]:
 def _unlisted(error: OSError) -> None:
     if isinstance(error, FileNotFoundError):
         return  # a category without test or ground_truth
-    raise UsageError(
-        f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions"
-    )
+    remedy = "name its folder" if isinstance(error, NotADirectoryError) else "check its permissions"
+    raise UsageError(f"{error.filename}: the folder cannot be listed ({error.strerror}); {remedy}")
 
 
 def _is_picture(name: str) -> bool:

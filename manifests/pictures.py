@@ -24,6 +24,7 @@ import errno
 import functools
 import hashlib
 import io
+import math
 import os
 import tarfile
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
 PROTOCOLS = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf", "memory")
 DEFECTS_CONFIG = "defects_config.json"
+LYING = math.log(1.1)  # sides' ratio from which a mask of places counts as lying, its picture as standing
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # MPO comes with JPEG
@@ -221,9 +223,7 @@ def decode_mask(data: bytes, *, name: str, shape: tuple[int, int], orientation: 
     with _refusing(name):
         height, width = shape
         header = _open(data, name, max(height * width, MAX_PIXELS))
-        colour, _ = _split_alpha(_pixels(header, data, name))
-        floor = np.iinfo(colour.dtype).max // 2 if header.picture.format in ("JPEG", "MPO") else 0
-        mask = (colour > floor).any(axis=2)
+        mask = _drawn(header, data, name)
         stored = (width, height) if orientation >= 5 else (height, width)
         if header.orientation == 1 and mask.shape == stored:
             mask = _orient(mask, orientation)
@@ -233,6 +233,13 @@ def decode_mask(data: bytes, *, name: str, shape: tuple[int, int], orientation: 
                 "draw it at the picture's size"
             )
         return np.ascontiguousarray(mask)
+
+
+def _drawn(header: _Header, data: bytes, name: str) -> np.ndarray:
+    """Where a mask's file is not black: bool, H×W. JPEG's ringing is cut at half the range."""
+    colour, _ = _split_alpha(_pixels(header, data, name))
+    floor = np.iinfo(colour.dtype).max // 2 if header.picture.format in ("JPEG", "MPO") else 0
+    return np.asarray((colour > floor).any(axis=2))
 
 
 def orientation_of(data: bytes, *, name: str) -> int:
@@ -501,14 +508,24 @@ def _saturations(path: str) -> dict[int, tuple[float, bool]]:
 def load_location(path: str, shape: tuple[int, int]) -> np.ndarray:
     """A region of interest or an ignore mask, fitted to a picture of ``shape`` by nearest neighbour.
 
-    Any size is accepted, because one file may serve pictures of several sizes.
+    Any size is accepted, because one file may serve pictures of several sizes, but it must be drawn on the
+    upright picture: which EXIF turns is not known here, and a mask that lies would be stretched.
 
     Returns:
-        bool, H×W; true where the mask is non-zero.
+        bool, H×W; true where the mask is non-zero, in a JPEG above half the range.
+
+    Raises:
+        PictureError: not a readable mask, or it lies where the picture stands.
     """
     data = read_bytes(path)
     with _refusing(path):
-        mask = _split_alpha(_pixels(_open(data, path, MAX_PIXELS), data, path))[0].any(axis=2)
+        mask = _drawn(_open(data, path, MAX_PIXELS), data, path)
+    aspects = [math.log(wide / tall) for tall, wide in (mask.shape, shape)]
+    if aspects[0] * aspects[1] < 0 and min(map(abs, aspects)) > LYING:
+        raise PictureError(
+            f"{path}: the mask of places has {mask.shape[1]}×{mask.shape[0]} pixels, its upright picture "
+            f"{shape[1]}×{shape[0]}; turn it as the picture is shown"
+        )
     size = (shape[1], shape[0])
     return cv2.resize(np.asarray(mask, np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)
 

@@ -6,6 +6,7 @@ import struct
 import tarfile
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -319,6 +320,18 @@ def test_load_mask_follows_the_picture_and_keeps_thin_defects(tmp_path):
     location = pictures.load_location(str(tmp_path / "m.png"), (50, 100))
     assert location.shape == (50, 100)
     assert location.any()
+
+
+def test_a_jpeg_of_places_is_as_large_as_it_was_drawn_and_one_that_lies_is_refused(tmp_path):
+    disc = cv2.circle(np.zeros((256, 256), np.uint8), (128, 128), 60, 255, -1)
+    cv2.imwrite(str(tmp_path / "roi.jpg"), disc, [cv2.IMWRITE_JPEG_QUALITY, 75])
+    found = pictures.load_location(str(tmp_path / "roi.jpg"), (256, 256))
+    assert found.sum() == pytest.approx((disc > 0).sum(), rel=0.01)
+    cv2.imwrite(str(tmp_path / "lying.png"), disc[:160])
+    assert pictures.load_location(str(tmp_path / "lying.png"), (16, 26)).shape == (16, 26)
+    assert pictures.load_location(str(tmp_path / "lying.png"), (64, 64)).shape == (64, 64)
+    with pytest.raises(PictureError, match=r"256×160 pixels, its upright picture 160×256; turn it"):
+        pictures.load_location(str(tmp_path / "lying.png"), (256, 160))
 
 
 def test_members_of_a_tar_are_read_by_name_and_a_new_tar_is_seen(tmp_path):

@@ -491,3 +491,32 @@ def test_the_good_pictures_alone_of_a_category_are_a_flat_folder(tmp_path):
         file.write_bytes(pictures.encode(pixels, "png"))
     found = scan([SourceSettings(path=str(tmp_path / "bolt" / "train" / "good"))])
     assert [(image.category, image.defect) for image in found.images] == [("bolt", "good")] * 2
+
+
+def test_names_that_tables_use_for_what_is_over_all_are_refused(tmp_path):
+    mvtec(tmp_path / "mean")
+    mvtec(tmp_path / "nut")
+    for folder in ("test", "ground_truth"):
+        (tmp_path / "nut" / folder / "crack").rename(tmp_path / "nut" / folder / "all")
+    found = read(tmp_path)
+    assert {(i.category, i.defect) for i in found.images} == {("nut", "good")}
+    errors = [problem for problem in found.problems if problem.level == "error"]
+    assert any("'mean': no name for a category" in problem.what for problem in errors)
+    assert any("'all': no name for a defect" in problem.what for problem in errors)
+
+
+@pytest.mark.parametrize(
+    "folders", ["Train/Good Test/NG ground_truth/NG", "train/ok test/ng", "Ground_Truth/x ok"]
+)
+def test_what_is_nearly_mvtec_does_not_pass_for_good_parts(tmp_path, folders):
+    for folder in folders.split():
+        put(tmp_path / folder / "0.png", fresh())
+    found = read(tmp_path)
+    assert found.fatal and not found.images
+    assert "no train/good" in found.problems[0].what and "layout: folder" in found.problems[0].remedy
+    assert len(read(tmp_path, layout="folder").images) == len(folders.split())
+
+
+def test_one_picture_for_a_source_says_what_to_name(tmp_path):
+    found = read(put(tmp_path / "a.png", fresh()))
+    assert found.fatal and "name its folder" in found.problems[0].remedy
