@@ -261,6 +261,14 @@ def test_an_unknown_scheduler_is_an_error_with_a_remedy(pictures, tmp_path):
 # -- damage and repair ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["images.parquet", "rounds/000/recipes/part-00002.parquet"])
+def test_verify_names_a_table_of_which_one_byte_changed(undisturbed, tmp_path, name):
+    space = copy_of(undisturbed, tmp_path / "damaged")
+    whole = space.read_bytes(name)
+    space.write_bytes(name, whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
+    assert [finding.path for finding in verify(space)] == [name]
+
+
 def test_verify_names_damage_and_the_next_run_repairs_exactly_that(undisturbed, pictures, tmp_path):
     space = copy_of(undisturbed, tmp_path / "damaged")
     before = mtimes(space)

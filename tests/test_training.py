@@ -23,6 +23,7 @@ from training.evaluation import Judged, at_size, figures, ignored, judge, predic
 from training.examples import Normal, collect, draw
 from training.fitting import learning_rate, train
 from training.loading import FeatureSample, Sample, ShardFile, read_all_samples, read_samples
+from workflows import detecting
 from workflows.detecting import _alarming, alarm_thresholds, calibration_normals
 
 SETTINGS = OneNIPSettings(size=64, hidden=16, depth=1, heads=2, ffn=16, refiner=8, bank=2, steps=3, batch=4)
@@ -316,6 +317,9 @@ def test_a_header_whose_length_begins_as_a_pickle_does_is_no_pickle(tmp_path, tr
     checkpoints.save(tmp_path, "onenip", trained, seed=3)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
+    config = tmp_path / "config.yaml"  # of a checkpoint from before its sha256 was kept
+    lines = config.read_text().splitlines(True)
+    config.write_text("".join(line for line in lines if not line.startswith("weights:")))
     for length in range(0, 256, 8):  # the header grows with its notes, by eight bytes at a time
         save_file(tensors, weights, metadata={"note": "x" * length})
         if weights.read_bytes().startswith(b"\x80"):
@@ -323,6 +327,16 @@ def test_a_header_whose_length_begins_as_a_pickle_does_is_no_pickle(tmp_path, tr
     else:
         pytest.fail("no header of such a length was made")
     assert checkpoints.load(tmp_path).calibration == trained.calibration
+
+
+def test_a_single_changed_byte_of_the_weights_is_seen(tmp_path, trained):
+    checkpoints.save(tmp_path, "onenip", trained, seed=3)
+    weights = tmp_path / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged \(its sha256.*train again"):
+        checkpoints.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "pytorch_model.bin", "model.pkl"])
@@ -489,6 +503,32 @@ def brightness(size=64):
     return SimpleNamespace(
         settings=SimpleNamespace(size=size, leak=None), extract=lambda x: x.float(), score=score
     )
+
+
+@pytest.mark.parametrize("tiles", [None, 0.25])
+def test_ignored_places_do_not_count_in_held_out_samples(tmp_path, monkeypatch, tiles):
+    roi = np.zeros((48, 48), np.uint8)
+    roi[:, :24] = 255
+    cv2.imwrite(str(tmp_path / "roi.png"), roi)
+    image = replace(row(tmp_path, 0, roi_path=str(tmp_path / "roi.png")), width=48, height=48)
+    one = sample(0)
+    one.image[:, 40:] = 255  # brighter than the defect, outside the region
+    one.image[8:20, 10:22] = 200
+    one = replace(one, sample_id="000-00000-00000", recipe={**one.recipe, "generator": "scar"})
+    monkeypatch.setattr(detecting, "samples_of", lambda *_: iter([one]))
+    config = SimpleNamespace(detector=SimpleNamespace(tiles=tiles))
+    round_ = SimpleNamespace(config=config, number=0, images={one.image_id: image})
+    (judged,) = detecting._judge_samples(None, round_, brightness(32))
+    assert judged.score < 0.9, "1 with what lies outside"
+    assert judged.ignore is not None and judged.ignore.shape == judged.map.shape == judged.mask.shape
+    assert judged.ignore[:, -1].all() and not judged.ignore[:, 0].any()
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 128])
+def test_every_tenth_sample_is_kept_from_training_however_small_the_shards(size):
+    shards = -(-1000 // size)
+    kept = [detecting.held_out(f"000-{s:05d}-{k:05d}") for s in range(shards) for k in range(size)]
+    assert sum(kept) / len(kept) == pytest.approx(0.1, abs=0.01)
 
 
 @pytest.mark.parametrize("tiles", [None, 0.25])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import uuid
@@ -50,19 +51,21 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()}
+    weights = save_tensors(tensors)
     config = {
         "detector": name,
         "settings": detector.settings.model_dump(mode="json"),
         "categories": list(detector.categories),
         "backbone": detector.fingerprint,
+        "weights": hashlib.sha256(weights).hexdigest(),
         "calibration": dict(detector.calibration),
         "seed": seed,
         "licences": sorted(set(licences)),
         "notes": dict(notes or {}),
         "versions": {package: _version(package) for package in PACKAGES},
     }
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()}
-    _write(folder / WEIGHTS, save_tensors(tensors))
+    _write(folder / WEIGHTS, weights)
     _write(folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
 
 
@@ -90,6 +93,8 @@ def load(folder: str | Path, device: str = "cpu") -> Detector:
     # safetensors begins with a length, whose first byte may be a pickle's, and then its header's brace
     if data.startswith((ZIP, PICKLE)) and data[8:9] != b"{":
         raise CheckpointError(_refused(weights))
+    if config.get("weights") not in (None, hashlib.sha256(data).hexdigest()):
+        raise CheckpointError(f"{weights} is damaged (its sha256 is not the one in {CONFIG}); train again")
     try:
         tensors = load_tensors(data)
     except SafetensorError as error:

@@ -46,6 +46,7 @@ from workflows.stages import Round, device, evenly, read_settings
 STATE = "training.state"  # in a round's folder while its detector is trained
 FEW = 5  # below so many calibration normals, augmented train pictures serve too
 HELD_OUT = 10  # one sample in so many is kept from training, to be judged as heldout_synthetic
+HELD_OUT_STEP = 3  # prime to it, so that shards of any size keep as many
 
 FOUND = pa.schema(
     [
@@ -248,8 +249,10 @@ def _mark_decisions(space: Workspace, number: int, vetoed: Sequence[str]) -> Non
 
 
 def held_out(sample_id: str) -> bool:
-    """Whether a sample is kept from training; by its place in the plan, so that vetoes move nothing."""
-    return int(sample_id.rsplit("-", 1)[-1]) % HELD_OUT == 0
+    """Whether a sample is kept from training; by its place in the plan, so that vetoes move nothing, and
+    begun elsewhere in every shard, so that small shards lose no more than large ones."""
+    shard, index = map(int, sample_id.split("-")[-2:])
+    return (index + HELD_OUT_STEP * shard) % HELD_OUT == 0
 
 
 def samples_of(
@@ -503,9 +506,11 @@ def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[
     tiles = round_.config.detector.tiles
     own = samples_of(space, round_.number, lambda recipe: held_out(recipe["sample_id"]))
     held = sorted(own, key=lambda sample: sample.category)
-    found = predict(detector, [s.image for s in held], [s.category for s in held], tiles)
+    shapes = [scored_shape(s.image.shape[:2], detector.settings.size, tiles) for s in held]
+    places = [ignored(round_.images[s.image_id], shape) for s, shape in zip(held, shapes, strict=True)]
+    found = predict(detector, [s.image for s in held], [s.category for s in held], tiles, places)
     judged = []
-    for sample, (score, scores) in zip(held, found, strict=True):
+    for sample, (score, scores), skipped in zip(held, found, places, strict=True):
         source = round_.images[sample.image_id]
         image = Image(
             **{
@@ -514,7 +519,7 @@ def _judge_samples(space: Workspace, round_: Round, detector: Detector) -> list[
                 "defect": sample.recipe["generator"],
             }
         )
-        judged.append(Judged(image, score, scores, small_mask(sample.mask, scores.shape), None))
+        judged.append(Judged(image, score, scores, small_mask(sample.mask, scores.shape), skipped))
     return judged
 
 

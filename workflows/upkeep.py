@@ -23,7 +23,7 @@ from workflows.rounds import accepted_samples, open_round, read_sources, vetoes,
 from workflows.rounds import sweep as sweep_round
 from workflows.stages import PICTURE_TABLES, Job, make_shard, round_from, settings_hash
 
-PROBE = 32  # samples that a dry run makes to measure their cost
+PROBE = 32  # samples, at most, that a dry run makes to measure their cost
 
 
 def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
@@ -49,18 +49,27 @@ def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
         else:
             space.remove(name)
         findings += [*found, *_damaged_files(space, number)]
+    latest = space.rounds()[-1:]
+    return findings + [finding for number in latest for finding in _damaged_tables(space, number, "")]
+
+
+def _damaged_tables(space: Workspace, number: int, folder: str) -> list[Finding]:
+    """Tables in a folder of the workspace that cannot be read."""
+    findings = []
+    for name in space.names(folder):
+        path = f"{folder}/{name}" if folder else name
+        if name.endswith(".parquet"):
+            try:
+                space.read_table(path)
+            except WorkspaceError as error:
+                findings.append(Finding(number, -1, path, f"damaged: {error}"))
     return findings
 
 
 def _damaged_files(space: Workspace, number: int) -> list[Finding]:
     """Tables and detectors of a round that cannot be read, and a critic that is not the one it names."""
-    findings = []
-    tables = [name for name in space.names(f"rounds/{number:03d}") if name.endswith(".parquet")]
-    for name in tables:
-        try:
-            space.read_table(round_file(number, name))
-        except WorkspaceError as error:
-            findings.append(Finding(number, -1, round_file(number, name), f"damaged: {error}"))
+    own = f"rounds/{number:03d}"
+    findings = [*_damaged_tables(space, number, own), *_damaged_tables(space, number, f"{own}/recipes")]
     if space.names(f"rounds/{number:03d}/detectors"):
         try:
             load_detector(space, number)
@@ -110,20 +119,21 @@ def estimate(config: Config) -> str:
     round_ = round_from(0, config, generation, found.images, textures)
     slurm = config.cluster.slurm
     workers = slurm.jobs[1] * slurm.cores if slurm else config.cluster.workers or os.cpu_count() or 1
+    probed = min(PROBE, config.samples)
     with tempfile.TemporaryDirectory() as folder:
         probe = config.model_copy(
-            update={"samples": PROBE, "output": config.output.model_copy(update={"shard_size": PROBE})}
+            update={"samples": probed, "output": config.output.model_copy(update={"shard_size": probed})}
         )
         space = Workspace(folder)
         for name, table in zip(PICTURE_TABLES, (found.images, textures), strict=True):
             space.write_table(round_file(0, name), to_table(table, IMAGES))
         write_settings(space, 0, probe, generation, first=0)
-        probed, digest = open_round(space, 0), settings_hash(space, 0)
-        records = [make_shard(Job(space.url, 0, shard, digest)) for shard in range(probed.shard_count)]
+        digest, shards = settings_hash(space, 0), open_round(space, 0).shard_count
+        records = [make_shard(Job(space.url, 0, shard, digest)) for shard in range(shards)]
     total = {name: sum(record[name] for record in records) for name in ("seconds", "bytes", "accepted")}
-    each = total["seconds"] / PROBE
+    each = total["seconds"] / probed
     size = total["bytes"] / max(total["accepted"], 1)
-    accepted = total["accepted"] / PROBE
+    accepted = total["accepted"] / probed
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     in_hand = size * config.output.shard_size * 2
     return "\n".join(
@@ -138,7 +148,7 @@ def estimate(config: Config) -> str:
             f"samples on {workers} workers ({each * 1000:,.1f} ms a sample and core), without training",
             f"memory        about {(memory + in_hand) / 1e6:,.0f} MB a worker",
             *(f"predicted     {note}" for note in notes),
-            f"measured on {PROBE} samples of the plan; nothing was written",
+            f"measured on {probed} samples of the plan; nothing was written",
             *(["", "each of SLURM's jobs:", job_script(slurm).rstrip()] if slurm else []),
         ]
     )
