@@ -17,16 +17,32 @@ MOST_VALUES = 1_000_000
 DEEPEST = 100  # brackets within brackets; the parser's time grows with the square of their number
 
 
+class _Loader(yaml.SafeLoader):
+    """That of plain values, which takes no key twice: all but the last would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        "while reading a mapping", node.start_mark, f"{key.value!r} twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(text: str | bytes) -> Any:
     """A YAML document; ``None`` of an empty one. Only plain values: no tag makes an object.
 
     Raises:
-        ValueError: not YAML, nested too deeply, a value that contains itself, or more than ``MOST_VALUES``.
+        ValueError: not YAML, a key twice, nested too deeply, a value that contains itself, or more than
+            ``MOST_VALUES``.
     """
     if _depth(text) > DEEPEST:
         raise ValueError("it is nested too deeply")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except RecursionError as error:

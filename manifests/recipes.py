@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,7 +30,7 @@ def ordered(value: tuple[Number, Number]) -> tuple[Number, Number]:
     return value
 
 
-Share = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UnitRange = Annotated[
     tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], AfterValidator(ordered)
 ]
@@ -353,6 +354,23 @@ def check_donors(
                 _donors(traits[name].donors, name, pictures[0], pool, 0.0)
 
 
+def check_categories(
+    generators: Mapping[str, GeneratorSettings], category_shares: Mapping[str, float], pool: Pool
+) -> None:
+    """
+    Raises:
+        UsageError: a share is of a category that no picture is of.
+    """
+    of = {"generation.categories": category_shares}
+    of |= {f"generation.generators.{name}.categories": own.categories for name, own in generators.items()}
+    known = list(pool.normals)
+    for setting, shares in of.items():
+        for name in shares:
+            if name not in known:
+                near = get_close_matches(name, known, n=1, cutoff=0.0)
+                raise UsageError(f"{setting}: no category is called {name!r}; did you mean {near[0]!r}?")
+
+
 def check_prompts(
     generators: Mapping[str, GeneratorSettings], traits: Mapping[str, Trait], pool: Pool
 ) -> None:
@@ -402,7 +420,7 @@ def _donors(kind: Donors, generator: str, image: Image, pool: Pool, draw: float)
     if not others:
         raise UsageError(
             f"generator {generator!r} takes patches from another good picture, but category "
-            f"{image.category!r} has only one: add pictures, or set "
-            f"generation.generators.{generator}.share to 0"
+            f"{image.category!r} has only one: add pictures, or name the other generators, without it, under "
+            "generation.generators"
         )
     return (others[int(draw * len(others))].image_id,)

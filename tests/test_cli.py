@@ -1,8 +1,10 @@
 """Wrong input at the command line: a clear message, the right exit code, and nothing started."""
 
 import io
+import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +74,10 @@ def test_every_shipped_configuration_loads(path):
         ({"generation": {"generators": {"scar": {"params": {"colour": 1}}}}}, "scar.params: colour"),
         ({"generation": {"gates": {"leek_max": 1}}}, "did you mean 'leak_max'?"),
         ({"generation": {"area": [0.2, 0.1]}}, "upside down"),
-        ({"generation": {"location": "roi"}}, "source.roi"),
+        ({"generation": {"location": "roi"}}, "location: roi, but source"),
+        ({"generation": {"generators": {}}}, "generation.generators: names none"),
+        ({"generation": {"generators": {"scar": {"share": float("inf")}}}}, "generators.scar.share"),
+        ({"cluster": {"memory_limit": "lots"}}, "cluster.memory_limit: no number of bytes; write e.g. 4GB"),
         ({"output": {"bits": 16}}, "needs output.format: png"),
         ({"detector": {"name": "onenib"}}, "onenip"),
         ({"detector": {"settings": {"stepz": 3}}}, "did you mean 'steps'?"),
@@ -162,7 +167,39 @@ def test_one_picture_alone(tmp_path):
     """Nothing to take patches from: said in one line, with the setting that mends it."""
     write_picture(tmp_path / "parts" / "only.png")
     done = flawsmith("plan", write_config(tmp_path), "-w", tmp_path / "w")
-    assert done.returncode == 2 and "poisson" in done.stderr and "share to 0" in done.stderr
+    assert done.returncode == 2 and "poisson" in done.stderr
+    assert "name the other generators, without it, under generation.generators" in done.stderr
+
+
+def test_a_share_for_a_category_that_is_not_there_is_refused(parts):
+    for generation, setting in (
+        ({"categories": {"partz": 0}}, "generation.categories"),
+        ({"generators": {"scar": {"categories": {"partz": 0}}}}, "generation.generators.scar.categories"),
+    ):
+        done = flawsmith("plan", write_config(parts, generation=generation), "-w", parts / "w")
+        assert done.returncode == 2 and not (parts / "w" / "rounds").exists()
+        assert f"{setting}: no category is called 'partz'; did you mean 'parts'?" in done.stderr
+
+
+def test_a_setting_that_is_written_twice_is_refused(parts):
+    config = write_config(parts)
+    config.write_text("source: parts\nsamples: 3\nsamples: 4\n")
+    done = flawsmith("config", "check", config)
+    assert done.returncode == 2 and "'samples' twice" in done.stderr and "line 3" in done.stderr
+
+
+def test_an_interrupted_run_says_that_it_goes_on(parts):
+    """Ctrl-C, as the shell sends it: to a process that has begun its round."""
+    config = write_config(parts, samples=20_000, rounds=1, cluster={"workers": 1})
+    command = [sys.executable, "-m", "workflows.cli", "generate", config, "-w", parts / "w"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        while not (parts / "w" / "rounds" / "000" / "settings.yaml").exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert said.splitlines()[-1] == "flawsmith: interrupted; the same command goes on where it stopped"
 
 
 def test_dry_run_estimates_and_writes_nothing(parts):

@@ -179,7 +179,7 @@ def test_only_good_pictures_of_the_train_split_are_used():
 
 def test_missing_donors_are_an_error_with_a_remedy():
     alone = Pool({"nut": (picture("a"),)})
-    with pytest.raises(UsageError, match=r"only one.*share to 0"):
+    with pytest.raises(UsageError, match=r"only one.*without it, under generation"):
         plan(0, pool=alone)
     textured = {"perlin": Trait("texture", "blob", 1, "{}")}
     with pytest.raises(UsageError, match=r"generation\.textures"):

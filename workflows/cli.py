@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from workflows.config import Config
 
 OK, FAILED, USAGE, PARTIAL = 0, 1, 2, 3
+INTERRUPTED = 130  # Typer's own exit code after Ctrl-C, which says nothing
 
 app = typer.Typer(
     help="Makes the defects an inspection line has not seen yet, trains detectors from them, judges those on "
@@ -430,11 +431,8 @@ def predict(
     rows = predict_pictures(checkpoint, pictures, out, category=category, roi=roi, ignore=ignore)
     failed = [row for row in rows if row.get("error")]
     for row in rows:
-        typer.echo(
-            f"{row['path']}: {row['error']}"
-            if row.get("error")
-            else f"{row['path']}: {row['score']:.4f} {'ANOMALOUS' if row['anomalous'] else 'good'}"
-        )
+        said = row.get("error") or f"{row['score']:.4f} {'ANOMALOUS' if row['anomalous'] else 'good'}"
+        typer.echo(f"{row['path']}: {said.removeprefix(row['path'] + ': ')}")
     raise typer.Exit(PARTIAL if failed and len(failed) < len(rows) else FAILED if failed else OK)
 
 
@@ -697,7 +695,9 @@ def main() -> NoReturn:
         reason = error.strerror or str(error) or type(error).__name__
         typer.echo(f"flawsmith: {error.filename or 'writing'}: {reason}{remedy}", err=True)
         sys.exit(FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         typer.echo("flawsmith: interrupted; the same command goes on where it stopped", err=True)
         sys.exit(FAILED)
     sys.exit(OK)

@@ -157,6 +157,20 @@ def _long_enough(value: str) -> str:
     return value
 
 
+def _bytes(value: str) -> str:
+    from dask.utils import parse_bytes
+
+    try:
+        parse_bytes(value)
+    except ValueError as error:
+        raise ValueError("no number of bytes; write e.g. 4GB") from error
+    return value
+
+
+def _bytes_or_auto(value: str) -> str:
+    return value if value == "auto" else _bytes(value)
+
+
 def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
@@ -192,7 +206,7 @@ class Slurm(Settings):
     worker of as many threads, which has the GPU to itself."""
 
     cores: int = Field(ge=1, description="of a job")
-    memory: str = Field(description="of a job, e.g. 32GB")
+    memory: Annotated[str, AfterValidator(_bytes)] = Field(description="of a job, e.g. 32GB")
     walltime: Walltime = Field(description="of a job, H:MM:SS or D-HH:MM:SS; 5 minutes at least")
     jobs: JobsRange = Field((1, 1), description="jobs kept running, or [fewest, most] as work demands")
     queue: str | None = Field(None, description="partition")
@@ -217,7 +231,9 @@ class Cluster(Settings):
 
     workers: int | None = Field(None, ge=1, description="worker processes of this machine; null: one a core")
     threads: int = Field(1, ge=1, description="shards a worker of this machine makes at a time")
-    memory_limit: str = Field("auto", description="of a worker of this machine, e.g. 4GB")
+    memory_limit: Annotated[str, AfterValidator(_bytes_or_auto)] = Field(
+        "auto", description="of a worker of this machine, e.g. 4GB"
+    )
     address: str | None = Field(None, description="a running scheduler: tcp://host:8786 or tls://host:8786")
     tls: Tls | None = Field(None, description="certificates for a tls:// address")
     slurm: Slurm | None = Field(None, description="submit jobs to SLURM")
@@ -259,7 +275,8 @@ class Detector(Settings):
 
         method = protocol.get(self.name)
         if self.preset is not None and self.preset not in method.presets:
-            raise UsageError(f"no preset {self.preset!r}; {self.name} has {', '.join(method.presets)}")
+            known = ", ".join(method.presets) or "none"
+            raise UsageError(f"no preset {self.preset!r}; {self.name} has {known}")
         preset = method.presets[self.preset] if self.preset is not None else {}
         return method, method.settings.model_validate({**preset, **self.settings})
 
@@ -428,6 +445,8 @@ def _check(config: Config) -> list[str]:
             problems.append(
                 explain(error, settings.params, f"generation.generators.{key}.params", generator.params)
             )
+    if not config.generation.generators:
+        problems.append("generation.generators: names none; leave it out for the default mix")
     if generators and not any(s.share > 0 for s in config.generation.generators.values()):
         problems.append("generation.generators: no generator has a share above 0")
     for key in config.training.generators:
@@ -437,8 +456,9 @@ def _check(config: Config) -> list[str]:
             problems.append(f"training.generators: {error}")
     if config.output.bits == 16 and config.output.format != "png":
         problems.append(f"output.bits: 16 needs output.format: png, found {config.output.format}")
-    if config.generation.location == "roi" and not any(source.roi for source in config.source):
-        problems.append("generation.location: roi, but no source names a region of interest (source.roi)")
+    if config.generation.location == "roi":
+        bare = [source.path for source in config.source if not source.roi]
+        problems += [f"generation.location: roi, but source {path} names none (roi)" for path in bare]
     return problems
 
 
@@ -582,7 +602,7 @@ def explain(error: ValidationError, raw: Any, name: str, model: type[BaseModel] 
             lines.append(f"{name}: {place}: is missing; add it")
         else:
             found = f", found {item['input']!r}" if not isinstance(item["input"], dict) else ""
-            lines.append(f"{name}: {place}: {item['msg']}{found}")
+            lines.append(f"{name}: {place}: {item['msg'].removeprefix('Value error, ')}{found}")
     return "\n".join(lines)
 
 
