@@ -64,12 +64,13 @@ def write_workspace(tmp_path):
             )  # fmt: skip
             images.append(image)
             normals[image.image_id] = pixels
-    space.write_table("images.parquet", to_table(images, IMAGES))
+    for name in ("images.parquet", round_file(0, "images.parquet")):
+        space.write_table(name, to_table(images, IMAGES))
     config = parse_config({"source": str(tmp_path), "samples": 7}, name="test").model_dump(mode="json")
     for round_ in (0, 1):
         space.write_yaml(
             round_file(round_, "settings.yaml"),
-            {"round": round_, "config": config, "generation": config["generation"]},
+            {"round": round_, "first": 0, "config": config, "generation": config["generation"]},
         )
         write_round(space, round_, images, normals, rng)
     return space

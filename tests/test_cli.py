@@ -75,6 +75,10 @@ def test_every_shipped_configuration_loads(path):
         ({"generation": {"gates": {"leek_max": 1}}}, "did you mean 'leak_max'?"),
         ({"generation": {"area": [0.2, 0.1]}}, "upside down"),
         ({"generation": {"location": "roi"}}, "location: roi, but source"),
+        (
+            {"generation": {"generators": {"scar": {}}}, "training": {"generators": {"scar": 0}}},
+            "training.generators: all that the mix makes have weight 0",
+        ),
         ({"generation": {"generators": {}}}, "generation.generators: names none"),
         ({"generation": {"generators": {"scar": {"share": float("inf")}}}}, "generators.scar.share"),
         ({"cluster": {"memory_limit": "lots"}}, "cluster.memory_limit: no number of bytes; write e.g. 4GB"),

@@ -244,7 +244,9 @@ def test_what_rests_on_a_detector_goes_with_it(tmp_path):
     def left(number):
         rows = space.read_table("history.parquet").to_pylist()
         names = {name for name in space.names(f"rounds/00{number}") if name.endswith(".parquet")}
-        return names - {"shards.parquet"}, {row["kind"] for row in rows if row["round"] == number}
+        return names - {"shards.parquet", "images.parquet"}, {
+            row["kind"] for row in rows if row["round"] == number
+        }
 
     assert left(1) == ({"found.parquet", "heatmaps.parquet", "metrics.parquet", "trials.parquet"}, judged)
     detecting.remove_results(space, 0)
@@ -253,6 +255,17 @@ def test_what_rests_on_a_detector_goes_with_it(tmp_path):
     assert not space.names("rounds/000/heatmaps")
     detecting.remove_results(space, 1)
     assert left(1) == (set(), trained)
+
+
+def test_a_run_of_fewer_rounds_than_there_are_says_no_untruth_of_them(finished, pictures, tmp_path):
+    copy = tmp_path / "w"
+    shutil.copytree(finished.url, copy)
+    space = Workspace(str(copy))
+    before = space.read_table("history.parquet").to_pylist()
+    loop(pictures, copy, rounds=1)
+    stops = [(row["round"], row["value"]) for row in before if row["kind"] == "stop"]
+    after = space.read_table("history.parquet").to_pylist()
+    assert stops == [(row["round"], row["value"]) for row in after if row["kind"] == "stop"]
 
 
 def test_a_damaged_detector_is_named_and_trained_again(finished, pictures, tmp_path):
@@ -267,7 +280,7 @@ def test_a_damaged_detector_is_named_and_trained_again(finished, pictures, tmp_p
     assert space.read_bytes(name) == whole
 
 
-def test_a_new_round_leaves_earlier_rounds_as_they_were(finished, pictures, tmp_path):
+def test_a_new_round_leaves_earlier_rounds_as_they_were(finished, pictures, tmp_path, capsys):
     """A picture is removed and the settings change: round 0 can still be replayed and repaired."""
     copy, fewer = tmp_path / "w", tmp_path / "fewer"
     shutil.copytree(finished.url, copy)
@@ -279,7 +292,9 @@ def test_a_new_round_leaves_earlier_rounds_as_they_were(finished, pictures, tmp_
     with pytest.raises(UsageError, match=r"(?s)source\.0\.path: .*--new-round"):
         rounds.begin(config, space, new_round=False)
     assert rounds.begin(config, space, new_round=True) == 2
+    capsys.readouterr()
     assert rounds.begin(config, space, new_round=True) == 2, "an unfinished new round goes on"
+    assert "round 2 has begun and is not judged yet: --new-round begins no other" in capsys.readouterr().err
     assert space.read_table("images.parquet").num_rows == finished.read_table("images.parquet").num_rows
     accepted = rounds.accepted_samples(space, 0)
     assert all(replay(space, row["sample_id"])["identical"] for row in accepted)

@@ -21,6 +21,7 @@ from detectors.protocol import counted
 from generation.cut import models
 from manifests import pictures, shards
 from manifests.errors import PictureError, UsageError
+from manifests.schema import IMAGES, to_table
 from manifests.workspace import part
 from tests.small_workspace import LICENCE, NASTY, write_workspace
 from training.evaluation import predict as score_pictures
@@ -121,6 +122,9 @@ def test_a_round_that_is_not_there_or_empty_is_a_usage_error(space, tmp_path):
 
 def test_mvtec_export_holds_the_same_pixels_and_stays_in_its_folder(space, tmp_path):
     veto(space, "001-00000-00002")
+    known = space.read_table("images.parquet").to_pylist()
+    gone = {**known[0], "image_id": "0" * 64, "path": str(tmp_path / "gone.png"), "split": "train"}
+    space.write_table("images.parquet", to_table([*known, gone], IMAGES))  # of an earlier source
     out = tmp_path / "out"
     counts = export.export(space, "mvtec", out)
     assert counts == {"anomalies": 11, "normals": 6, "features_left_out": 2}

@@ -21,7 +21,7 @@ import yaml
 
 from manifests import pictures
 from manifests.errors import UsageError
-from manifests.schema import GOOD, Image
+from manifests.schema import GOOD, Image, images_from
 from manifests.workspace import Workspace, round_file
 from workflows.stored import Stored, licences, read_sample, some_accepted, source_images
 
@@ -139,8 +139,10 @@ def _mvtec(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, An
         entries.append({**row, "file": picture, "mask": mask})
     anomalies = len(entries)
     newest = max(row["round"] for row in chosen.rows)
-    output = chosen.space.read_yaml(round_file(newest, "settings.yaml"))["config"]["output"]
-    for image in chosen.images.values():
+    settings = chosen.space.read_yaml(round_file(newest, "settings.yaml"))
+    output, began = settings["config"]["output"], settings["first"]
+    # Those of the newest round: a source may have lost pictures since an earlier one.
+    for image in images_from(chosen.space.read_table(round_file(began, "images.parquet"))):
         place = {"train": "train", "calibration": "test"}.get(image.split)
         if place is None or image.defect != GOOD or image.category not in folders:
             continue

@@ -46,7 +46,8 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
                     best, idle = (number, 0) if better else (best, idle + 1)
             stop = why_stop(config, space, first, number, best, idle)
             if stop:
-                history.remember(space, number, "stop", {"reason": stop})
+                if not space.exists(round_file(number + 1, "found.parquet")):  # else it went on once
+                    history.remember(space, number, "stop", {"reason": stop})
                 say(f"stopped after round {number}: {stop}")
                 break
             history.forget(space, {(number, "stop")})

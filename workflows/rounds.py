@@ -77,6 +77,12 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
                 )
         unfinished = not space.exists(round_file(rounds[-1], "found.parquet"))
         if not changed and (unfinished or not new_round):
+            if new_round:
+                say(
+                    f"round {rounds[-1]} has begun and is not judged yet: --new-round begins no other, and "
+                    "its pictures stay those that it began with. Once it is judged (which takes "
+                    f"rounds: {rounds[-1] - first + 1} or more), --new-round reads the sources again"
+                )
             return rounds[-1]
         if not new_round:
             listed = "\n  ".join(changed)
