@@ -192,12 +192,12 @@ def test_a_setting_that_is_written_twice_is_refused(parts):
     assert done.returncode == 2 and "'samples' twice" in done.stderr and "line 3" in done.stderr
 
 
-def test_an_interrupted_run_says_that_it_goes_on(parts):
-    """Ctrl-C, as the shell sends it: to a process that has begun its round."""
-    config = write_config(parts, samples=20_000, rounds=1, cluster={"workers": 1})
-    command = [sys.executable, "-m", "workflows.cli", "generate", config, "-w", parts / "w"]
+def test_an_interrupted_command_says_that_it_goes_on(parts):
+    """Ctrl-C, as a shell sends it: to a process that has begun its round."""
+    config = write_config(parts, samples=100_000_000)
+    command = [sys.executable, "-m", "workflows.cli", "plan", config, "-w", parts / "w"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
-        while not (parts / "w" / "rounds" / "000" / "settings.yaml").exists():
+        while not (parts / "w" / "rounds" / "000" / "recipes" / "part-00001.parquet").exists():
             assert running.poll() is None
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
