@@ -125,14 +125,13 @@ def _in_text(listing: Listing) -> Listing:
 
 def _named_apart(listing: Listing) -> Listing:
     """Without the pictures whose category or defect has a name that means something else in tables."""
-    found, problems = [], list(listing.problems)
-    for one in listing.found:
-        taken = [label for label, name in _RESERVED.items() if getattr(one, label) == name]
-        for label in taken:
-            what = f"tables of figures call what is over all {_RESERVED[label]!r}: no name for a {label}"
-            problems.append(Problem("error", one.path, what, "rename its folder, or correct the list"))
-        if not taken:
-            found.append(one)
+    found, problems = listing.found, list(listing.problems)
+    for label, name in _RESERVED.items():
+        taken = [one.path for one in found if getattr(one, label) == name]
+        if taken:
+            what = f"tables call what is over all {name!r}: no name for a {label} ({len(taken)} pictures)"
+            problems.append(Problem("error", taken[0], what, "rename its folder, or correct the list"))
+            found = [one for one in found if getattr(one, label) != name]
     return Listing(found, problems)
 
 

@@ -20,7 +20,9 @@ DEEPEST = 100  # brackets within brackets; the parser's time grows with the squa
 class _Loader(yaml.SafeLoader):
     """That of plain values, which takes no key twice: all but the last would be lost without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As it is written: later, what it merges in (``<<``) stands beside the keys that override it."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -29,7 +31,7 @@ class _Loader(yaml.SafeLoader):
                         "while reading a mapping", node.start_mark, f"{key.value!r} twice", key.start_mark
                     )
                 seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def from_yaml(text: str | bytes) -> Any:

@@ -15,7 +15,7 @@ from manifests.workspace import Workspace, WorkspaceError, part
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem. ``shard`` is -1 for a file that belongs to no planned shard."""
+    """One problem. ``shard`` is -1 for a file that belongs to no planned shard, ``round`` for one of none."""
 
     round: int
     shard: int

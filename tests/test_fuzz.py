@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,6 +129,15 @@ def test_yaml_that_its_parser_or_a_reader_would_choke_on(text, tmp_path):
     space = Workspace(str(tmp_path))
     with pytest.raises(WorkspaceError, match="damaged"):
         space.read_yaml("x.yaml")
+
+
+def test_no_key_is_taken_twice_and_what_is_merged_in_may_be_overridden():
+    with pytest.raises(ValueError, match="'a' twice"):
+        from_yaml("x: 1\ny: {a: 1, b: 2, a: 3}\n")
+    # y is merged into z before it is made itself
+    merged = "b: &b {k: 1, l: 2}\nx: {y: &y {<<: *b, k: 3}}\nz: {<<: *y, l: 4}\n"
+    assert from_yaml(merged) == yaml.safe_load(merged)
+    assert from_yaml(merged)["x"]["y"] == {"k": 3, "l": 2}
 
 
 def test_brackets_nest_to_a_bound():

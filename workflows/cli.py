@@ -295,7 +295,8 @@ def verify(
         bool, typer.Option("--sweep", help="remove what killed writers left and no planned shard has")
     ] = False,
 ) -> None:
-    """Read every shard and name what is truncated, damaged, missing or extra; `run` then repairs it."""
+    """Read every shard, table and detector and name what is truncated, damaged, missing or extra; `run` makes
+    shards and detectors again."""
     from workflows.upkeep import verify as verify_workspace
 
     space = _existing(workspace)
@@ -304,7 +305,8 @@ def verify(
     for finding in findings:
         typer.echo(f"{finding.path}: {finding.what}")
     typer.echo(
-        f"{len(findings)} problems; `flawsmith run` with the same configuration repairs them"
+        f"{len(findings)} problems; `flawsmith run` with the same configuration makes shards and detectors "
+        "again; restore or remove another table"
         if findings
         else "every shard is whole"
     )

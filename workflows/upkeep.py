@@ -49,8 +49,7 @@ def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
         else:
             space.remove(name)
         findings += [*found, *_damaged_files(space, number)]
-    latest = space.rounds()[-1:]
-    return findings + [finding for number in latest for finding in _damaged_tables(space, number, "")]
+    return findings + _damaged_tables(space, -1, "")
 
 
 def _damaged_tables(space: Workspace, number: int, folder: str) -> list[Finding]:
