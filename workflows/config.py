@@ -449,9 +449,6 @@ def _check(config: Config) -> list[str]:
         problems.append("generation.generators: names none; leave it out for the default mix")
     if generators and not any(s.share > 0 for s in config.generation.generators.values()):
         problems.append("generation.generators: no generator has a share above 0")
-    made = [key for key, own in config.generation.generators.items() if own.share > 0]
-    if made and all(config.training.generators.get(key) == 0 for key in made):
-        problems.append("training.generators: all that the mix makes have weight 0: nothing is left to learn")
     for key in config.training.generators:
         try:
             registry.get(key)
