@@ -519,6 +519,44 @@ def test_foreground_finds_a_part_and_takes_a_texture_whole():
     assert (found & truth).sum() / (found | truth).sum() > 0.95
     assert foreground(np.random.default_rng(0).integers(80, 160, (90, 100, 1)).astype(np.uint8)).all()
     assert foreground(np.full((9, 8, 1), 7, np.uint16)).all()
+    for shape in ((1, 1, 1), (2, 3000, 3), (3000, 1, 1)):
+        assert foreground(np.random.default_rng(0).integers(0, 256, shape, np.uint8)).shape == shape[:2]
+
+
+def _lit(height: int, width: int, spot: tuple[float, float], spread: float, light: float) -> np.ndarray:
+    """Light that fades around a spot: float, H×W×1."""
+    y, x = np.mgrid[:height, :width]
+    away = np.hypot(y - spot[0], x - spot[1])
+    return (light * np.exp(-0.5 * (away / spread) ** 2))[..., None]
+
+
+def test_a_gloss_on_the_ground_is_not_the_part():
+    ground, truth = np.full((160, 120, 3), 45.0), np.zeros((160, 120), np.uint8)
+    cv2.circle(truth, (60, 90), 34, 1, -1)
+    glossy = ground + _lit(160, 120, (35, 60), 18, 110)  # as bright as two thirds of the part, and touches it
+    drawn = np.where(truth[..., None] > 0, np.array([205.0, 160, 110]), glossy)
+    noisy = np.clip(drawn + np.random.default_rng(1).normal(0, 4, drawn.shape), 0, 255).astype(np.uint8)
+    found = foreground(noisy)
+    assert (found & (truth > 0)).sum() / (found | (truth > 0)).sum() > 0.95
+
+
+@pytest.mark.parametrize("spread", [40, 80])
+def test_uneven_light_on_a_material_is_no_part(spread: int):
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        y, x = rng.uniform(20, 108, 2)
+        lit = 90 + _lit(128, 128, (y, x), spread, 70) + rng.normal(0, 5, (128, 128, 1))
+        assert foreground(np.clip(lit, 0, 255).astype(np.uint8)).all()
+
+
+def test_parts_of_a_size_count_all_and_crumbs_beside_them_do_not():
+    drawn = np.full((200, 300, 1), 230, np.uint8)
+    for x in (60, 150, 240):
+        cv2.circle(drawn, (x, 80), 34, 60, -1)
+    cv2.circle(drawn, (150, 165), 14, 60, -1)  # over 1 % of the picture
+    found = foreground(drawn)
+    assert [bool(found[80, x]) for x in (60, 150, 240)] == [True] * 3
+    assert not found[140:, :].any()
 
 
 def test_location_needs_its_mask_and_a_place():

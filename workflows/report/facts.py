@@ -58,8 +58,9 @@ class Facts:
 class TypeOutcome:
     """What a round found of one type of defect on the feedback split.
 
-    ``gained`` were misses in the round before and ``lost`` were found there; both are 0 in a round that has
-    none before it (``compared`` is false).
+    ``gained`` were misses in the round before and ``lost`` were found there; both are 0 where there is no
+    round before, or none of these defects in it, as where its detector's input has another size (``compared``
+    is false).
     """
 
     round: int
@@ -141,15 +142,14 @@ def type_outcomes(found: Mapping[int, Sequence[Row]]) -> list[TypeOutcome]:
     results = []
     for number in sorted(found):
         before = {defect_key(row): row["hit"] >= FOUND_FROM for row in found.get(number - 1, ())}
+        compared = any(defect_key(row) in before for row in found[number])
         counts: dict[tuple[str, str], Counter[str]] = {}
         for row in found[number]:
             own = counts.setdefault((row["category"], row["defect"]), Counter())
             now, then = row["hit"] >= FOUND_FROM, before.get(defect_key(row))
             own.update(defects=1, found=now, gained=then is False and now, lost=then is True and not now)
         results += [
-            TypeOutcome(
-                number, *key, own["defects"], own["found"], own["gained"], own["lost"], compared=bool(before)
-            )
+            TypeOutcome(number, *key, own["defects"], own["found"], own["gained"], own["lost"], compared)
             for key, own in sorted(counts.items())
         ]
     return results
