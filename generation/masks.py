@@ -439,8 +439,8 @@ def foreground(pixels: np.ndarray) -> np.ndarray:
     picture = cv2.medianBlur(picture, 3).reshape(pixels.shape) if min(height, width) > 2 else picture
     lab = (cv2.cvtColor(picture, cv2.COLOR_RGB2LAB) if channels == 3 else picture).astype(np.float32)
     border = np.concatenate([lab[0], lab[-1], lab[:, 0], lab[:, -1]])
-    distance = np.sqrt(((lab - np.median(border, axis=0)) ** 2).sum(axis=2))
-    grey = np.minimum(distance, 255).astype(np.uint8)
+    away = lab - np.median(border, axis=0)
+    grey = np.minimum(np.sqrt(np.einsum("hwc,hwc->hw", away, away)), 255).astype(np.uint8)
     level = _steepest(grey)
     if level is None:
         return everything
@@ -485,12 +485,10 @@ def _steepest(grey: np.ndarray) -> int | None:
 
 def _large(mask: np.ndarray, of_largest: float = 0.0) -> np.ndarray:
     """The connected parts of at least 1 % of the picture and that share of the largest: bool, H×W."""
-    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[1]
+    labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)[1]
     sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    large = sizes >= max(0.01 * mask.size, of_largest * sizes.max())
-    large[0] = False
-    return large[labels]
+    sizes[0] = 0  # of what is no part
+    return (sizes >= max(0.01 * mask.size, of_largest * sizes.max()))[labels]
 
 
 def resolve_location(
