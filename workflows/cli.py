@@ -110,14 +110,16 @@ def run(
 ) -> None:
     """Everything: samples, detector, figures, and the next round's settings. Goes on where it stopped."""
     from workflows.config import check_detector
-    from workflows.loop import run as run_loop
-    from workflows.upkeep import estimate
 
-    settings = _configure(config, rounds, scheduler)
+    settings = _configure(config, rounds, scheduler)  # before what takes seconds to import
     check_detector(settings, str(config))
     if dry_run:
+        from workflows.upkeep import estimate
+
         typer.echo(estimate(settings))
         return
+    from workflows.loop import run as run_loop
+
     run_loop(settings, _workspace(workspace), new_round=new_round)
 
 
@@ -130,9 +132,9 @@ def plan(
     ] = False,
 ) -> None:
     """Write the recipes of the latest round; nothing is made."""
+    settings, space = _configure(config), _workspace(workspace)
     from workflows import rounds
 
-    settings, space = _configure(config), _workspace(workspace)
     with space.writing():
         number = rounds.begin(settings, space, new_round=new_round)
         typer.echo(f"round {number}: {rounds.plan(space, number)} recipes")
@@ -141,10 +143,10 @@ def plan(
 @app.command(epilog="Example: flawsmith generate config.yaml -w runs/bottle --scheduler tcp://host:8786")
 def generate(config: ConfigPath, workspace: WorkspaceOption, scheduler: SchedulerOption = None) -> None:
     """Make the samples of the latest round that are not there yet."""
+    settings, space = _configure(config, scheduler=scheduler), _workspace(workspace)
     from workflows import rounds
     from workflows.loop import timed
 
-    settings, space = _configure(config, scheduler=scheduler), _workspace(workspace)
     with space.writing():
         number = rounds.begin(settings, space, new_round=False)
         timed(space, number, "generate", lambda: rounds.generate(space, number, settings.cluster))
