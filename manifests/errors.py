@@ -13,5 +13,9 @@ class WorkspaceError(FlawsmithError):
     """The workspace lacks something, is in use, or holds what it should not."""
 
 
+class ReadOnlyError(WorkspaceError):
+    """Nothing can be written where the workspace lies."""
+
+
 class PictureError(FlawsmithError, ValueError):
     """A picture that cannot be used. Deterministic: reading the same bytes again fails the same way."""

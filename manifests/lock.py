@@ -12,6 +12,7 @@ which tells all but two that interrupt each other within it; the loser learns of
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -30,7 +31,7 @@ from urllib.parse import quote
 
 import fsspec
 
-from manifests.errors import WorkspaceError
+from manifests.errors import ReadOnlyError, WorkspaceError
 from manifests.storage import ShortRead, is_local, no_bucket, open_system, put, steady
 
 LOCK, CLOCK = "lock.json", "lock.clock"
@@ -61,14 +62,16 @@ def folder_lock(root: Path) -> Iterator[None]:
     """Holds the kernel's lock of a folder, which is made if need be.
 
     Raises:
-        WorkspaceError: another process holds it, or nothing can be written there.
+        WorkspaceError: another process holds it, or nothing can be written there (``ReadOnlyError`` if that
+            is not allowed).
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / ".lock", "a+")  # noqa: SIM115 - held for the whole run
     except OSError as error:
-        raise WorkspaceError(
-            f"cannot write to the workspace {root}: {error.strerror}; choose another folder with --workspace"
+        kind = ReadOnlyError if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else WorkspaceError
+        raise kind(
+            f"cannot write to the workspace {root}: {error.strerror}; make it writable, or work in a copy"
         ) from error
     with lock:
         try:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.small_workspace import write_workspace
 from workflows.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,17 @@ def test_commands_on_what_is_no_workspace(tmp_path, monkeypatch, words):
     done = flawsmith(*(tmp_path / "nothing" if word == "W" else word for word in words))
     assert done.returncode in (1, 2), done.stdout
     assert "Traceback" not in done.stderr and done.stderr.startswith("flawsmith: ")
+
+
+def test_rejecting_a_sample_of_an_earlier_configuration_says_what_is_not_trained_again(tmp_path):
+    space = write_workspace(tmp_path)
+    stored = space.read_yaml("rounds/001/settings.yaml")
+    space.write_yaml("rounds/001/settings.yaml", {**stored, "first": 1})
+    done = flawsmith("review", space.url, "--reject", "001-00000-00000")
+    assert done.stdout.startswith("rejected 1 sample by hand")
+    assert "train --round N" not in done.stdout
+    done = flawsmith("review", space.url, "--reject", "000-00000-00000")
+    assert "rejected 2 samples" in done.stdout and "train --round N" in done.stdout
 
 
 def test_an_error_leaves_the_process_with_its_exit_code(tmp_path):

@@ -153,12 +153,19 @@ def test_false_alarms_become_hard_normals_and_fade_when_they_end():
         Alarm("a", 5.0, "again", "blur"),
         Alarm("c", 1.2, "", "blur"),
     ]
-    weights, nearest, decisions = hard_normals(alarms, {"old": 3.0})
+    weights, nearest, decisions = hard_normals(alarms, {"old": 3.0, "c": 4.0}, {})
     assert nearest == {"a": "peak"}
-    assert weights == {"a": 4.0, "b": 2.0, "old": 2.0}
+    assert weights == {"a": 4.0, "b": 2.0, "old": 2.0, "c": 2.5}
+    assert "not among the 16" in decisions[-1].reason  # it alarmed, but too little
     assert {d.setting: d.after for d in decisions}["normals.a"] == "4"
     assert "here" in decisions[0].reason and "an anomaly of peak" in decisions[0].reason
-    assert hard_normals([], weights | {"old": 1.2})[0] == {"a": 2.5, "b": 1.5}
+    assert hard_normals([], {"a": 4.0, "b": 2.0, "old": 1.2}, {})[0] == {"a": 2.5, "b": 1.5}
+
+
+def test_weights_that_the_configuration_gives_pictures_stay_as_they_are():
+    own = {"a": 0.1, "b": 3.0}
+    weights, nearest, decisions = hard_normals([Alarm("a", 12.0, "here", "peak")], own, own)
+    assert (weights, nearest, decisions) == (own, {}, [])
 
 
 # -- search ---------------------------------------------------------------------------------------------

@@ -55,6 +55,13 @@ def test_what_cannot_be_shown_is_named(names, out, message, plate, tmp_path):
         gallery([plate], tmp_path / out, names=names)
 
 
+def test_a_picture_is_never_replaced(plate):
+    before = plate.read_bytes()
+    with pytest.raises(UsageError, match="would replace the picture"):
+        gallery([plate], plate.parent / "." / plate.name, names=["scar"])
+    assert plate.read_bytes() == before
+
+
 def test_the_command(plate, tmp_path):
     out = tmp_path / "g.png"
     done = flawsmith("gallery", plate, "--out", out, "--generator", "scar")

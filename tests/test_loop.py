@@ -74,7 +74,7 @@ def test_the_loop_closes(finished):
     decisions = finished.read_table("rounds/000/decisions.parquet").to_pylist()
     assert all(row["reason"] for row in decisions)
     changed = {row["setting"] for row in decisions if row["before"] != row["after"]}
-    assert bool(changed) == (first != second) and decisions[0]["setting"] == "search"
+    assert bool(changed) == (first != second) and "search" in {row["setting"] for row in decisions}
     trials = [
         row for row in finished.read_table("rounds/000/trials.parquet").to_pylist() if row["shards"] == 1
     ]

@@ -20,10 +20,11 @@ import psutil
 import pytest
 from distributed import default_client
 
-from manifests.errors import FlawsmithError, UsageError
+from manifests.errors import FlawsmithError, ReadOnlyError, UsageError
 from manifests.schema import canonical_json
 from manifests.shards import unpack
 from manifests.workspace import Workspace, part
+from tests.test_cli import flawsmith
 from workflows import rounds
 from workflows.cluster import make_round
 from workflows.config import Cluster, Config, parse_config
@@ -267,6 +268,23 @@ def test_verify_names_a_table_of_which_one_byte_changed(undisturbed, tmp_path, n
     whole = space.read_bytes(name)
     space.write_bytes(name, whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
     assert [finding.path for finding in verify(space)] == [name]
+
+
+def test_an_archive_that_cannot_be_written_to_is_verified(undisturbed, tmp_path, monkeypatch):
+    space = copy_of(undisturbed, tmp_path / "archive")
+    name = part("shards", 0, 3, "tar")
+    space.write_bytes(name, space.read_bytes(name)[:-700])
+
+    def refused(*_given: Any) -> Any:
+        raise ReadOnlyError("cannot write to the workspace: Read-only file system")
+
+    for write in ("writing", "write_bytes", "write_table", "remove"):
+        monkeypatch.setattr(Workspace, write, refused)
+    done = flawsmith("verify", space.url)
+    assert done.returncode == 1 and f"{name}: truncated" in done.stdout
+    assert "cannot be written to" in done.stderr
+    done = flawsmith("verify", "--sweep", space.url)
+    assert done.returncode == 1 and "Read-only file system" in done.stderr
 
 
 def test_verify_names_damage_and_the_next_run_repairs_exactly_that(undisturbed, pictures, tmp_path):

@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -155,6 +156,26 @@ def test_report_of_a_whole_run(space):
     assert page.count('id="picture-') == 11 + 4  # 13 samples, two of them features; four normals, each once
     assert write_report(space) == "report/index.html"
     assert space.read_bytes("report/index.html").decode() == page
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_change_is_told_only_within_a_configuration(space, first):
+    """Another has other categories, or other pictures."""
+    stored = space.read_yaml(round_file(1, "settings.yaml"))
+    space.write_yaml(round_file(1, "settings.yaml"), {**stored, "first": first})
+    for number, value in enumerate((0.6, 0.5)):
+        row = metric_row(number, "feedback", "mean", "pixel_ap", value)
+        space.write_table(round_file(number, "metrics.parquet"), to_table([row], METRICS))
+    assert ("−0.100 on round 0" in written(space)[0]) == (first == 0)
+
+
+def test_a_normal_that_is_drawn_more_often_is_named_by_its_file(space, tmp_path):
+    known = space.read_table("images.parquet").to_pylist()[0]
+    row = {"round": 0, "setting": f"normals.{known['image_id']}", "before": "1", "after": "2", "reason": "x"}
+    space.write_table(round_file(0, "decisions.parquet"), to_table([row], DECISIONS))
+    name = "/".join(Path(known["path"]).parts[-2:])
+    assert f"0 → 1{name}12x" in written(space)[0]
+    assert f"0 → 1{known['image_id']}12x" in written(space, with_pictures=False)[0]
 
 
 def test_the_chart_of_shares_counts_the_recipes(space):

@@ -117,6 +117,7 @@ def test_defects_of_one_generators_kind_ask_for_more_of_it(tmp_path, monkeypatch
     monkeypatch.setattr(sys.modules[__name__], "SIDE", 96)  # fine lines take more detail, and more samples
     monkeypatch.setattr(probing, "SIZE", 128)
     monkeypatch.setattr(probing, "SHARD", 24)
+    monkeypatch.setattr(steering, "matched", lambda *_: None)  # which would ask for it before the search does
     two = {"generators": {"peak": {}, "blur": {}}}
     space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.01, 0.04), 20), two)
     after = steered(space)
@@ -132,7 +133,7 @@ def test_a_category_is_made_by_what_its_defects_look_like(tmp_path):
     after, (decision,) = steering._as_matched(ground, round_.generation, lambda _count: None)
     often = {name: s.categories["cloth"] for name, s in after.generators.items()}
     assert often["peak"] > 2 * often["perlin"] and sum(often.values()) == pytest.approx(2, abs=0.02)
-    assert "look most like samples of peak" in decision.reason
+    assert "asked for are peak" in decision.reason and "as its real defects look" in decision.reason
     drawn = [recipe.generator for recipe in replace(round_, generation=after).plan(0)]
     assert drawn.count("peak") > 2 * drawn.count("perlin")
 
@@ -152,7 +153,7 @@ def test_a_mix_that_makes_samples_too_dear_is_not_taken(monkeypatch):
     taken, left = decisions
     assert (taken.setting, left.setting) == tuple(f"generators.*.categories.{category}" for category in asked)
     assert (left.before, left.after) == ("perlin 1, cut 1",) * 2 and taken.after != taken.before
-    assert "look most like samples of cut 90%" in left.reason and "cost over 2 times as much" in left.reason
+    assert "asked for are cut 90%" in left.reason and "cost over 2 times as much" in left.reason
     assert all(set(own.categories) == {"bolt"} for own in after.generators.values())
     categories = list(asked)
     assert probing.cost_of(after, categories) <= 2 * probing.cost_of(mix, categories)

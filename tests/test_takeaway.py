@@ -112,6 +112,9 @@ def test_a_damaged_sample_is_named_not_shown(space, tmp_path):
 def test_a_round_that_is_not_there_or_empty_is_a_usage_error(space, tmp_path):
     with pytest.raises(UsageError, match="no round 7; rounds that are there: 0, 1"):
         contact.contact_sheet(space, tmp_path / "sheet.png", rounds=[7])
+    space.write_yaml("rounds/002/settings.yaml", {**space.read_yaml("rounds/001/settings.yaml"), "round": 2})
+    with pytest.raises(UsageError, match="round 2 has no samples yet"):
+        export.export(space, "coco", tmp_path / "out", rounds=[2])
     veto(space, *(f"001-00000-{index:05d}" for index in range(7)))
     with pytest.raises(UsageError, match="no accepted sample of round 1"):
         export.export(space, "coco", tmp_path / "out", rounds=[1])
@@ -159,12 +162,43 @@ def test_mvtec_export_holds_the_same_pixels_and_stays_in_its_folder(space, tmp_p
     assert LICENCE in readme
 
 
+def test_a_category_that_the_newest_configuration_lacks_keeps_its_good_pictures(space, tmp_path):
+    """The second round begins a configuration without bolts."""
+    stored_settings = space.read_yaml("rounds/001/settings.yaml")
+    space.write_yaml("rounds/001/settings.yaml", {**stored_settings, "first": 1})
+    known = space.read_table("rounds/000/images.parquet")
+    rest = [row for row in known.to_pylist() if row["category"] != "bolt"]
+    space.write_table("rounds/001/images.parquet", to_table(rest, IMAGES))
+    counts = export.export(space, "mvtec", tmp_path / "out")
+    assert counts["normals"] == 6
+    for category in ("bolt", "cloth"):
+        assert list((tmp_path / "out" / category / "train" / "good").glob("*.png"))
+
+
+@pytest.mark.parametrize("format", ["coco", "yolo"])
+def test_a_defect_has_one_number_whatever_is_exported(space, tmp_path, format):
+    def numbers(name: str, rounds: list[int] | None) -> dict[str, int]:
+        export.export(space, format, tmp_path / name, rounds=rounds)
+        if format == "yolo":
+            found = yaml.safe_load((tmp_path / name / "data.yaml").read_text(encoding="utf-8"))["names"]
+            return {word: number for number, word in found.items()}
+        document = json.loads((tmp_path / name / "annotations.json").read_text(encoding="utf-8"))
+        return {entry["name"]: entry["id"] for entry in document["categories"]}
+
+    every = numbers("every", None)
+    assert sorted(every.values()) == list(range(format == "coco", len(every) + (format == "coco")))
+    assert numbers("second", [1]) == every
+    veto(space, "000-00000-00000")
+    assert numbers("vetoed", None) == every
+
+
 def test_coco_run_lengths_give_back_the_exact_mask(space, tmp_path):
     export.export(space, "coco", tmp_path / "out", rounds=[1])
     document = json.loads((tmp_path / "out" / "annotations.json").read_text(encoding="utf-8"))
     assert len(document["images"]) == 6
     names = {entry["id"]: entry["name"] for entry in document["categories"]}
-    assert set(names.values()) == {"good", NASTY, "Scratch", "scratch"}
+    shown = {names[entry["category_id"]] for entry in document["annotations"]}
+    assert shown == {"good", NASTY, "Scratch", "scratch"}
     assert [entry["name"] for entry in document["licenses"]] == [LICENCE]
     for image in document["images"]:
         shape = (image["height"], image["width"])

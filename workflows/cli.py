@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from manifests.errors import FlawsmithError, UsageError
+from manifests.errors import FlawsmithError, ReadOnlyError, UsageError
 
 if TYPE_CHECKING:
     from manifests.workspace import Workspace
@@ -145,11 +145,11 @@ def generate(config: ConfigPath, workspace: WorkspaceOption, scheduler: Schedule
     """Make the samples of the latest round that are not there yet."""
     settings, space = _configure(config, scheduler=scheduler), _workspace(workspace)
     from workflows import rounds
-    from workflows.loop import timed
+    from workflows.loop import make_samples
 
     with space.writing():
         number = rounds.begin(settings, space, new_round=False)
-        timed(space, number, "generate", lambda: rounds.generate(space, number, settings.cluster))
+        make_samples(space, number, settings.cluster)
 
 
 @app.command(
@@ -302,8 +302,14 @@ def verify(
     from workflows.upkeep import verify as verify_workspace
 
     space = _existing(workspace)
-    with space.writing():
-        findings = verify_workspace(space, sweep=sweep)
+    try:
+        with space.writing():
+            findings = verify_workspace(space, sweep=sweep)
+    except ReadOnlyError:
+        if sweep:
+            raise
+        typer.echo("the workspace cannot be written to: what is damaged is listed here alone", err=True)
+        findings = verify_workspace(space, note=False)
     for finding in findings:
         typer.echo(f"{finding.path}: {finding.what}")
     typer.echo(

@@ -23,6 +23,7 @@ from manifests import pictures
 from manifests.errors import UsageError
 from manifests.schema import GOOD, Image, images_from
 from manifests.workspace import Workspace, round_file
+from workflows.rounds import sample_rows
 from workflows.stored import Stored, licences, read_sample, some_accepted, source_images
 
 FORMATS = ("mvtec", "coco", "yolo")
@@ -138,13 +139,9 @@ def _mvtec(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, An
         _put(out / mask, pictures.encode_mask(sample.mask))
         entries.append({**row, "file": picture, "mask": mask})
     anomalies = len(entries)
-    newest = max(row["round"] for row in chosen.rows)
-    settings = chosen.space.read_yaml(round_file(newest, "settings.yaml"))
-    output, began = settings["config"]["output"], settings["first"]
-    # Those of the newest round: a source may have lost pictures since an earlier one.
-    for image in images_from(chosen.space.read_table(round_file(began, "images.parquet"))):
+    for image, output in _normals(chosen):
         place = {"train": "train", "calibration": "test"}.get(image.split)
-        if place is None or image.defect != GOOD or image.category not in folders:
+        if place is None or image.defect != GOOD:
             continue
         stem = safe_names([Path(image.path.partition("::")[0]).stem])[0]
         picture = f"{folders[image.category]}/{place}/{GOOD}/{stem}-{image.image_id[:12]}.png"
@@ -156,11 +153,33 @@ def _mvtec(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, An
     return {"anomalies": anomalies, "normals": len(entries) - anomalies}, entries
 
 
+def _normals(chosen: Chosen) -> Iterator[tuple[Image, dict[str, Any]]]:
+    """The real pictures of each category as the newest round that has it knows them, for a source may have
+    lost some since an earlier one; with the settings of that round's output."""
+    left = {row["category"] for row in chosen.rows}
+    for number in sorted({row["round"] for row in chosen.rows}, reverse=True):
+        settings = chosen.space.read_yaml(round_file(number, "settings.yaml"))
+        known = images_from(chosen.space.read_table(round_file(settings["first"], "images.parquet")))
+        own = [image for image in known if image.category in left]
+        left -= {image.category for image in own}
+        yield from ((image, settings["config"]["output"]) for image in own)
+
+
+def defect_names(space: Workspace) -> list[str]:
+    """The defects of all samples in the workspace: a round's new ones by name, behind those of the rounds
+    before. So a defect has the same number whichever rounds are exported, and in later exports, too."""
+    names: dict[str, None] = {}
+    for number in space.rounds():
+        if space.exists(round_file(number, "shards.parquet")):
+            names |= dict.fromkeys(sorted({row["defect"] for row in sample_rows(space, number)}))
+    return list(names)
+
+
 # -- COCO -------------------------------------------------------------------------------------------------
 
 
 def _coco(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    numbers: dict[str, int] = {}
+    numbers = {name: number for number, name in enumerate(defect_names(chosen.space), start=1)}
     names = licences(list(chosen.images.values()))
     licence_ids = {licence: number for number, licence in enumerate(names, start=1)}
     images: list[dict[str, Any]] = []
@@ -171,7 +190,6 @@ def _coco(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, Any
         file = f"images/{row['sample_id']}.png"
         _put(out / file, png)
         entries.append({**row, "file": file})
-        defect = numbers.setdefault(row["defect"], len(numbers) + 1)
         height, width = sample.mask.shape
         image = {"id": number, "file_name": f"{row['sample_id']}.png", "width": width, "height": height}
         licence = chosen.images[row["image_id"]].licence
@@ -182,7 +200,7 @@ def _coco(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, Any
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": defect,
+                    "category_id": numbers[row["defect"]],
                     "iscrowd": 0,
                     "area": len(ys),
                     "bbox": [int(v) for v in (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)],
@@ -223,7 +241,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def _yolo(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    numbers: dict[str, int] = {}
+    numbers = {name: number for number, name in enumerate(defect_names(chosen.space))}
     # samples of one normal stay on one side; a single normal has to serve both
     normals = sorted({row["image_id"] for row in chosen.rows})
     validation = set(normals[1::VALIDATION])
@@ -231,7 +249,7 @@ def _yolo(chosen: Chosen, out: Path) -> tuple[dict[str, int], list[dict[str, Any
     for sample, png in chosen.samples():
         row = sample.row
         place = "val" if row["image_id"] in validation else "train"
-        defect = numbers.setdefault(row["defect"], len(numbers))
+        defect = numbers[row["defect"]]
         lines = [
             " ".join([str(defect), *(f"{value:.6f}" for value in polygon(part).ravel())])
             for part in components(sample.mask)

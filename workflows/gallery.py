@@ -58,13 +58,16 @@ def gallery(
         out: ``*.png`` or ``*.html``.
 
     Raises:
-        UsageError: no picture, an unknown generator, one of features, or another ending.
+        UsageError: no picture, an unknown generator, one of features, another ending, or ``out`` is one of
+            the pictures.
         PictureError: a picture cannot be read.
     """
     if not pictures:
         raise UsageError("name at least one picture of a good part, e.g. flawsmith gallery plate.png")
     if out.suffix not in (".png", ".html"):
         raise UsageError(f"--out {out}: a gallery is written as .png or .html")
+    if out.resolve() in [picture.resolve() for picture in pictures]:
+        raise UsageError(f"--out {out}: the gallery would replace the picture; name another file")
     chosen = [registry.get(name) for name in names or registry.names()]
     features = [generator.name for generator in chosen if generator.family == "feature"]
     if names and features:

@@ -15,7 +15,7 @@ from functools import partial
 
 from manifests.workspace import Workspace, round_file
 from workflows import history
-from workflows.config import Config
+from workflows.config import Cluster, Config
 from workflows.console import say
 from workflows.rounds import begin, damaged_shards, generate, open_round, write_settings
 from workflows.space import present_values
@@ -58,11 +58,16 @@ def run(config: Config, space: Workspace, *, new_round: bool = False) -> None:
 def _run_round(config: Config, space: Workspace, number: int, best: int | None) -> None:
     from workflows import detecting
 
-    timed(space, number, "generate", lambda: generate(space, number, config.cluster))
-    _remember_yield(space, number)
+    make_samples(space, number, config.cluster)
     timed(space, number, "train", lambda: detecting.train(space, number))
     timed(space, number, "evaluate", lambda: detecting.evaluate(space, number, best))
     say(rounds_table(space))
+
+
+def make_samples(space: Workspace, number: int, cluster: Cluster) -> None:
+    """The shards of a round that are not there yet; what came of them goes into the history."""
+    timed(space, number, "generate", lambda: generate(space, number, cluster))
+    _remember_yield(space, number)
 
 
 def gained(space: Workspace, best: int, number: int) -> bool | None:

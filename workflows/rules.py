@@ -201,7 +201,10 @@ def from_matches(
         if shares is not None:
             first = sorted(shares, key=lambda name: (-shares[name], name))[:3]
             told = ", ".join(f"{name} {shares[name]:.0%}" for name in first)
-            reason = f"its real defects, those of parts left out as well, look most like samples of {told}"
+            reason = (
+                f"asked for are {told}: three quarters as its real defects look, those of parts left out as "
+                "well, and a quarter by the shares alone"
+            )
             words = [", ".join(f"{name} {value:g}" for name, value in own.items()) for own in (before, after)]
             decisions.append(Decision(f"generators.*.categories.{category}", words[0], words[1], reason))
     return found, decisions
@@ -288,16 +291,16 @@ MOST_HARD, HARD_FACTOR, HARD_EXCESS = 16, 4.0, 3.0  # pictures a round; most wei
 
 
 def hard_normals(
-    alarms: Sequence[Alarm], present: Mapping[str, float]
+    alarms: Sequence[Alarm], present: Mapping[str, float], own: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, str], list[Decision]]:
     """Pictures drawn more often, the generators nearest to their alarms, and a decision each; weights that no
-    alarm renews halve their distance to 1 and then go."""
+    alarm renews halve their distance to 1 and then go. ``own`` weights, of the configuration, stay."""
     worst: dict[str, Alarm] = {}
     for alarm in sorted(alarms, key=lambda alarm: (-alarm.excess, alarm.image_id)):
-        if alarm.excess >= HARD_EXCESS and len(worst) < MOST_HARD:
+        if alarm.excess >= HARD_EXCESS and len(worst) < MOST_HARD and alarm.image_id not in own:
             worst.setdefault(alarm.image_id, alarm)
-    weights, decisions = {}, []
-    for image_id in [*worst, *(name for name in present if name not in worst)]:
+    weights, decisions = dict(own), []
+    for image_id in [*worst, *(name for name in present if name not in worst and name not in own)]:
         before = present.get(image_id, 1.0)
         if image_id in worst:
             alarm = worst[image_id]
@@ -307,7 +310,10 @@ def hard_normals(
                 reason += f"; the place looks most like an anomaly of {alarm.nearest}, which draws it most"
         else:
             after = round((1 + before) / 2, 2) if before > 1.5 else 1.0
-            reason = "raised no alarm this time"
+            reason = (
+                f"not among the {MOST_HARD} with the worst false alarms, of {HARD_EXCESS:g} times a normal's "
+                "alarming places or more"
+            )
         if after != 1.0:
             weights[image_id] = after
         decisions.append(Decision(f"{PER_PICTURE}{image_id}", f"{before:g}", f"{after:g}", reason))

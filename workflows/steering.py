@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ from workflows.rules import (
 from workflows.searching import COST, SURE, Point, Trial, Verdict, search, verdict
 from workflows.space import ENDS, apply_values, numbers_of, present_values, search_space
 from workflows.stages import Round, evenly, read_settings, traits_of
-from workflows.stored import source_images
+from workflows.stored import short_name, source_images
 from workflows.texts import steer_texts
 
 FALSE_ALARMS = 0.99  # quantile of normals above which the proxy counts something as found
@@ -82,7 +83,11 @@ def feedback(space: Workspace, number: int) -> bool:
     found_rows = space.read_table(round_file(number, "found.parquet")).to_pylist()
     with progress(f"round {number}: features for the proxy", None, "pictures") as advance:
         ground = prepare(space, round_, advance)
-    generation = spelled_out(round_.generation, ground.banks, ground.recipes)
+    plain = generation = spelled_out(round_.generation, ground.banks, ground.recipes)
+    mixes: list[Decision] = []
+    if ground.labelled:  # before the search, which looks for what is better than these mixes
+        with progress(f"round {number}: samples beside real defects", None, "samples") as advance:
+            generation, mixes = _as_matched(ground, plain, advance)
     settings = judgeable(search_space(generation), generation, round_)
     present = present_values(generation)
     if ground.labelled:
@@ -122,18 +127,17 @@ def feedback(space: Workspace, number: int) -> bool:
             path: value * values.get(path, present[path]) / present[path] for path, value in asked.items()
         }
     after, decisions = decide(generation, values, asked, reasons, result)
-    if after == generation:
+    if ground.labelled:  # other shares would change how many samples of a category are made
+        after, _ = _mixed(round_.generation, after, {})
+    if after == plain:
         after = round_.generation
-    if ground.labelled:
-        with progress(f"round {number}: samples beside real defects", None, "samples") as advance:
-            after, more = _as_matched(ground, after, advance)
-        decisions += more
-    after, more = steer_texts(space, ground, after)
-    decisions += more
-    alarms = _alarms(space, round_, ground)
-    hard, nearest, hard_decisions = hard_normals(alarms, round_.generation.normals)
+    after, texts = steer_texts(space, ground, after)
+    hard, nearest, normals = hard_normals(
+        _alarms(space, round_, ground), round_.generation.normals, round_.config.generation.normals
+    )
     after = after.model_copy(update={"normals": hard, "nearest": nearest})
-    rows_out = [{"round": number, **asdict(decision)} for decision in [*decisions, *hard_decisions]]
+    decisions = [*mixes, *decisions, *texts, *normals]
+    rows_out = [{"round": number, **asdict(decision)} for decision in decisions]
     space.write_table(round_file(number, "decisions.parquet"), to_table(rows_out, DECISIONS))
     write_settings(space, number + 1, round_.config, after, first=first)
     say(explain(space, number))
@@ -147,7 +151,7 @@ def explain(space: Workspace, number: int) -> str:
     if not space.exists(name):
         return "\n".join([*lines, f"round {number}: no settings were decided on; {_why_none(space, number)}"])
     lines.append(f"What round {number} changes in round {number + 1}:")
-    files = {f"{PER_PICTURE}{i.image_id}": f"{PER_PICTURE}{_short(i.path)}" for i in source_images(space)}
+    files = {f"{PER_PICTURE}{i.image_id}": f"{PER_PICTURE}{short_name(i.path)}" for i in source_images(space)}
     for row in space.read_table(name).to_pylist():
         change = (
             "stays " + row["before"] if row["before"] == row["after"] else f"{row['before']} → {row['after']}"
@@ -157,16 +161,13 @@ def explain(space: Workspace, number: int) -> str:
     return "\n".join(lines)
 
 
-def _short(path: str) -> str:
-    """A picture's file and folder."""
-    return "/".join(path.partition("::")[0].split("/")[-2:])
-
-
 def _why_none(space: Workspace, number: int) -> str:
     if not open_round(space, number).config.feedback.enabled:
         return "feedback.enabled is false"
     if not space.exists(round_file(number, "found.parquet")):
-        return "it was not evaluated yet: `flawsmith evaluate` does it"
+        return "its detector was not judged yet: `flawsmith run` goes on"
+    if space.exists(round_file(number, "trials.parquet")):
+        return "its feedback was broken off: `flawsmith run` goes on"
     return "the last round of a run decides on none; `flawsmith feedback` does"
 
 
@@ -261,37 +262,43 @@ def decide(
             continue
         rule = ""
         if setting in reasons:
-            rule = f"{reasons[setting]}; the rule asks for {_asked(setting, asked, before_values)}; "
-        decisions.append(Decision(setting, before, then, f"{rule}{result.short}"))
+            rule = f"; the rule asks for {_asked(setting, asked, before_values)}: {reasons[setting]}"
+        decisions.append(Decision(setting, before, then, f"{result.short}{rule}"))
     return after, decisions
 
 
+def _mixed(
+    drawn: Generation, generation: Generation, matches: Mapping[str, Mapping[str, float]]
+) -> tuple[Generation, list[Decision]]:
+    """Settings with the mixes of :func:`workflows.rules.from_matches`, and the decisions."""
+    often, decisions = from_matches(matches, drawn.generators, generation.generators)
+    generators = {
+        name: own.model_copy(update={"categories": often[name]})
+        for name, own in generation.generators.items()
+    }
+    return generation.model_copy(update={"generators": generators}), decisions
+
+
 def _as_matched(
-    ground: Ground, after: Generation, advance: Callable[[int], None]
+    ground: Ground, generation: Generation, advance: Callable[[int], None]
 ) -> tuple[Generation, list[Decision]]:
     """The settings with each category made by the generators whose samples look like its real defects, and
     the decisions. Where a sample would cost more than ``COST`` times as much for it, the dearest categories
     stay as they are, and a decision says so."""
-    drawn = ground.round_.generation
+    with_mixes = partial(_mixed, ground.round_.generation, generation)
     found: dict[str, dict[str, float]] = {}
-    for at, (category, samples) in enumerate(directions_of(ground, after, advance).items()):
+    for at, (category, samples) in enumerate(directions_of(ground, generation, advance).items()):
         real = ground.real[category]
-        made = {name: one.share * one.categories.get(category, 1.0) for name, one in after.generators.items()}
+        mix = generation.generators
+        made = {name: one.share * one.categories.get(category, 1.0) for name, one in mix.items()}
         made = {name: often for name, often in made.items() if often > 0}
-        shares = np.array([after.generators[name].share for name in made])
+        shares = np.array([mix[name].share for name in made])
         own = [samples.get(name, real.directions[:0]) for name in made]
         spawn = (ground.round_.number, MATCH, at)
         rng = np.random.default_rng(np.random.SeedSequence(ground.round_.config.seed, spawn_key=spawn))
         best = matched(real.directions, real.groups, own, shares, np.array(list(made.values())), rng)
         if best is not None:
             found[category] = dict(zip(made, best.tolist(), strict=True))
-
-    def with_mixes(matches: Mapping[str, Mapping[str, float]]) -> tuple[Generation, list[Decision]]:
-        often, decisions = from_matches(matches, drawn.generators, after.generators)
-        generators = {
-            name: own.model_copy(update={"categories": often[name]}) for name, own in after.generators.items()
-        }
-        return after.model_copy(update={"generators": generators}), decisions
 
     plain, _ = with_mixes({})
     settings, decisions = with_mixes(found)

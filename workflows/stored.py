@@ -45,7 +45,7 @@ def accepted_rows(space: Workspace, rounds: Sequence[int] | None = None) -> list
         rounds: which ones; None: all whose shards are there.
 
     Raises:
-        UsageError: a round that the workspace does not have.
+        UsageError: a round that the workspace does not have, or that has no samples yet.
     """
     known = space.rounds()
     if rounds is None:
@@ -54,6 +54,8 @@ def accepted_rows(space: Workspace, rounds: Sequence[int] | None = None) -> list
         if number not in known:
             have = ", ".join(map(str, known)) or "none"
             raise UsageError(f"{space.address('')} has no round {number}; rounds that are there: {have}")
+        if not space.exists(round_file(number, "shards.parquet")):
+            raise UsageError(f"round {number} has no samples yet: `flawsmith run` makes them")
     return [row for number in rounds for row in accepted_samples(space, number)]
 
 
@@ -126,6 +128,11 @@ def source_images(space: Workspace) -> list[Image]:
         if space.exists(name)
         for image in images_from(space.read_table(name))
     ]
+
+
+def short_name(path: str) -> str:
+    """A picture's file and folder."""
+    return "/".join(path.partition("::")[0].split("/")[-2:])
 
 
 def licences(images: Sequence[Image]) -> dict[str, list[str]]:

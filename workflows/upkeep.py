@@ -21,16 +21,17 @@ from workflows.practice import pinned_files
 from workflows.room import fitted
 from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
 from workflows.rounds import sweep as sweep_round
-from workflows.stages import PICTURE_TABLES, Job, make_shard, round_from, settings_hash
+from workflows.stages import PICTURE_TABLES, Job, make_shard, read_settings, round_from, settings_hash
 
 PROBE = 32  # samples, at most, that a dry run makes to measure their cost
 
 
-def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
-    """Checks every round byte by byte and notes what is damaged, so that the next `run` makes it again.
+def verify(space: Workspace, *, sweep: bool = False, note: bool = True) -> list[Finding]:
+    """Checks every round byte by byte.
 
     Args:
         sweep: removes files that belong to no planned shard, in place of reporting them.
+        note: writes down what is damaged, so that the next `run` makes it again.
     """
     findings = []
     for number in space.rounds():
@@ -44,9 +45,9 @@ def verify(space: Workspace, *, sweep: bool = False) -> list[Finding]:
             found = verify_round(space, number, round_.shard_count, advance)
         bad = [vars(finding) for finding in found if finding.shard >= 0]
         name = round_file(number, "damaged.parquet")
-        if bad:
+        if bad and note:
             space.write_table(name, pa.Table.from_pylist(bad, schema=DAMAGED))
-        else:
+        elif note:
             space.remove(name)
         findings += [*found, *_damaged_files(space, number)]
     return findings + _damaged_tables(space, -1, "")
@@ -100,7 +101,14 @@ def review(space: Workspace, ids: list[str]) -> str:
         raise UsageError(f"no accepted samples here: {', '.join(unknown[:10])}; nothing was stored")
     rejected = sorted(already | set(ids))
     space.write_table("review.parquet", pa.table({"sample_id": rejected}))
-    return f"{len(rejected)} samples rejected by hand; training, export and contact sheets leave them out"
+    first = read_settings(space, space.rounds()[-1])[2]
+    said = "by hand; training, export and contact sheets leave them out"
+    if any(int(sample_id.partition("-")[0]) < first for sample_id in ids):
+        said += (
+            f". `run` trains the detectors of its own configuration again, those from round {first} on; an "
+            "earlier one by `flawsmith train --round N` and `evaluate --round N`"
+        )
+    return f"rejected {len(rejected)} {'sample' if len(rejected) == 1 else 'samples'} {said}"
 
 
 def estimate(config: Config) -> str:

@@ -110,10 +110,11 @@ def read_facts(space: Workspace) -> Facts:
 
 
 def without_paths(facts: Facts) -> Facts:
-    """Without what says where a file lies: paths in the settings, and the messages of failed recipes, which
-    name files."""
+    """Without what says where a file lies: paths of pictures and in the settings, and the messages of failed
+    recipes, which name files."""
     return replace(
         facts,
+        images=[replace(image, path=HIDDEN) for image in facts.images],
         settings={number: _hidden(settings) for number, settings in facts.settings.items()},
         outcomes=[row_without_paths(row) for row in facts.outcomes],
     )

@@ -145,7 +145,9 @@ def _cards(facts: Facts, types: Sequence[TypeOutcome]) -> list[Row]:
         own = sorted(matching(means, metric=metric), key=lambda row: row["round"])
         if own:
             last = own[-1]
-            before = matching(own, round=last["round"] - 1, detector=last["detector"])
+            began = facts.settings[last["round"]]["first"]
+            alike = [row for row in own if row["round"] >= began]  # of the same categories and pictures
+            before = matching(alike, round=last["round"] - 1, detector=last["detector"])
             note = f"{last['low']:.2f}–{last['high']:.2f}" if tables.has_interval(last) else "no interval"
             if before:
                 change = f"{last['value'] - before[0]['value']:+.3f}".replace("-", "−")

@@ -11,9 +11,9 @@ from typing import Any
 
 from manifests.schema import GOOD, Image
 from workflows.config import differences
-from workflows.report.facts import STATUSES, Facts, Row, TypeOutcome, matching
+from workflows.report.facts import HIDDEN, STATUSES, Facts, Row, TypeOutcome, matching
 from workflows.rules import PER_PICTURE
-from workflows.stored import licences
+from workflows.stored import licences, short_name
 
 METRICS = {
     "image_auroc": "image AUROC",
@@ -185,13 +185,18 @@ def decisions_table(facts: Facts, *, changed: bool) -> Table:
 
 def hard_normals_table(facts: Facts) -> Table:
     """Decisions on how often single normal pictures are drawn; there may be dozens."""
-    rows = [row for row in facts.decisions if row["setting"].startswith(PER_PICTURE)]
+    files = {image.image_id: short_name(image.path) for image in facts.images if image.path != HIDDEN}
+    rows = [
+        row | {"setting": files.get(image_id, image_id)}
+        for row in facts.decisions
+        if (image_id := row["setting"].removeprefix(PER_PICTURE)) != row["setting"]
+    ]
     return _decisions("Normal pictures that are drawn more often or less", "picture", rows)
 
 
 def _decisions(title: str, what: str, rows: Sequence[Row]) -> Table:
     cells = [
-        [f"{row['round']} → {row['round'] + 1}", row["setting"].removeprefix(PER_PICTURE)]
+        [f"{row['round']} → {row['round'] + 1}", row["setting"]]
         + [row[name] for name in ("before", "after", "reason")]
         for row in rows
     ]
