@@ -133,8 +133,10 @@ class Workspace:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._check_lock()  # writing may have taken long
             os.replace(aside, path)
-        except BaseException:
+        except BaseException as error:
             Path(aside).unlink(missing_ok=True)
+            if isinstance(error, OSError):  # a full disk names no file
+                error.filename = path
             raise
 
     def remove(self, name: str) -> None:
