@@ -51,7 +51,7 @@ def test_one_writer_and_a_dead_one_leaves_no_lock(tmp_path):
 def test_an_unwritable_workspace_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(WorkspaceError, match="--workspace"),
+        pytest.raises(WorkspaceError, match="name another folder"),
         Workspace(str(tmp_path / "file" / "x")).writing(),
     ):
         pass
