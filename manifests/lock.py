@@ -71,7 +71,7 @@ def folder_lock(root: Path) -> Iterator[None]:
     except OSError as error:
         kind = ReadOnlyError if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else WorkspaceError
         raise kind(
-            f"cannot write to the workspace {root}: {error.strerror}; make it writable, or name another folder"
+            f"cannot write to the workspace {root}: {error.strerror}; make it writable or name another folder"
         ) from error
     with lock:
         try:

@@ -18,7 +18,8 @@ from workflows.config import Generation, parse_config
 from workflows.detecting import ALARMS, FOUND
 from workflows.rounds import begin, open_round
 from workflows.rules import Likeness
-from workflows.space import present_values
+from workflows.searching import Verdict
+from workflows.space import apply_values, present_values
 from workflows.stages import Job, make_shard, settings_hash
 
 SIDE = 64
@@ -136,6 +137,34 @@ def test_a_category_is_made_by_what_its_defects_look_like(tmp_path):
     assert "asked for are peak" in decision.reason and "as its real defects look" in decision.reason
     drawn = [recipe.generator for recipe in replace(round_, generation=after).plan(0)]
     assert drawn.count("peak") > 2 * drawn.count("perlin")
+
+
+def test_what_is_confirmed_is_what_is_made(tmp_path, monkeypatch):
+    """A trial that raises a share is judged beside the mix that the category was matched to, and both hold."""
+    two = {"generators": {"peak": {}, "perlin": {}}}
+    space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.02, 0.06), 60), two)
+    values, judged = {"generators.perlin.share": 2.5}, []
+
+    def verdict(_rows, confirm):
+        confirm(values, 0)
+        return Verdict(values, "planted", "planted")
+
+    monkeypatch.setattr(steering, "search", lambda *_given, **_named: [])
+    monkeypatch.setattr(steering, "verdict", verdict)
+    monkeypatch.setattr(
+        steering, "_confirmed", lambda _ground, base, asked, _fold: judged.append((base, asked))
+    )
+    monkeypatch.setattr(steering, "matched", lambda *_: np.array([0.8, 0.2]))
+
+    def mix(generation):
+        own = {n: s.share * s.categories.get("cloth", 1.0) for n, s in generation.generators.items()}
+        return {name: often / sum(own.values()) for name, often in own.items()}
+
+    made = mix(steered(space))
+    ((base, asked),) = judged
+    assert mix(base) == pytest.approx({"peak": 0.8, "perlin": 0.2}, abs=0.01)
+    assert made == pytest.approx(mix(apply_values(base, asked)), abs=0.01)
+    assert made["perlin"] == pytest.approx(0.5 / 1.3, abs=0.01)
 
 
 def test_a_mix_that_makes_samples_too_dear_is_not_taken(monkeypatch):
