@@ -140,7 +140,7 @@ def test_a_category_is_made_by_what_its_defects_look_like(tmp_path):
 
 
 def test_what_is_confirmed_is_what_is_made(tmp_path, monkeypatch):
-    """A trial that raises a share is judged beside the mix that the category was matched to, and both hold."""
+    """A trial that raises a share is judged beside the mix that the category was matched to; both hold."""
     two = {"generators": {"peak": {}, "perlin": {}}}
     space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.02, 0.06), 60), two)
     values, judged = {"generators.perlin.share": 2.5}, []
