@@ -243,10 +243,10 @@ def test_rejecting_a_sample_of_an_earlier_configuration_says_what_is_not_trained
     stored = space.read_yaml("rounds/001/settings.yaml")
     space.write_yaml("rounds/001/settings.yaml", {**stored, "first": 1})
     done = flawsmith("review", space.url, "--reject", "001-00000-00000")
-    assert done.stdout.startswith("rejected 1 sample by hand")
+    assert done.stdout.startswith("1 sample rejected, 1 in all;")
     assert "train --round N" not in done.stdout
     done = flawsmith("review", space.url, "--reject", "000-00000-00000")
-    assert "rejected 2 samples" in done.stdout and "train --round N" in done.stdout
+    assert done.stdout.startswith("1 sample rejected, 2 in all;") and "train --round N" in done.stdout
 
 
 def test_an_error_leaves_the_process_with_its_exit_code(tmp_path):

@@ -15,7 +15,7 @@ from manifests.schema import SHARDS, to_table
 from manifests.workspace import Workspace, round_file
 from workflows import probing, steering
 from workflows.config import Generation, parse_config
-from workflows.detecting import ALARMS, FOUND
+from workflows.detecting import ALARMS, FOUND, evaluate_final
 from workflows.rounds import begin, open_round
 from workflows.rules import Likeness
 from workflows.searching import Verdict
@@ -145,7 +145,8 @@ def test_what_is_confirmed_is_what_is_made(tmp_path, monkeypatch):
     space = workspace(tmp_path, lambda rng: stripes(rng, rng.uniform(0.02, 0.06), 60), two)
     values, judged = {"generators.perlin.share": 2.5}, []
 
-    def verdict(_rows, confirm):
+    def verdict(_rows, confirm, labelled):
+        assert labelled
         confirm(values, 0)
         return Verdict(values, "planted", "planted")
 
@@ -280,6 +281,12 @@ def test_a_place_looks_like_what_made_it(tmp_path):
     assert steering.looks_like(ground, "cloth", ground.banks["cloth"][7]) == ""
 
 
+def test_nothing_is_logged_as_scored_where_there_are_no_test_pictures(tmp_path, capsys):
+    space = workspace(tmp_path, None, MIX, bad=0)
+    evaluate_final(space)
+    assert "no test pictures" in capsys.readouterr().err and not space.exists("looks.parquet")
+
+
 def test_without_anomalies_generators_that_teach_nothing_fade(tmp_path, monkeypatch):
     space = workspace(tmp_path, None, MIX, bad=0)
     plain = {"perlin": Likeness(0.3, 2.0, 1.0, 0.9), "peak": Likeness(0.3, 30.0, 1.0, 1.0)}
@@ -296,6 +303,16 @@ def test_without_anomalies_generators_that_teach_nothing_fade(tmp_path, monkeypa
     assert shares["perlin"] > shares["peak"] and shares["perlin"] > shares["blur"]
     words = steering.explain(space, 0)
     assert "too alien" in words and "indistinguishable" in words
+    decisions = {
+        row["setting"]: row for row in space.read_table(round_file(0, "decisions.parquet")).to_pylist()
+    }
+    reasons = {name: decisions[f"generators.{name}.share"]["reason"] for name in shares}
+    if not any(word in decisions["search"]["reason"] for word in ("gains", "confirmed")):
+        assert reasons["perlin"].startswith("others change, and the sum of the shares stays; the rule asks")
+    assert reasons["peak"].startswith(
+        ("no labelled defect contradicts the rule; the rule asks for less", "as trial")
+    )
+    assert "parts with defects" not in decisions["search"]["reason"]
     assert set(seen) == {"perlin", "peak", "blur"}
     assert all(seen[name].inside > 1.2 * seen[name].outside for name in ("perlin", "peak"))
     assert seen["blur"].told_apart < min(seen["perlin"].told_apart, seen["peak"].told_apart)

@@ -98,6 +98,12 @@ def test_a_thin_defect_survives_shrinking():
     assert contact.fit_mask(mask, (168, 84)).any()
 
 
+@pytest.mark.parametrize("name", ["sheet.jpg", "."])
+def test_a_contact_sheet_is_a_png(space, tmp_path, name):
+    with pytest.raises(UsageError, match=r"written as \.png"):
+        contact.contact_sheet(space, tmp_path / name)
+
+
 def test_a_damaged_sample_is_named_not_shown(space, tmp_path):
     name = part("shards", 1, 0, "tar")
     data = bytearray(space.read_bytes(name))

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
+from manifests.errors import UsageError
 from manifests.pictures import eight_bit
 from manifests.workspace import Workspace
 from workflows.stored import Stored, licences, read_sample, some_accepted, source_images
@@ -39,9 +40,11 @@ def contact_sheet(
         Ids of the samples shown, in the order of the sheet.
 
     Raises:
-        UsageError: no such round, or no accepted sample.
+        UsageError: no such round, no accepted sample, or ``out`` has another ending.
         ShardError: a shard is damaged.
     """
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: a contact sheet is written as .png")
     rows = choose(some_accepted(space, rounds), samples, seed)
     foot = [f"{licence}: {', '.join(names)}" for licence, names in licences(source_images(space)).items()]
     sheet = arrange([(triptych(read_sample(space, row)), caption(row)) for row in rows], foot)

@@ -241,7 +241,7 @@ def _mark_decisions(space: Workspace, number: int, vetoed: Sequence[str]) -> Non
         "round": number,
         "setting": "review",
         "before": "as it was",
-        "after": f"{len(vetoed)} samples rejected",
+        "after": f"{len(vetoed)} {'sample' if len(vetoed) == 1 else 'samples'} rejected",
         "reason": "the round's detector was trained again without them after these decisions, which the next "
         "round keeps",
     }
@@ -462,6 +462,9 @@ def evaluate_final(space: Workspace) -> None:
     """Scores the test split for every judged round that was not scored yet, and logs each look."""
     for number in space.rounds():
         round_ = open_round(space, number)
+        if not any(image.split == "test" for image in round_.images.values()):
+            say(f"round {number}: its sources have no test pictures (test/good, test/DEFECT) to score")
+            continue
         metrics = round_file(number, "metrics.parquet")
         if not space.exists(metrics):
             say(f"round {number}: not judged yet, left out")

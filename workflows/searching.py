@@ -276,7 +276,9 @@ class Verdict:
     short: str
 
 
-def verdict(rows: Sequence[Trial], confirm: Callable[[Point, int], Estimate]) -> Verdict:
+def verdict(
+    rows: Sequence[Trial], confirm: Callable[[Point, int], Estimate], *, labelled: bool = True
+) -> Verdict:
     """The winner to apply, or none.
 
     Each fold's winner is tested once, one-sided: its gain must be above 0 in all but ``SURE`` of the
@@ -285,6 +287,7 @@ def verdict(rows: Sequence[Trial], confirm: Callable[[Point, int], Estimate]) ->
     Args:
         confirm: ``(values, fold)`` to the gain over the present settings on that fold's pictures, with fresh
             samples.
+        labelled: whether these are real; else they are samples of the round.
     """
     if not rows:
         return Verdict({}, "the proxy had nothing to judge by", "nothing to judge by")
@@ -299,13 +302,15 @@ def verdict(rows: Sequence[Trial], confirm: Callable[[Point, int], Estimate]) ->
         found = confirm(best.values, 1 - fold)
         resamples = found.resamples[~np.isnan(found.resamples)]
         low = float(np.quantile(resamples, SURE)) if resamples.size else -math.inf
+        judged = "pictures" if labelled else "samples"
         words = (
             f"trial {best.trial} ({best.origin}), the best of fold {fold}, gains {found.value:+.3f} in "
-            f"{QUANTITY} on the other fold's pictures (at least {low:+.3f} by a one-sided test at "
+            f"{QUANTITY} on the other fold's {judged} (at least {low:+.3f} by a one-sided test at "
             f"{SURE:.2%}, one for either fold)"
         )
         if not resamples.size:
-            doubts.append(f"the other fold has too few parts with defects to confirm the best of fold {fold}")
+            few = "parts with defects" if labelled else "pictures with samples"
+            doubts.append(f"the other fold has too few {few} to confirm the best of fold {fold}")
         elif low > 0:
             sure.append((low, best, words))
         else:

@@ -120,7 +120,11 @@ def feedback(space: Workspace, number: int) -> bool:
             earlier=earlier,
             keep=keep,
         )
-        result = verdict(rows, lambda values, fold: _confirmed(ground, generation, values, fold))
+        result = verdict(
+            rows,
+            lambda values, fold: _confirmed(ground, generation, values, fold),
+            labelled=ground.labelled,
+        )
     values = dict(result.values)
     if not ground.labelled:  # nothing real contradicts the rule
         values |= {
@@ -263,8 +267,21 @@ def decide(
         rule = ""
         if setting in reasons:
             rule = f"; the rule asks for {_asked(setting, asked, before_values)}: {reasons[setting]}"
-        decisions.append(Decision(setting, before, then, f"{result.short}{rule}"))
+        why = _decided(setting, before_values, values, result) or (
+            result.short if before == then else "others change, and the sum of the shares stays"
+        )
+        decisions.append(Decision(setting, before, then, f"{why}{rule}"))
     return after, decisions
+
+
+def _decided(setting: str, present: Point, values: Point, result: Verdict) -> str:
+    """What moved a setting, in words; empty if nothing did."""
+    moved = [p for p in present if _setting(p) == setting and values.get(p, present[p]) != present[p]]
+    if not moved:
+        return ""
+    if any(p in result.values for p in moved):
+        return result.short
+    return "no labelled defect contradicts the rule"
 
 
 def _mixed(

@@ -20,7 +20,7 @@ def figures_table(space: Workspace, split: str) -> str:
         str(number): [row for row in metric_rows(space, number) if row["split"] == split]
         for number in space.rounds()
     }
-    return categories_table("round", stored) or f"no figures on the {split} split yet"
+    return categories_table("round", stored) or f"no figures on the {split} split"
 
 
 def categories_table(title: str, named: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -154,13 +154,19 @@ def rounds_table(space: Workspace) -> str:
         rows.append(
             [
                 str(number),
-                judged[0]["detector"] if judged else "–",
+                judged[0]["detector"] if judged else _judged_by(space, number),
                 *(means.get(metric, "–") for metric in metrics),
                 facts.get("acceptance", "–"),
                 *(facts.get(stage, "–") for stage in stages),
             ]
         )
     return _align(rows)
+
+
+def _judged_by(space: Workspace, number: int) -> str:
+    """The detector of a round that has no figures on real pictures: they are none of their own."""
+    own = [row["detector"] for row in metric_rows(space, number)]
+    return own[0] if own else "–"
 
 
 def metric_rows(space: Workspace, number: int) -> list[dict[str, Any]]:

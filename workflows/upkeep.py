@@ -102,13 +102,17 @@ def review(space: Workspace, ids: list[str]) -> str:
     rejected = sorted(already | set(ids))
     space.write_table("review.parquet", pa.table({"sample_id": rejected}))
     first = read_settings(space, space.rounds()[-1])[2]
-    said = "by hand; training, export and contact sheets leave them out"
+    new = len(set(ids) - already)
+    said = (
+        f"{new} {'sample' if new == 1 else 'samples'} rejected, {len(rejected)} in all; training, export and "
+        "contact sheets leave them out"
+    )
     if any(int(sample_id.partition("-")[0]) < first for sample_id in ids):
         said += (
             f". `run` trains the detectors of its own configuration again, those from round {first} on; an "
             "earlier one by `flawsmith train --round N` and `evaluate --round N`"
         )
-    return f"rejected {len(rejected)} {'sample' if len(rejected) == 1 else 'samples'} {said}"
+    return said
 
 
 def estimate(config: Config) -> str:

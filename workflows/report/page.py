@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from manifests.schema import LEAKING, canonical_json
+from manifests.schema import GOOD, LEAKING, canonical_json
 from manifests.workspace import Workspace
 from workflows import history
 from workflows.report import charts, pictures, samples, tables
@@ -58,6 +58,8 @@ def write_report(space: Workspace, *, with_pictures: bool = True) -> str:
     fixed = dict(
         title="Flawsmith report",
         subtitle=_subtitle(facts),
+        labelled=any(image.split == "feedback" and image.defect != GOOD for image in facts.images),
+        tested=any(image.split == "test" for image in facts.images),
         policy=_policy(script, *library),
         style=Markup(style),
         script=Markup(script),

@@ -78,7 +78,7 @@ def rounds_table(facts: Facts) -> Table:
     """Yield and mean figures on the feedback split, a row a round and detector."""
     means = matching(facts.metrics, split="feedback", category="mean", defect="all", size="all")
     names = [name for name in HEADLINE if any(row["metric"] == name for row in means)]
-    detectors = sorted({row["detector"] for row in means}) or [""]
+    detectors = sorted({row["detector"] for row in means or facts.metrics}) or [""]
     rows = []
     for number in facts.rounds:
         counts = count_by(matching(facts.outcomes, round=number), "status")
