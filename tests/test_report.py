@@ -190,7 +190,7 @@ def test_report_of_a_run_that_stopped_early(space):
     text, _, _ = written(space)
     for lack in (
         "`flawsmith evaluate --final` reads it, once",
-        "no round was judged yet, or nothing was missed",
+        "The sources have no pictures to judge by",
     ):
         assert lack in text
     for number in (0, 1):
