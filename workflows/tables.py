@@ -143,9 +143,10 @@ def rounds_table(space: Workspace) -> str:
     head = ["round", "detector", *(f"{m} (feedback)" for m in metrics), "accepted"]
     rows = [[*head, *(f"{s} s" for s in stages)]]
     for number in space.rounds():
+        stored = metric_rows(space, number)
         judged = [
             row
-            for row in metric_rows(space, number)
+            for row in stored
             if [row[key] for key in ("split", "category", "defect", "size")]
             == ["feedback", "mean", "all", "all"]
         ]
@@ -154,19 +155,13 @@ def rounds_table(space: Workspace) -> str:
         rows.append(
             [
                 str(number),
-                judged[0]["detector"] if judged else _judged_by(space, number),
+                stored[0]["detector"] if stored else "–",
                 *(means.get(metric, "–") for metric in metrics),
                 facts.get("acceptance", "–"),
                 *(facts.get(stage, "–") for stage in stages),
             ]
         )
     return _align(rows)
-
-
-def _judged_by(space: Workspace, number: int) -> str:
-    """The detector of a round that has no figures on real pictures: they are none of their own."""
-    own = [row["detector"] for row in metric_rows(space, number)]
-    return own[0] if own else "–"
 
 
 def metric_rows(space: Workspace, number: int) -> list[dict[str, Any]]:
