@@ -150,8 +150,9 @@ class Residual(nn.Module):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and dice of samples with their masks and of normals with empty ones."""
         cover = F.interpolate(batch["mask"][:, None], self.bank.grid, mode="area")[:, 0]
-        residuals = torch.cat([batch["synthetic"], batch["normal"]])
-        logits = self.head(residuals.float())[:, 0].float()
+        # float32 before they are joined: under autocast to bfloat16 `cat` refuses float16
+        residuals = torch.cat([batch["synthetic"].float(), batch["normal"].float()])
+        logits = self.head(residuals)[:, 0].float()
         target = torch.cat([cover, torch.zeros_like(cover)])
         bce = F.binary_cross_entropy_with_logits(logits, target)
         dice = dice_loss(logits.sigmoid(), target)

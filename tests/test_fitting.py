@@ -1,5 +1,6 @@
 """The loop: several processes, micro-batches, resume after a kill, mixes, patience, features on disk."""
 
+import math
 import os
 import re
 import shutil
@@ -84,6 +85,40 @@ def test_groups_keep_their_own_rates():
     start, still = plain(steps=0).state_dict(), plain(slow=0.0, weight_decay=0.0001).state_dict()
     assert torch.equal(start["head.bias"], still["head.bias"])
     assert not torch.equal(start["head.weight"], still["head.weight"])
+
+
+LEARNING = {  # the detectors that learn by steps, small
+    "residual": {"size": 64, "coreset": 40, "width": 8},
+    "onenip": {"size": 64, "hidden": 16, "heads": 2, "ffn": 16, "refiner": 8, "bank": 2},
+    "dfd": {"size": 64, "channels": 16, "width": 16},
+    "vlad": {},
+}
+
+
+def test_every_detector_that_learns_is_named_here():
+    stepless = {n for n in protocol.names() if not protocol.get(n).settings().steps}
+    assert set(LEARNING) == set(protocol.names()) - stepless - {NAME}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_detectors_learn_with_and_without_bfloat16(name, bf16, monkeypatch):
+    """Whatever this machine would choose: an operator that works in one may refuse the other's types."""
+    monkeypatch.setattr(fitting, "fast_bf16", lambda _device: bf16)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    losses: list[float] = []
+    try:
+        wanted = protocol.get(name).settings(**LEARNING[name], steps=3, batch=4, patience=9)
+        detector = train(
+            name, wanted, SAMPLES, NORMALS[:6], NORMALS[6:], seed=0,
+            weight=lambda s: float(s.sample_id != "s3"),
+            on_step=lambda _step, _steps, found: losses.append(found["loss"]),
+        )  # fmt: skip
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    kinds = {tensor.dtype for tensor in detector.state_dict().values() if tensor.is_floating_point()}
+    assert torch.bfloat16 not in kinds, "weights stay as they are"
 
 
 def test_without_steps_no_sample_is_read():
