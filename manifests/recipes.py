@@ -371,6 +371,29 @@ def check_categories(
                 raise UsageError(f"{setting}: no category is called {name!r}; did you mean {near[0]!r}?")
 
 
+def check_pictures(
+    generators: Mapping[str, GeneratorSettings],
+    normal_weights: Mapping[str, float],
+    nearest: Mapping[str, str],
+    pool: Pool,
+) -> None:
+    """
+    Raises:
+        UsageError: a weight or a nearest generator is of a picture that no sample is made from, or that
+            generator is not in the mix.
+    """
+    known = {image.image_id for own in pool.normals.values() for image in own}
+    for setting, own in (("generation.normals", normal_weights), ("generation.nearest", nearest)):
+        if unknown := [image_id for image_id in own if image_id not in known]:
+            raise UsageError(
+                f"{setting}: no normal picture of the train split has the image_id {unknown[0]!r}; those of "
+                "a workspace stand in its images.parquet"
+            )
+    for image_id, name in nearest.items():
+        if name not in generators:
+            raise UsageError(f"generation.nearest.{image_id}: {name!r} is none of the mix's generators")
+
+
 def check_prompts(
     generators: Mapping[str, GeneratorSettings], traits: Mapping[str, Trait], pool: Pool
 ) -> None:

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import yaml
 
+from manifests.workspace import Workspace
 from tests.small_workspace import write_workspace
 from workflows.config import load_config
+from workflows.rounds import vetoes
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(p for p in (ROOT / "workflows").glob("*.yaml") if p.name != "presets.yaml")
@@ -183,6 +185,24 @@ def test_a_share_for_a_category_that_is_not_there_is_refused(parts):
         assert f"{setting}: no category is called 'partz'; did you mean 'parts'?" in done.stderr
 
 
+def test_a_weight_of_a_picture_that_no_sample_is_made_from_is_refused(parts):
+    for generation, why in (
+        ({"normals": {"parts/none": 2}}, "generation.normals: no normal picture of the train split has the"),
+        ({"nearest": {"parts/none": "scar"}}, "generation.nearest: no normal picture of the train split"),
+    ):
+        done = flawsmith("plan", write_config(parts, generation=generation), "-w", parts / "w")
+        assert done.returncode == 2 and not (parts / "w" / "rounds").exists()
+        assert why in done.stderr and "'parts/none'" in done.stderr
+    assert flawsmith("plan", write_config(parts), "-w", parts / "w").returncode == 0
+    rows = Workspace(str(parts / "w")).read_table("images.parquet").to_pylist()
+    known = next(row["image_id"] for row in rows if row["split"] == "train")
+    given = {"normals": {known: 2}, "nearest": {known: "scat"}}
+    done = flawsmith("plan", write_config(parts, generation=given), "-w", parts / "v")
+    assert done.returncode == 2 and f"generation.nearest.{known}: 'scat' is none of" in done.stderr
+    given["nearest"][known] = "scar"
+    assert flawsmith("plan", write_config(parts, generation=given), "-w", parts / "v").returncode == 0
+
+
 def test_a_setting_that_is_written_twice_is_refused(parts):
     config = write_config(parts)
     config.write_text("source: parts\nsamples: 3\nsamples: 4\n")
@@ -243,10 +263,22 @@ def test_rejecting_a_sample_of_an_earlier_configuration_says_what_is_not_trained
     stored = space.read_yaml("rounds/001/settings.yaml")
     space.write_yaml("rounds/001/settings.yaml", {**stored, "first": 1})
     done = flawsmith("review", space.url, "--reject", "001-00000-00000")
-    assert done.stdout.startswith("1 sample rejected, 1 in all;")
+    assert done.stdout.startswith("1 sample rejected; 1 rejected in all,")
     assert "train --round N" not in done.stdout
     done = flawsmith("review", space.url, "--reject", "000-00000-00000")
-    assert done.stdout.startswith("1 sample rejected, 2 in all;") and "train --round N" in done.stdout
+    assert done.stdout.startswith("1 sample rejected; 2 rejected in all,")
+    assert "train --round N" in done.stdout
+    done = flawsmith("review", space.url, "--restore", "000-00000-00000")
+    assert done.stdout.startswith("1 sample restored; 1 rejected in all,")
+    assert "train --round N" in done.stdout
+    for words, why in (
+        (("--restore", "000-00000-00000"), "not rejected, so nothing to restore: 000-00000-00000"),
+        (("--reject", "001-00000-00000", "--restore", "001-00000-00000"), "to reject and to restore at once"),
+        (("--restore", "009-00000-00000"), "no accepted samples here"),
+    ):
+        done = flawsmith("review", space.url, *words)
+        assert done.returncode == 2 and why in done.stderr and "nothing was stored" in done.stderr
+    assert vetoes(space) == {"001-00000-00000"}
 
 
 def test_an_error_leaves_the_process_with_its_exit_code(tmp_path):

@@ -199,6 +199,12 @@ def test_a_veto_is_honoured_by_training(finished, pictures, tmp_path):
     last = {n: space.read_bytes(f"rounds/00{n}/detectors/onenip/model.safetensors") for n in (0, 1)}
     assert last[0] == again[0], "round 0 knows nothing of the samples of round 1"
     assert last[1] != again[1]
+    said = review(space, [], sorted(rounds.vetoes(space)))
+    assert said.startswith("5 samples restored; 0 rejected in all")
+    loop(pictures, copy)
+    for n in (0, 1):
+        restored = space.read_bytes(f"rounds/00{n}/detectors/onenip/model.safetensors")
+        assert restored == weights[n], "without vetoes the detector is what it was before any"
 
 
 def test_no_picture_is_scored_twice_in_an_evaluation(finished, tmp_path, monkeypatch):
@@ -386,3 +392,6 @@ def test_learned_weights_are_stored_and_reach_the_training(finished, tmp_path, m
     assert set(again) == set(learned) - {rejected}
     assert {again[name] for name in again if name[:4] == rejected[:4]} == {2.0}
     assert all(again[name] == learned[name] for name in again if name[:4] != rejected[:4])
+    review(space, [], [rejected])
+    restored = detecting._learned(space, asking, write=True)
+    assert set(restored) == set(learned) and restored[rejected] == 2.0, "it is weighed among the others again"

@@ -182,7 +182,7 @@ def test_every_command_works_on_an_object_store(url, monkeypatch, tmp_path):
     samples = Workspace(url).read_table("rounds/000/samples/part-00000.parquet").to_pylist()
     accepted = [row["sample_id"] for row in samples if row["status"] == "accepted"]
     assert "the same bytes as in s3://" in done("replay", url, accepted[0])
-    assert "1 sample rejected, 1 in all" in done("review", url, "--reject", accepted[1])
+    assert "1 sample rejected; 1 rejected in all" in done("review", url, "--reject", accepted[1])
     done("evaluate", url, "--final")
     done("feedback", url)
     assert f"{url}/report/index.html" in done("report", url)

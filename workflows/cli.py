@@ -355,17 +355,20 @@ def report(
 
 @app.command(
     epilog="Examples: flawsmith review runs/bottle --reject 000-00001-00042 | flawsmith review runs/bottle "
-    "--from rejected.txt"
+    "--from rejected.txt | flawsmith review runs/bottle --restore 000-00001-00042"
 )
 def review(
     workspace: WorkspaceArgument,
     reject: Annotated[list[str] | None, typer.Option(metavar="ID", help="a sample to reject")] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="a file with one id a line")
+        Path | None, typer.Option("--from", metavar="FILE", help="a file with one id to reject a line")
+    ] = None,
+    restore: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="a rejected sample to take back")
     ] = None,
 ) -> None:
     """Reject samples by hand: training, export and contact sheets leave them out."""
-    from workflows.upkeep import review as reject_samples
+    from workflows.upkeep import review as change_vetoes
 
     ids = list(reject or [])
     if from_ is not None:
@@ -373,11 +376,11 @@ def review(
             ids += [line.strip() for line in from_.read_text(encoding="utf-8").splitlines() if line.strip()]
         except OSError as error:
             raise UsageError(f"--from {from_}: {error.strerror}") from error
-    if not ids:
-        raise UsageError("name samples with --reject ID or --from FILE")
+    if not ids and not restore:
+        raise UsageError("name samples with --reject ID, --from FILE or --restore ID")
     space = _existing(workspace)
     with space.writing():
-        typer.echo(reject_samples(space, ids))
+        typer.echo(change_vetoes(space, ids, restore or []))
 
 
 @app.command(epilog="Example: flawsmith replay runs/bottle 000-00001-00042")

@@ -242,8 +242,8 @@ def _mark_decisions(space: Workspace, number: int, vetoed: Sequence[str]) -> Non
         "setting": "review",
         "before": "as it was",
         "after": f"{len(vetoed)} {'sample' if len(vetoed) == 1 else 'samples'} rejected",
-        "reason": "the round's detector was trained again without them after these decisions, which the next "
-        "round keeps",
+        "reason": "the round's detector was trained again, without what is rejected, after these decisions, "
+        "which the next round keeps",
     }
     space.append_table(name, to_table([row], DECISIONS), {"setting": "review"})
 

@@ -48,7 +48,7 @@ def checks() -> list[Check]:
         _try("pocket clip", _pocket_clip, MENDED),
         _try("hub", _hub, "without it use the defaults or folders of weights", optional=True),
         _try("dask", _dask, "pip install --force-reinstall 'dask[distributed]'"),
-        _try("slurm (dask-jobqueue)", _slurm, "pip install 'flawsmith[slurm]'", optional=True),
+        _try("slurm", _slurm, "pip install 'flawsmith[slurm]', where jobs can be submitted", optional=True),
         _try("dask-cuda", _versions("dask_cuda"), "pip install 'flawsmith[cuda]'", optional=True),
         _try(
             "onnx export",
@@ -199,8 +199,10 @@ def _dask() -> str:
 def _slurm() -> str:
     from dask_jobqueue import SLURMCluster
 
-    found = f"{metadata.version('dask-jobqueue')} with {SLURMCluster.__name__}"
-    return f"{found}, sbatch {'found' if shutil.which('sbatch') else 'not found on this machine'}"
+    found = f"dask-jobqueue {metadata.version('dask-jobqueue')} with {SLURMCluster.__name__}"
+    if shutil.which("sbatch") is None:
+        raise Missing(f"{found}; no sbatch on this machine")
+    return f"{found}, sbatch found"
 
 
 def _versions(*modules: str) -> Callable[[], str]:

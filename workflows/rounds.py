@@ -11,7 +11,7 @@ import pyarrow as pa
 from distributed import Client
 
 from manifests.errors import FlawsmithError, UsageError
-from manifests.recipes import check_categories, check_donors, check_prompts
+from manifests.recipes import check_categories, check_donors, check_pictures, check_prompts
 from manifests.schema import (
     IMAGES,
     RECIPES,
@@ -103,6 +103,7 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
         say(note)
     round_ = round_from(number, config, generation, found.images, textures)
     check_categories(generation.generators, generation.categories, round_.pool)
+    check_pictures(generation.generators, generation.normals, generation.nearest, round_.pool)
     check_donors(generation.generators, round_.traits, round_.pool)
     check_prompts(generation.generators, round_.traits, round_.pool)
 

@@ -67,21 +67,21 @@ def alarms_lines(space: Workspace, split: str) -> str:
 
 def stress_table(rows: list[dict[str, Any]]) -> str:
     """The curves of one round, means over categories: a line a metric and kind, a column a level, then the
-    mean over the disturbed levels and by how much it lies below level 0, as a share of it."""
+    mean over the disturbed levels and by how much it lies beside level 0, as a share of it."""
     means = [row for row in rows if row["category"] == "mean"]
     curves: dict[tuple[str, str], dict[int, float]] = {}
     for row in means:
         curves.setdefault((row["metric"], row["kind"]), {})[row["level"]] = row["value"]
     levels = sorted({row["level"] for row in means})
-    lines = [["metric", "stress", *(f"level {level}" for level in levels), "mean of 1 and up", "drop"]]
+    lines = [["metric", "stress", *(f"level {level}" for level in levels), "mean of 1 and up", "change"]]
     worst: tuple[float, str] = (0.0, "")
     for (metric, kind), curve in sorted(curves.items()):
         mean = sum(curve.get(level, math.nan) for level in levels[1:]) / max(1, len(levels) - 1)
-        drop = 1 - mean / curve[0] if curve.get(0) else math.nan
-        if metric == "image_auroc" and drop > worst[0]:
-            worst = (drop, f"image AUROC suffers most from {kind}")
+        change = mean / curve[0] - 1 if curve.get(0) else math.nan
+        if metric == "image_auroc" and change < worst[0]:
+            worst = (change, f"image AUROC suffers most from {kind}")
         cells = [f"{curve[level]:.3f}" if level in curve else "–" for level in levels]
-        lines.append([metric, kind, *cells, f"{mean:.3f}", f"{drop:.1%}"])
+        lines.append([metric, kind, *cells, f"{mean:.3f}", f"{change:+.1%}"])
     if len(lines) == 1:
         return "no figures under stress: the feedback split has no defect pictures"
     return _align(lines) + (f"\n{worst[1]}" if worst[1] else "")

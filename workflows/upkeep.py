@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import tempfile
+from collections.abc import Sequence
 
 import pyarrow as pa
 
@@ -22,6 +23,7 @@ from workflows.room import fitted
 from workflows.rounds import accepted_samples, open_round, read_sources, vetoes, write_settings
 from workflows.rounds import sweep as sweep_round
 from workflows.stages import PICTURE_TABLES, Job, make_shard, read_settings, round_from, settings_hash
+from workflows.weighing import TABLE as WEIGHTS
 
 PROBE = 32  # samples, at most, that a dry run makes to measure their cost
 
@@ -83,36 +85,45 @@ def _damaged_files(space: Workspace, number: int) -> list[Finding]:
     return findings
 
 
-def review(space: Workspace, ids: list[str]) -> str:
-    """Adds a person's vetoes to ``review.parquet``.
+def review(space: Workspace, reject: Sequence[str], restore: Sequence[str] = ()) -> str:
+    """Changes a person's vetoes in ``review.parquet``: adds some and takes others back.
 
     Raises:
-        UsageError: an id is not that of an accepted sample; nothing is stored then.
+        UsageError: an id is not that of an accepted sample, one to restore is not rejected, or one is in
+            both; nothing is stored then.
     """
-    known = {
+    already = vetoes(space)
+    known = already | {
         row["sample_id"]
         for number in space.rounds()
         if space.exists(round_file(number, "shards.parquet"))
         for row in accepted_samples(space, number)
     }
-    already = vetoes(space)
-    unknown = [sample_id for sample_id in ids if sample_id not in known | already]
-    if unknown:
-        raise UsageError(f"no accepted samples here: {', '.join(unknown[:10])}; nothing was stored")
-    rejected = sorted(already | set(ids))
-    space.write_table("review.parquet", pa.table({"sample_id": rejected}))
-    first = read_settings(space, space.rounds()[-1])[2]
-    new = len(set(ids) - already)
-    said = (
-        f"{new} {'sample' if new == 1 else 'samples'} rejected, {len(rejected)} in all; training, export and "
-        "contact sheets leave them out"
+    for wrong, why in (
+        ([i for i in (*reject, *restore) if i not in known], "no accepted samples here"),
+        ([i for i in restore if i not in already], "not rejected, so nothing to restore"),
+        ([i for i in reject if i in restore], "to reject and to restore at once"),
+    ):
+        if wrong:
+            raise UsageError(f"{why}: {', '.join(wrong[:10])}; nothing was stored")
+    rejected = (already | set(reject)) - set(restore)
+    changed = already ^ rejected
+    for number in {int(sample_id.partition("-")[0]) for sample_id in changed}:
+        space.remove(round_file(number, WEIGHTS))  # they were learned among other samples
+    space.write_table("review.parquet", pa.table({"sample_id": pa.array(sorted(rejected), pa.string())}))
+    counts = {"rejected": len(rejected - already), "restored": len(already - rejected)}
+    said = [f"{n} {'sample' if n == 1 else 'samples'} {done}" for done, n in counts.items() if n]
+    text = (
+        f"{', '.join(said) or 'nothing changed'}; {len(rejected)} rejected in all, which training, export "
+        "and contact sheets leave out"
     )
-    if any(int(sample_id.partition("-")[0]) < first for sample_id in ids):
-        said += (
+    first = read_settings(space, space.rounds()[-1])[2]
+    if any(int(sample_id.partition("-")[0]) < first for sample_id in changed):
+        text += (
             f". `run` trains the detectors of its own configuration again, those from round {first} on; an "
             "earlier one by `flawsmith train --round N` and `evaluate --round N`"
         )
-    return said
+    return text
 
 
 def estimate(config: Config) -> str:

@@ -12,24 +12,21 @@ from training.weighting import Labelled, labelled, learn
 from workflows import history
 from workflows.console import progress, say
 from workflows.probing import prepare
-from workflows.rounds import vetoes
 from workflows.stages import Round
 
 TABLE = "weights.parquet"
 
 
 def sample_weights(space: Workspace, round_: Round, *, write: bool) -> dict[str, float]:
-    """By sample id, the weights of a round: those that are stored, if none of these samples was rejected
-    since, or learned now; ``write`` stores them.
+    """By sample id, the weights of a round: those that are stored (a veto, or one taken back, removes them),
+    or learned now; ``write`` stores them.
 
     Samples that the proxy does not look at (beyond 600 of a round, or features of another backbone) are not
     among them and count 1.
     """
     name = round_file(round_.number, TABLE)
     if space.exists(name):
-        stored = {row["sample_id"]: row["weight"] for row in space.read_table(name).to_pylist()}
-        if not vetoes(space).intersection(stored):
-            return stored
+        return {row["sample_id"]: row["weight"] for row in space.read_table(name).to_pylist()}
     with progress(f"round {round_.number}: features to weigh samples by", None, "pictures") as advance:
         ground = prepare(space, round_, advance, squares=True)
     pictures: list[Labelled] = []
