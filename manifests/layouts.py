@@ -204,7 +204,7 @@ def _pictures_below(root: Path, below: Path, ignored: Counter[str]) -> list[Path
     pictures = []
     for folder, names in walk(root / below):
         for name in names:
-            if _is_picture(name):
+            if _is_picture(name) and not (folder / name).is_fifo():  # which nobody may ever write to
                 pictures.append((folder / name).relative_to(root))
             else:
                 ignored[os.path.splitext(name)[1].lower() or name] += 1

@@ -97,7 +97,10 @@ class Workspace:
         try:
             return storage.read_whole(self.fs, path, self.address(name), size)
         except FileNotFoundError:
-            raise WorkspaceError(f"{self.address(name)} is missing; `flawsmith run` makes it") from None
+            raise WorkspaceError(
+                f"{self.address(name)} is missing; `flawsmith run` makes it again, but for what a run began "
+                "with (pictures, prompts, settings): restore that"
+            ) from None
 
     def open(self, name: str) -> IO[bytes]:
         """A file to read from any place on.

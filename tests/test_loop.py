@@ -7,19 +7,22 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from manifests.errors import UsageError
+from manifests.errors import PictureError, UsageError
 from manifests.workspace import Workspace
 from tests.small_workspace import write_judgement, write_workspace
-from workflows import detecting, history, probing, rounds, weighing
+from workflows import detecting, history, probing, rounds, steering, weighing
 from workflows.config import parse_config
 from workflows.demo import write_drawn
 from workflows.detecting import evaluate_final
+from workflows.export import export
 from workflows.loop import run
 from workflows.replaying import replay
 from workflows.steering import explain
+from workflows.stored import some_accepted
 from workflows.upkeep import review, verify
 
 SMALL = {
@@ -297,13 +300,73 @@ def test_a_new_round_leaves_earlier_rounds_as_they_were(finished, pictures, tmp_
     config = parse_config({"source": str(fewer), **SMALL}, name="test", folder=tmp_path)
     with pytest.raises(UsageError, match=r"(?s)source\.0\.path: .*--new-round"):
         rounds.begin(config, space, new_round=False)
-    assert rounds.begin(config, space, new_round=True) == 2
     capsys.readouterr()
+    assert rounds.begin(config, space, new_round=True) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    changed = space.read_yaml("rounds/000/settings.yaml")["generation"]
+    changed = changed != space.read_yaml("rounds/001/settings.yaml")["generation"]
+    assert ("changed from round 0 to 1 (see `feedback --explain`) is not taken over" in said) == changed
+    assert not steering.feedback(space, 1)
+    assert "round 2 began with a configuration of its own" in explain(space, 1)
     assert rounds.begin(config, space, new_round=True) == 2, "an unfinished new round goes on"
     assert "round 2 has begun and is not judged yet: --new-round begins no other" in capsys.readouterr().err
     assert space.read_table("images.parquet").num_rows == finished.read_table("images.parquet").num_rows
     accepted = rounds.accepted_samples(space, 0)
     assert all(replay(space, row["sample_id"])["identical"] for row in accepted)
+
+
+def test_a_judged_round_that_lost_a_table_is_named_and_judged_again(finished, pictures, tmp_path, capsys):
+    space = Workspace(str(shutil.copytree(finished.url, tmp_path / "w")))
+    lost = ["rounds/001/metrics.parquet", "rounds/001/alarms.parquet", "rounds/000/shards.parquet"]
+    whole = {name: space.read_table(name).to_pylist() for name in lost}
+    for name in lost:
+        space.remove(name)
+    assert {f.path for f in verify(space) if f.what == "missing"} == set(lost)
+    assert detecting.evaluate(space, 1)
+    rounds.generate(space, 0, rounds.open_round(space, 0).config.cluster)
+    own = {k: [row for row in space.read_table(k).to_pylist() if row.get("split") != "test"] for k in lost}
+    assert own == {k: [row for row in v if row.get("split") != "test"] for k, v in whole.items()}
+    assert verify(space) == []
+    space.remove("images.parquet")
+    assert [f.path for f in verify(space)] == ["images.parquet"]
+    with pytest.raises(UsageError, match=r"images\.parquet lacks pictures"):
+        export(space, "coco", tmp_path / "out")
+    space.remove("rounds/000/images.parquet")
+    first, *_ = verify(space)
+    assert first.path == "rounds/000" and "restore that" in first.what
+
+
+def test_figures_from_before_a_veto_are_marked(finished, tmp_path, capsys):
+    space = Workspace(str(shutil.copytree(finished.url, tmp_path / "w")))
+    assert not detecting.evaluate(space, 1) and "warning" not in capsys.readouterr().err
+    accepted = [row["sample_id"] for row in rounds.accepted_samples(space, 1)]
+    review(space, accepted)
+    assert not detecting.evaluate(space, 1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "round 1: its detector and figures are from before samples were rejected or restored" in said
+    with pytest.raises(UsageError, match="every accepted sample of round 1 is rejected by hand"):
+        some_accepted(space, [1])
+
+
+def test_the_final_look_leaves_out_a_round_whose_pictures_are_gone(finished, tmp_path):
+    """Its configuration is an earlier one, perhaps: the others are scored."""
+    space = Workspace(str(shutil.copytree(finished.url, tmp_path / "w")))
+    for number in (0, 1):
+        name = f"rounds/00{number}/metrics.parquet"
+        rows = [row for row in space.read_table(name).to_pylist() if row["split"] != "test"]
+        space.write_table(name, pa.Table.from_pylist(rows, schema=space.read_table(name).schema))
+    rows = space.read_table("rounds/000/images.parquet").to_pylist()
+    gone = [{**row, "path": row["path"] + ".gone"} if row["split"] == "test" else row for row in rows]
+    images = space.read_table("rounds/000/images.parquet")
+    space.write_table("rounds/001/images.parquet", images)
+    space.write_table("rounds/000/images.parquet", pa.Table.from_pylist(gone, schema=images.schema))
+    settings = space.read_yaml("rounds/001/settings.yaml")
+    space.write_yaml("rounds/001/settings.yaml", {**settings, "first": 1})
+    with pytest.raises(PictureError, match=r"round 0 is not scored: .*\.gone: no such file"):
+        evaluate_final(space)
+    splits = [set(space.read_table(f"rounds/00{n}/metrics.parquet")["split"].to_pylist()) for n in (0, 1)]
+    assert "test" not in splits[0] and "test" in splits[1]
+    assert [row["round"] for row in space.read_table("looks.parquet").to_pylist()][-1] == 1
 
 
 def test_textures_are_no_normals(pictures, tmp_path):

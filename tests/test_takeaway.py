@@ -122,7 +122,7 @@ def test_a_round_that_is_not_there_or_empty_is_a_usage_error(space, tmp_path):
     with pytest.raises(UsageError, match="round 2 has no samples yet"):
         export.export(space, "coco", tmp_path / "out", rounds=[2])
     veto(space, *(f"001-00000-{index:05d}" for index in range(7)))
-    with pytest.raises(UsageError, match="no accepted sample of round 1"):
+    with pytest.raises(UsageError, match="every accepted sample of round 1 is rejected by hand"):
         export.export(space, "coco", tmp_path / "out", rounds=[1])
 
 
@@ -428,6 +428,36 @@ def test_predict_goes_on_where_it_stopped_and_redoes_what_changed(tmp_path, monk
     assert scored_again(notes={"thresholds": {"bolt": 0.3}}, identity="two") == list(levels)
 
 
+def test_predict_keeps_the_rows_of_other_pictures_that_are_still_there(tmp_path, monkeypatch):
+    use_brightness(monkeypatch)
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        for at in range(2):
+            picture = pictures.encode(np.full((12, 12, 1), 40 * number + 9 * at, np.uint8), "png")
+            (tmp_path / name / f"{name}{at}.png").write_bytes(picture)
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line/camera").symlink_to(tmp_path / "two")
+    out = tmp_path / "found"
+
+    def listed():
+        with open(out / "scores.csv", encoding="utf-8", newline="") as file:
+            rows = [Path(row["path"]).name for row in csv.DictReader(file)]
+        assert rows == [
+            Path(row["path"]).name for row in json.loads((out / "scores.json").read_text())["pictures"]
+        ]
+        return rows
+
+    assert len(predict.predict(tmp_path, [tmp_path / "one"], out)) == 2
+    assert len(predict.predict(tmp_path, [tmp_path / "line"], out)) == 2, "a linked folder is looked through"
+    assert listed() == ["two0.png", "two1.png", "one0.png", "one1.png"]
+    (tmp_path / "one/one0.png").unlink()
+    assert len(predict.predict(tmp_path, [tmp_path / "line"], out)) == 2
+    assert listed() == ["two0.png", "two1.png", "one1.png"]
+    use_brightness(monkeypatch, identity="two")
+    assert len(predict.predict(tmp_path, [tmp_path / "line"], out)) == 2
+    assert listed() == ["two0.png", "two1.png"], "what another detector found is not mixed in"
+
+
 def test_predict_looks_only_where_it_is_told_to(tmp_path, monkeypatch, capsys):
     """A bright label at the left and a bright spot at the right: which of them counts is said by masks."""
     use_brightness(monkeypatch, notes={"places": True})
@@ -573,8 +603,10 @@ def test_predict_neither_replaces_nor_scores_what_it_should_not(tmp_path, monkey
         with open(bytes(new) + b"/" + name, "wb") as file:
             file.write(pictures.encode(np.full((40, 50, 1), 90, np.uint8), "png"))
     before = (new / "a.png").read_bytes()
-    with pytest.raises(UsageError, match="would replace the picture"):
+    with pytest.raises(UsageError, match="heat maps would lie among the pictures"):
         predict.predict(tmp_path, [new], new)
+    with pytest.raises(UsageError, match="would replace the picture"):
+        predict.predict(tmp_path, [new / "a.png"], new)
     assert (new / "a.png").read_bytes() == before
     for _ in range(2):  # what the first call wrote is no picture of the second
         rows = predict.predict(tmp_path, [new], new / "found")

@@ -111,6 +111,15 @@ def test_wrong_usage_is_named_with_the_remedy_before_a_model_is_loaded(plate, wo
     assert not Path("plate-cut").exists()
 
 
+@pytest.mark.parametrize("foreign", ['{"my": "recipe"}', "[1]", "\udcff"])
+def test_a_foreign_file_of_the_same_name_stays(plate, foreign):
+    Path("full").mkdir()
+    Path("full/recipe.json").write_bytes(foreign.encode(errors="surrogateescape"))
+    done = flawsmith("try", plate, "--prompt", PROMPT, "--out", "full")
+    assert done.returncode == 2 and "full holds recipe.json" in done.stderr
+    assert Path("full/recipe.json").read_bytes() == foreign.encode(errors="surrogateescape")
+
+
 def test_what_cannot_be_read_or_loaded_is_a_failure(plate):
     done = flawsmith("try", "none.png", "--prompt", PROMPT)
     assert (done.returncode, "none.png: no such file" in done.stderr) == (1, True)

@@ -439,13 +439,14 @@ def predict(
 
     Goes on where it stopped. Pictures that cannot be read are named; the others are scored (exit code 3).
     """
+    from manifests.layouts import shown
     from workflows.predict import predict as predict_pictures
 
     rows = predict_pictures(checkpoint, pictures, out, category=category, roi=roi, ignore=ignore)
     failed = [row for row in rows if row.get("error")]
     for row in rows:
         said = row.get("error") or f"{row['score']:.4f} {'ANOMALOUS' if row['anomalous'] else 'good'}"
-        typer.echo(f"{row['path']}: {said.removeprefix(row['path'] + ': ')}")
+        typer.echo(shown(f"{row['path']}: {said.removeprefix(row['path'] + ': ')}"))
     raise typer.Exit(PARTIAL if failed and len(failed) < len(rows) else FAILED if failed else OK)
 
 

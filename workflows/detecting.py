@@ -17,7 +17,7 @@ import pyarrow as pa
 from detectors.protocol import Detector, Settings
 from generation.backbones import square
 from manifests.ahead import in_order
-from manifests.errors import FlawsmithError
+from manifests.errors import FlawsmithError, PictureError
 from manifests.pictures import load, small_mask
 from manifests.schema import DECISIONS, GOOD, LEAKING, METRICS, SCORES, Image, to_table
 from manifests.workspace import Workspace, round_file
@@ -74,6 +74,9 @@ ALARMS = pa.schema(
 MOST_NORMALS = 100  # a category and split that are searched for false alarms
 
 
+JUDGED = ("scores.parquet", "metrics.parquet", "alarms.parquet", "found.parquet")  # tables, as they come
+
+
 def checkpoint_folder(number: int, name: str) -> str:
     return f"rounds/{number:03d}/detectors/{name}"
 
@@ -91,8 +94,7 @@ def train(space: Workspace, number: int) -> bool:
     round_ = open_round(space, number)
     name = round_.config.detector.name
     first_process = processes()[0] == 0
-    mixed = [f"{earlier:03d}-" for earlier in _mixed_rounds(space, round_)]
-    vetoed = sorted(sample_id for sample_id in vetoes(space) if sample_id[:4] in mixed)
+    vetoed = _vetoed(space, round_)
     state = round_file(number, STATE)
     before = _trained_without(space, number)
     if before == vetoed:
@@ -168,6 +170,12 @@ def _mixed_rounds(space: Workspace, round_: Round) -> list[int]:
         return [round_.number]
     _, _, first = read_settings(space, round_.number)
     return list(range(first, round_.number + 1))
+
+
+def _vetoed(space: Workspace, round_: Round) -> list[str]:
+    """The rejected ones of the samples that the round's detector learns from."""
+    mixed = [f"{number:03d}-" for number in _mixed_rounds(space, round_)]
+    return sorted(sample_id for sample_id in vetoes(space) if sample_id[:4] in mixed)
 
 
 def _mix(space: Workspace, round_: Round, *, held: bool) -> Iterator[Sample | FeatureSample]:
@@ -375,6 +383,19 @@ def warn_of_leak(name: str, settings: Settings) -> None:
         say(f"warning: {name}: {settings.leak}: its figures leak, compare them with such alone")
 
 
+def warn_of_vetoes(space: Workspace, round_: Round) -> None:
+    """Where a round's figures are of a detector that learned before samples were rejected or restored."""
+    stored = checkpoint_folder(round_.number, round_.config.detector.name)
+    if not space.exists(f"{stored}/{checkpoints.CONFIG}"):
+        return
+    knew = checkpoints.read_config(space.address(stored)).get("notes", {}).get("vetoed")
+    if knew is not None and knew != _vetoed(space, round_):
+        say(
+            f"warning: round {round_.number}: its detector and figures are from before samples were rejected "
+            "or restored; `flawsmith run`, or `train` and `evaluate`, make them anew"
+        )
+
+
 def marked(name: str, settings: Settings) -> str:
     """A detector's name as it stands beside its figures, in tables, charts and files of them."""
     return name if settings.leak is None else f"{name} {LEAKING}"
@@ -385,12 +406,13 @@ def evaluate(space: Workspace, number: int, against: int | None = None) -> bool:
     is a round whose detector it is compared with too (:func:`compare_rounds`), while the scores are at hand.
 
     Writes ``scores.parquet``, ``metrics.parquet``, the aggregates to the history, and heat maps of the worst
-    pictures; ``found.parquet`` (what was found of each defect) comes last and is the mark that the round was
-    judged.
+    pictures; ``found.parquet`` (what was found of each defect) comes last and is, beside them, the mark that
+    the round was judged.
     """
     round_ = open_round(space, number)
     warn_of_leak(round_.config.detector.name, round_.config.detector.resolved()[1])
-    if space.exists(round_file(number, "found.parquet")):
+    if all(space.exists(round_file(number, name)) for name in JUDGED):
+        warn_of_vetoes(space, round_)
         return False
     detector, notes = load_detector(space, number)
     judged = _judge(round_, detector, "feedback", f"round {number}: judging feedback pictures")
@@ -459,7 +481,12 @@ def _difference(one: Sequence[Judged], other: Sequence[Judged], resamples: int) 
 
 
 def evaluate_final(space: Workspace) -> None:
-    """Scores the test split for every judged round that was not scored yet, and logs each look."""
+    """Scores the test split for every judged round that was not scored yet, and logs each look.
+
+    Raises:
+        PictureError: pictures of some rounds cannot be read; the others are scored.
+    """
+    unread: list[str] = []
     for number in space.rounds():
         round_ = open_round(space, number)
         if not any(image.split == "test" for image in round_.images.values()):
@@ -475,7 +502,11 @@ def evaluate_final(space: Workspace) -> None:
         detector, notes = load_detector(space, number)
         warn_of_leak(round_.config.detector.name, detector.settings)
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-        judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
+        try:
+            judged = _judge(round_, detector, "test", f"round {number}: scoring the test split")
+        except PictureError as error:  # of an earlier configuration, perhaps
+            unread.append(f"round {number} is not scored: {error}")
+            continue
         look = {"round": number, "when": when, "pictures": len(judged)}
         space.append_table("looks.parquet", pa.Table.from_pylist([look]), {"round": number, "when": when})
         thresholds = _stored_thresholds(notes)
@@ -484,6 +515,8 @@ def evaluate_final(space: Workspace) -> None:
             space, number, "test", judged, found, thresholds, max_side=round_.config.output.max_side
         )
         _write_figures(space, round_, judged, "test", notes["thresholds"])
+    if unread:
+        raise PictureError("; ".join(unread))
 
 
 def _stored_thresholds(notes: dict[str, Any]) -> dict[str, tuple[float, float]]:

@@ -83,6 +83,10 @@ def export(space: Workspace, format: str, out: Path, rounds: Sequence[int] | Non
         raise UsageError(f"{out} holds something already; name a new or an empty folder")
     rows = some_accepted(space, rounds)
     chosen = Chosen(space, rows, {image.image_id: image for image in source_images(space)})
+    if any(row["image_id"] not in chosen.images for row in rows):
+        raise UsageError(
+            f"{space.address('images.parquet')} lacks pictures that samples were made from; restore it"
+        )
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

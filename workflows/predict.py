@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from manifests.errors import PictureError, UsageError
+from manifests.layouts import walk
 from manifests.pictures import EXTENSIONS, apply_window, decode, encode, load_location, read_bytes, shrink
 from manifests.sources import check_masks, location_of
 from training.tiling import scored_shape
@@ -62,11 +63,13 @@ def predict(
     Pictures are read as those trained on were: the same window of grey levels, the same largest side, and in
     tiles if the detector learned from tiles. A row joins ``scores.csv`` as soon as its picture is done; the
     same call again goes on behind the rows that are there, which stand if picture, detector, category,
-    threshold and ignored places are still the same. What lies below ``out`` is no picture to score.
+    threshold and ignored places are still the same. Rows of other pictures stay behind those of this call,
+    if the detector is the same and the pictures are still there. What lies below ``out`` is no picture to
+    score.
 
     Args:
         checkpoint: folder of a trained detector, or an exported file.
-        pictures: files, or folders whose pictures are taken, subfolders included.
+        pictures: files, or folders whose pictures are taken, subfolders and what links lead to included.
         out: made if need be; files of the same name are replaced.
         category: of the pictures, for a detector of several; its own threshold then decides.
         roi, ignore: masks, or folders with ``<stem>.png``, as of a run's source: what lies outside the first
@@ -80,12 +83,14 @@ def predict(
         ``error`` and None elsewhere; the others are scored.
 
     Raises:
-        UsageError: no picture is named, one would be overwritten, ``out`` holds another table, the detector
-            needs to know the category, or there is no such mask.
+        UsageError: no picture is named, one would be overwritten, ``out`` is a folder of pictures to score
+            or holds another table, the detector needs to know the category, or there is no such mask.
         FlawsmithError: the detector cannot be used.
     """
     check_masks(roi, ignore)
     masked = roi is not None or ignore is not None
+    if any(path.is_dir() and path.resolve() == out.resolve() for path in pictures):
+        raise UsageError(f"--out {out}: heat maps would lie among the pictures; name another folder")
     files = _files(pictures, [path for path in (out, roi, ignore) if path is not None])
     detector = open_detector(checkpoint, device)
     if masked and not detector.ignores:
@@ -162,8 +167,11 @@ def predict(
             _replace(Path(rows[index]["map"]), raw.getvalue())
             rows[index] |= {"score": score, "anomalous": score > threshold, "heat_map": str(heat)}
             done(rows[index])
-    _write_table(out / TABLE, rows)
-    text = json.dumps({"detector": detector.facts, "pictures": rows}, ensure_ascii=False, indent=1)
+    given = {row["path"] for row in rows}
+    others = [row for row in stored if row["path"] not in given and _stands(row, detector.identity)]
+    _write_table(out / TABLE, [*rows, *others])
+    told = {"detector": detector.facts, "pictures": [*rows, *others]}
+    text = json.dumps(told, ensure_ascii=False, indent=1)
     _replace(out / LIST, text.encode("utf-8", "backslashreplace"))
     return rows
 
@@ -189,6 +197,13 @@ def _same(row: Row, before: Row) -> bool:
     same = ("path", "threshold", "detector", "sha256", "category", "ignored")
     told = all(row[name] == before[name] for name in same)
     return told and Path(before["heat_map"]).is_file() and Path(before["map"]).is_file()
+
+
+def _stands(row: Row, detector: str) -> bool:
+    """Whether the row of a picture that an earlier call named may stay."""
+    return row["detector"] == detector and all(
+        Path(row[name]).is_file() for name in ("path", "heat_map", "map")
+    )
 
 
 def _stored(table: Path) -> list[Row]:
@@ -221,7 +236,8 @@ def _files(given: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, st
     files: list[tuple[Path, str]] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+            below = (folder / name for folder, names in walk(path) for name in names)
+            inside = sorted(p for p in below if p.suffix.lower() in EXTENSIONS and p.is_file())
             for other in (other.resolve() for other in others):
                 if not path.resolve().is_relative_to(other):
                     inside = [p for p in inside if not p.resolve().is_relative_to(other)]

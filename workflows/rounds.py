@@ -84,6 +84,12 @@ def begin(config: Config, space: Workspace, *, new_round: bool) -> int:
                     f"rounds: {rounds[-1] - first + 1} or more), --new-round reads the sources again"
                 )
             return rounds[-1]
+        began, latest = (read_settings(space, one)[1] for one in (first, rounds[-1]))
+        if new_round and latest != began:
+            say(
+                f"round {rounds[-1] + 1} begins with the settings of the configuration; what feedback "
+                f"changed from round {first} to {rounds[-1]} (see `feedback --explain`) is not taken over"
+            )
         if not new_round:
             listed = "\n  ".join(changed)
             raise UsageError(

@@ -26,6 +26,7 @@ from training.proxy import Figures
 from workflows import history
 from workflows.config import Generation
 from workflows.console import progress, say
+from workflows.detecting import warn_of_vetoes
 from workflows.probing import (
     MOST_NORMALS,
     Ground,
@@ -79,6 +80,7 @@ def feedback(space: Workspace, number: int) -> bool:
     if not space.exists(round_file(number, "found.parquet")):
         raise FlawsmithError(f"round {number} was not evaluated yet: `flawsmith evaluate` does it")
     round_ = open_round(space, number)
+    warn_of_vetoes(space, round_)
     _, _, first = read_settings(space, number)
     found_rows = space.read_table(round_file(number, "found.parquet")).to_pylist()
     with progress(f"round {number}: features for the proxy", None, "pictures") as advance:
@@ -166,6 +168,9 @@ def explain(space: Workspace, number: int) -> str:
 
 
 def _why_none(space: Workspace, number: int) -> str:
+    after = number + 1
+    if space.exists(round_file(after, "settings.yaml")) and read_settings(space, after)[2] == after:
+        return f"round {after} began with a configuration of its own"
     if not open_round(space, number).config.feedback.enabled:
         return "feedback.enabled is false"
     if not space.exists(round_file(number, "found.parquet")):

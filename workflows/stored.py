@@ -16,7 +16,7 @@ from manifests.pictures import decode, decode_mask
 from manifests.schema import Image, images_from
 from manifests.shards import BROKEN, IMAGE_FORMATS, ShardError, checksum
 from manifests.workspace import Workspace, part, round_file
-from workflows.rounds import accepted_samples
+from workflows.rounds import accepted_samples, vetoes
 
 _REMEDY = "`flawsmith verify` lists what is damaged, `flawsmith run` makes it again"
 
@@ -66,6 +66,13 @@ def some_accepted(space: Workspace, rounds: Sequence[int] | None = None) -> list
         UsageError: no such round, or no accepted sample.
     """
     rows = accepted_rows(space, rounds)
+    vetoed = {int(sample_id.partition("-")[0]) for sample_id in vetoes(space)}
+    if not rows and vetoed.intersection(vetoed if rounds is None else rounds):
+        raise UsageError(
+            f"{space.address('')}: every accepted sample"
+            + (f" of round {', '.join(map(str, rounds))}" if rounds else "")
+            + " is rejected by hand; `flawsmith review DIR --restore ID` takes that back"
+        )
     if not rows:
         raise UsageError(
             f"{space.address('')} holds no accepted sample"

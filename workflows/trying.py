@@ -41,7 +41,7 @@ from workflows.contact import GAP, fit, fit_mask, outline
 from workflows.stages import load_model, prepare_process
 
 RESULTS = ("anomaly.png", "mask.png", "side_by_side.png")
-NOTE = "recipe.json"  # written last; a folder that holds one is a trial's own
+NOTE = "recipe.json"  # written last; a folder that holds a trial's is a trial's own
 WORDED = 0, 0, 0  # spawn key of the words; those of attempts have one number
 TILE_SMALLEST, TILE_LARGEST = 256, 768  # pixels of a picture's longer side in side_by_side.png
 SHOWN = ("strength", "concentration", "attention", "clip_gain")  # of the generator's own figures
@@ -251,12 +251,21 @@ def _worded(normal: str) -> Generator:
 def _refuse_others(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
-    there = [name for name in RESULTS if (out / name).exists()]
-    if there and not (out / NOTE).exists():
+    there = [name for name in (*RESULTS, NOTE) if (out / name).exists()]
+    if there and not _is_note(out / NOTE):
         raise UsageError(
             f"{out} holds {', '.join(there)}, but no {NOTE} of an earlier trial: they may be somebody's; "
             "name another folder with --out"
         )
+
+
+def _is_note(path: Path) -> bool:
+    """Whether a file is what :func:`_write` leaves of a trial."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and {"normal", "recipe", "model", "measures", "status"} <= set(told)
 
 
 def _write(out: Path, source: Source, outcome: Outcome, normal: str) -> None:

@@ -16,7 +16,7 @@ from manifests.verify import DAMAGED, Finding, verify_round
 from manifests.workspace import Workspace, WorkspaceError, round_file
 from workflows.config import Config
 from workflows.console import progress
-from workflows.detecting import load_detector
+from workflows.detecting import JUDGED, load_detector
 from workflows.machines import job_script
 from workflows.practice import pinned_files
 from workflows.room import fitted
@@ -37,7 +37,11 @@ def verify(space: Workspace, *, sweep: bool = False, note: bool = True) -> list[
     """
     findings = []
     for number in space.rounds():
-        round_ = open_round(space, number)
+        try:
+            round_ = open_round(space, number)
+        except WorkspaceError as error:
+            findings.append(Finding(number, -1, f"rounds/{number:03d}", str(error)))
+            continue
         started = space.names(f"rounds/{number:03d}/samples")
         if not started and not space.exists(round_file(number, "shards.parquet")):
             continue  # nothing was made yet
@@ -51,8 +55,17 @@ def verify(space: Workspace, *, sweep: bool = False, note: bool = True) -> list[
             space.write_table(name, pa.Table.from_pylist(bad, schema=DAMAGED))
         elif note:
             space.remove(name)
-        findings += [*found, *_damaged_files(space, number)]
+        findings += [*found, *_missing_tables(space, number), *_damaged_files(space, number)]
+    if space.rounds() and not space.exists("images.parquet"):
+        findings.append(Finding(-1, -1, "images.parquet", "missing"))
     return findings + _damaged_tables(space, -1, "")
+
+
+def _missing_tables(space: Workspace, number: int) -> list[Finding]:
+    """Of a judged round, tables that were there when it was judged."""
+    names = space.names(f"rounds/{number:03d}")
+    wanted = ("shards.parquet", *JUDGED) if JUDGED[-1] in names else ()
+    return [Finding(number, -1, round_file(number, name), "missing") for name in wanted if name not in names]
 
 
 def _damaged_tables(space: Workspace, number: int, folder: str) -> list[Finding]:
@@ -76,7 +89,8 @@ def _damaged_files(space: Workspace, number: int) -> list[Finding]:
         try:
             load_detector(space, number)
         except FlawsmithError as error:
-            findings.append(Finding(number, -1, f"rounds/{number:03d}/detectors", str(error)))
+            what = f"{error}; `flawsmith train --round {number}` makes it again"
+            findings.append(Finding(number, -1, f"rounds/{number:03d}/detectors", what))
     if critic := open_round(space, number).critic:
         try:
             pinned_files(critic)
