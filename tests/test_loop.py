@@ -358,7 +358,8 @@ def test_the_final_look_leaves_out_a_round_whose_pictures_are_gone(finished, tmp
     rows = space.read_table("rounds/000/images.parquet").to_pylist()
     gone = [{**row, "path": row["path"] + ".gone"} if row["split"] == "test" else row for row in rows]
     images = space.read_table("rounds/000/images.parquet")
-    space.write_table("rounds/001/images.parquet", images)
+    for name in ("images.parquet", "textures.parquet"):
+        space.write_table(f"rounds/001/{name}", space.read_table(f"rounds/000/{name}"))
     space.write_table("rounds/000/images.parquet", pa.Table.from_pylist(gone, schema=images.schema))
     settings = space.read_yaml("rounds/001/settings.yaml")
     space.write_yaml("rounds/001/settings.yaml", {**settings, "first": 1})

@@ -25,7 +25,7 @@ from manifests.schema import canonical_json
 from manifests.shards import unpack
 from manifests.workspace import Workspace, part
 from tests.test_cli import flawsmith
-from workflows import rounds
+from workflows import replaying, rounds
 from workflows.cluster import make_round
 from workflows.config import Cluster, Config, parse_config
 from workflows.replaying import replay
@@ -156,7 +156,18 @@ def test_replay_makes_the_same_bytes(undisturbed):
     assert len(by_generator) == len(GENERATION["generators"])
     for sample_id in by_generator.values():
         result = replay(undisturbed, sample_id)
-        assert (result["identical"], result["differ"]) == (True, 0), sample_id
+        assert (result["identical"], result["differ"], result["members"]) == (True, 0, []), sample_id
+
+
+def test_replay_names_what_differs_and_what_was_never_planned(undisturbed, monkeypatch):
+    remake = replaying._remake
+    monkeypatch.setattr(replaying, "_remake", lambda *given: {**remake(*given), "mask.png": b""})
+    sample_id = next(row["sample_id"] for row in samples(undisturbed) if row["status"] == "accepted")
+    result = replay(undisturbed, sample_id)
+    assert (result["identical"], result["members"], result["differ"]) == (False, ["mask.png"], 0)
+    for wrong in ("000-99999-00000", "007-00000-00000", "000-00000-99999", "bottle"):
+        with pytest.raises(UsageError, match=r"is not in the workspace|no sample id"):
+            replay(undisturbed, wrong)
 
 
 # -- the same bytes however they are made ---------------------------------------------------------------

@@ -396,8 +396,9 @@ def replay(
         typer.echo(f"{sample_id}: the same bytes as in {result['path']}")
         return
     typer.echo(
-        f"{sample_id}: differs from {result['path']}: {result['differ']} pixels or tokens, "
-        f"by {result['largest']:g} at most; see `fingerprint` in shards.parquet for the versions that made it"
+        f"{sample_id}: differs from {result['path']} in {', '.join(result['members']) or 'its checksum'}: "
+        f"{result['differ']} pixels or tokens, by {result['largest']:g} at most; see `fingerprint` in "
+        "shards.parquet for the versions that made it"
     )
     raise typer.Exit(FAILED)
 

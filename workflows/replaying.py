@@ -12,9 +12,11 @@ import numpy as np
 from generation import registry
 from generation.synthesis import attempt, batch_of
 from manifests import pictures, shards
+from manifests.errors import UsageError
 from manifests.schema import Recipe, recipes_from
 from manifests.workspace import Workspace, WorkspaceError, part
 from workflows.practice import coached
+from workflows.rounds import open_round
 from workflows.stages import (
     PictureCache,
     Round,
@@ -33,19 +35,23 @@ RECORDED = ("batch", "candidates", "margin")  # measures of how a sample was mad
 def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
     """Makes an accepted sample again from its stored recipe and compares.
 
-    Returns ``{"identical": bool, "differ": int, "largest": float, "path": str}``: whether the members are
-    equal byte for byte, how many pixels (feature tokens) differ and by how much at most.
+    Returns ``{"identical": bool, "members": list, "differ": int, "largest": float, "path": str}``: whether
+    the members are equal byte for byte, which are not, how many pixels (feature tokens) differ and by how
+    much at most.
 
     Raises:
-        WorkspaceError: no such accepted sample.
+        UsageError: no such accepted sample.
+        WorkspaceError: its records are missing or damaged.
     """
     number, shard = _parse_id(sample_id)
+    if number not in space.rounds() or shard >= open_round(space, number).shard_count:
+        raise UsageError(f"sample {sample_id} is not in the workspace: no shard of that number is planned")
     table = space.read_table(part("samples", number, shard, "parquet"))
     rows = {row["sample_id"]: row for row in table.to_pylist()}
     row = rows.get(sample_id)
     if row is None or row["status"] != "accepted":
         state = "is not in the workspace" if row is None else f"was {row['status']} ({row['reason']})"
-        raise WorkspaceError(f"sample {sample_id} {state}; only accepted samples can be replayed")
+        raise UsageError(f"sample {sample_id} {state}; only accepted samples can be replayed")
     round_ = load_round(space.url, number, settings_hash(space, number))
     path = part("shards", number, shard, "tar")
     held = dict(shards.unpack(space.read_bytes(path), space.address(path)))
@@ -57,6 +63,7 @@ def replay(space: Workspace, sample_id: str) -> dict[str, Any]:
     differ, largest = _compare(stored, members)
     return {
         "identical": members == stored and shards.checksum(stored) == row["checksum"],
+        "members": sorted(k for k in {*stored, *members} if stored.get(k) != members.get(k)),
         "differ": differ,
         "largest": largest,
         "path": space.address(path),
@@ -115,7 +122,5 @@ def _array(name: str, members: dict[str, bytes]) -> np.ndarray:
 def _parse_id(sample_id: str) -> tuple[int, int]:
     parts = sample_id.split("-")
     if len(parts) != 3 or not all(piece.isdigit() for piece in parts):
-        raise WorkspaceError(
-            f"{sample_id!r} is no sample id; they read ROUND-SHARD-INDEX, e.g. 000-00001-00042"
-        )
+        raise UsageError(f"{sample_id!r} is no sample id; they read ROUND-SHARD-INDEX, e.g. 000-00001-00042")
     return int(parts[0]), int(parts[1])
