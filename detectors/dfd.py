@@ -237,8 +237,8 @@ class PerlinPath(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         x = self.project(patches.flatten(0, 1)).view_as(patches)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.position
-        # On a processor in bfloat16 a step is 7 % faster with the plain operator than with the fused one, whose
-        # backward is slow there (measured: one thread with AMX).
+        # On a processor in bfloat16 a step is 7 % faster with the plain operator than with the fused one,
+        # whose backward is slow there (measured: one thread with AMX).
         self.block.attn.fused_attn = not torch.is_autocast_enabled("cpu")
         return self.last(self.norm(self.block(x)[:, 1:]))[..., 0]
 
