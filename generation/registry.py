@@ -75,5 +75,5 @@ def get(name: str) -> Generator:
             )
         return generator
     near = get_close_matches(name, names(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
-    raise UsageError(f"unknown generator {name!r}: {hint}")
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(f"unknown generator {name!r}: {hint}known: {', '.join(names())}")

@@ -95,7 +95,7 @@ def read_bytes(path: str, limit: int = MAX_BYTES) -> bytes:
             with open_file(path) as file:
                 data = _at_most(file, limit + 1)
     except FileNotFoundError as error:
-        raise PictureError(f"{path}: no such file; restore it or take it out of the source") from error
+        raise PictureError(f"{path}: no such file; restore it, or correct what names it") from error
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise PictureError(f"{path}: {error.strerror or error}; expected a readable picture") from error
     except OSError as error:
@@ -190,9 +190,7 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Decoded:
         header = _open(data, name, max_pixels)
         picture = header.picture
         if min(picture.size) < MIN_SIDE:
-            raise PictureError(
-                f"{name}: {_size(picture)} pixels, fewer than {MIN_SIDE} a side; take it out of the source"
-            )
+            raise PictureError(f"{name}: {_size(picture)} pixels, fewer than {MIN_SIDE} a side; leave it out")
         pixels = _pixels(header, data, name)
         colour, alpha = _split_alpha(pixels)
         if alpha is not None:
@@ -524,7 +522,7 @@ def load_location(path: str, shape: tuple[int, int]) -> np.ndarray:
     if aspects[0] * aspects[1] < 0 and min(map(abs, aspects)) > LYING:
         raise PictureError(
             f"{path}: the mask of places has {mask.shape[1]}×{mask.shape[0]} pixels, its upright picture "
-            f"{shape[1]}×{shape[0]}; turn it as the picture is shown"
+            f"{shape[1]}×{shape[0]} as it is read; turn it as the picture is shown"
         )
     size = (shape[1], shape[0])
     return cv2.resize(np.asarray(mask, np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)

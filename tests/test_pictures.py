@@ -330,7 +330,9 @@ def test_a_jpeg_of_places_is_as_large_as_it_was_drawn_and_one_that_lies_is_refus
     cv2.imwrite(str(tmp_path / "lying.png"), disc[:160])
     assert pictures.load_location(str(tmp_path / "lying.png"), (16, 26)).shape == (16, 26)
     assert pictures.load_location(str(tmp_path / "lying.png"), (64, 64)).shape == (64, 64)
-    with pytest.raises(PictureError, match=r"256×160 pixels, its upright picture 160×256; turn it"):
+    with pytest.raises(
+        PictureError, match=r"256×160 pixels, its upright picture 160×256 as it is read; turn it"
+    ):
         pictures.load_location(str(tmp_path / "lying.png"), (256, 160))
 
 

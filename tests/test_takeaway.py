@@ -603,6 +603,8 @@ def test_predict_neither_replaces_nor_scores_what_it_should_not(tmp_path, monkey
         with open(bytes(new) + b"/" + name, "wb") as file:
             file.write(pictures.encode(np.full((40, 50, 1), 90, np.uint8), "png"))
     before = (new / "a.png").read_bytes()
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        predict.predict(tmp_path, [new], new / "a.png")
     with pytest.raises(UsageError, match="heat maps would lie among the pictures"):
         predict.predict(tmp_path, [new], new)
     with pytest.raises(UsageError, match="would replace the picture"):

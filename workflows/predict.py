@@ -83,12 +83,15 @@ def predict(
         ``error`` and None elsewhere; the others are scored.
 
     Raises:
-        UsageError: no picture is named, one would be overwritten, ``out`` is a folder of pictures to score
-            or holds another table, the detector needs to know the category, or there is no such mask.
+        UsageError: no picture is named, one would be overwritten, ``out`` is a file or a folder of pictures
+            to score, or holds another table, the detector needs to know the category, or there is no such
+            mask.
         FlawsmithError: the detector cannot be used.
     """
     check_masks(roi, ignore)
     masked = roi is not None or ignore is not None
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
     if any(path.is_dir() and path.resolve() == out.resolve() for path in pictures):
         raise UsageError(f"--out {out}: heat maps would lie among the pictures; name another folder")
     files = _files(pictures, [path for path in (out, roi, ignore) if path is not None])
