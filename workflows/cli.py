@@ -313,8 +313,8 @@ def verify(
     for finding in findings:
         typer.echo(f"{finding.path}: {finding.what}")
     typer.echo(
-        f"{len(findings)} problems; `flawsmith run` with the same configuration makes shards and detectors "
-        "again; restore or remove another table"
+        f"{len(findings)} problems; `flawsmith run` with the same configuration makes shards, detectors and "
+        "figures again; restore or remove another table"
         if findings
         else "every shard is whole"
     )

@@ -64,8 +64,15 @@ def verify(space: Workspace, *, sweep: bool = False, note: bool = True) -> list[
 def _missing_tables(space: Workspace, number: int) -> list[Finding]:
     """Of a judged round, tables that were there when it was judged."""
     names = space.names(f"rounds/{number:03d}")
-    wanted = ("shards.parquet", *JUDGED) if JUDGED[-1] in names else ()
-    return [Finding(number, -1, round_file(number, name), "missing") for name in wanted if name not in names]
+    if JUDGED[-1] not in names:
+        return []
+    again = f"missing; `flawsmith evaluate --round {number}` makes it again"
+    wanted = {"shards.parquet": "missing", **dict.fromkeys(JUDGED, again)}
+    return [
+        Finding(number, -1, round_file(number, name), what)
+        for name, what in wanted.items()
+        if name not in names
+    ]
 
 
 def _damaged_tables(space: Workspace, number: int, folder: str) -> list[Finding]:
