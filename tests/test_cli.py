@@ -73,6 +73,7 @@ def test_every_shipped_configuration_loads(path):
     ("settings", "message"),
     [
         ({"sample": 3}, "sample: no such setting; did you mean 'samples'?"),
+        ({"feedback": {"trials": 3}}, "fewer than 16 find nothing; 0 turns the search off"),
         ({"generation": {"arae": [0.1, 0.2]}}, "generation.arae: no such setting; did you mean 'area'?"),
         ({"generation": {"generators": {"perlim": {}}}}, "perlin"),
         ({"generation": {"generators": {"scar": {"params": {"colour": 1}}}}}, "scar.params: colour"),

@@ -97,6 +97,12 @@ def workspace(tmp_path, damage, generation, **changes) -> Workspace:
     return space
 
 
+def without_search(space):
+    name = round_file(0, "settings.yaml")
+    stored = space.read_yaml(name)
+    space.write_yaml(name, {**stored, "config": {**stored["config"], "feedback": {"trials": 0}}})
+
+
 def steered(space):
     steering.feedback(space, 0)
     return open_round(space, 1).generation
@@ -201,6 +207,20 @@ def test_no_samples_are_made_for_a_category_whose_mix_cannot_be_told(monkeypatch
     monkeypatch.setattr(probing, "fresh", lambda _ground, even, *_: asked.append(even.categories) or [])
     assert probing.directions_of(ground, mix, lambda _count: None) == {"nut": {}}
     assert asked and all(shares == {"bolt": 0.0, "nut": 1.0} for shares in asked)
+
+
+def test_without_trials_nothing_is_searched_for_and_the_rest_is_decided(tmp_path):
+    space = workspace(tmp_path, lambda rng: blob(rng, 0.01, 30), MIX)
+    without_search(space)
+    row = {"category": "cloth", "excess": 9.0, "y": 0.5, "x": 0.5, "split": "train"}
+    row["image_id"] = next(i.image_id for i in open_round(space, 0).images.values() if i.split == "train")
+    space.write_table(round_file(0, "alarms.parquet"), to_table([row], ALARMS))
+    before, after = open_round(space, 0).generation, steered(space)
+    assert after.area == before.area and after.severity == before.severity
+    assert row["image_id"] in after.normals
+    assert not space.exists(round_file(0, "trials.parquet"))
+    told = steering.explain(space, 0)
+    assert "because feedback.trials is 0: nothing was searched for" in told
 
 
 def test_random_labels_change_nothing_and_the_table_goes_on(tmp_path):

@@ -306,8 +306,17 @@ class Evaluation(Settings):
     quantile: float = Field(0.99, gt=0, lt=1, description="of calibration normals: the alarm threshold")
 
 
+FEWEST_TRIALS = 16
+
+
 class Feedback(Settings):
-    trials: int = Field(32, ge=16, le=1000, description="trials of the cheap proxy inside a round")
+    trials: int = Field(
+        32,
+        ge=0,
+        le=1000,
+        description="of the cheap proxy inside a round, 16 or more; 0: no search, the rest of the feedback "
+        "alone",
+    )
     patience: int | None = Field(
         3, ge=1, description="rounds without a significant gain after which a run stops; null: never"
     )
@@ -315,6 +324,13 @@ class Feedback(Settings):
         None, gt=0, description="that a run's stages may take together; then no further round begins"
     )
     enabled: bool = Field(True, description="false: every round keeps the settings of the first")
+
+    @field_validator("trials")
+    @classmethod
+    def _enough_or_none(cls, trials: int) -> int:
+        if 0 < trials < FEWEST_TRIALS:
+            raise ValueError(f"fewer than {FEWEST_TRIALS} find nothing; 0 turns the search off")
+        return trials
 
 
 class Config(Settings):

@@ -101,32 +101,9 @@ def feedback(space: Workspace, number: int) -> bool:
     else:
         rules = []
         asked, reasons = from_likeness(likeness(ground), present)
-    trials_file = round_file(number, "trials.parquet")
-    earlier = stored_trials(space, number)
-    count = round_.config.feedback.trials
-    with progress(f"round {number}: trials", None, "trials") as advance:
-
-        def keep(trial: Trial) -> None:
-            replaced = {"trial": trial.trial, "shards": trial.shards}
-            space.append_table(trials_file, to_table([_trial_row(number, trial)], TRIALS), replaced)
-            advance(1)
-
-        rows = search(
-            lambda values, shards: _measured(ground, apply_values(generation, values), shards),
-            settings,
-            present,
-            rules,
-            trials=count,
-            seed=round_.config.seed,
-            round_=number,
-            earlier=earlier,
-            keep=keep,
-        )
-        result = verdict(
-            rows,
-            lambda values, fold: _confirmed(ground, generation, values, fold),
-            labelled=ground.labelled,
-        )
+    result = Verdict({}, "feedback.trials is 0: nothing was searched for", "feedback.trials is 0")
+    if round_.config.feedback.trials:
+        result = _searched(space, ground, generation, settings, rules)
     values = dict(result.values)
     if not ground.labelled:  # nothing real contradicts the rule
         values |= {
@@ -148,6 +125,41 @@ def feedback(space: Workspace, number: int) -> bool:
     write_settings(space, number + 1, round_.config, after, first=first)
     say(explain(space, number))
     return True
+
+
+def _searched(
+    space: Workspace,
+    ground: Ground,
+    generation: Generation,
+    settings: Mapping[str, Search],
+    rules: Sequence[Point],
+) -> Verdict:
+    """What the trials of a round come to; those that its table holds are not made again."""
+    number, config = ground.round_.number, ground.round_.config
+    trials_file = round_file(number, "trials.parquet")
+    with progress(f"round {number}: trials", None, "trials") as advance:
+
+        def keep(trial: Trial) -> None:
+            replaced = {"trial": trial.trial, "shards": trial.shards}
+            space.append_table(trials_file, to_table([_trial_row(number, trial)], TRIALS), replaced)
+            advance(1)
+
+        rows = search(
+            lambda values, shards: _measured(ground, apply_values(generation, values), shards),
+            settings,
+            present_values(generation),
+            rules,
+            trials=config.feedback.trials,
+            seed=config.seed,
+            round_=number,
+            earlier=stored_trials(space, number),
+            keep=keep,
+        )
+        return verdict(
+            rows,
+            lambda values, fold: _confirmed(ground, generation, values, fold),
+            labelled=ground.labelled,
+        )
 
 
 def explain(space: Workspace, number: int) -> str:
