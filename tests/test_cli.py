@@ -186,6 +186,13 @@ def test_a_share_for_a_category_that_is_not_there_is_refused(parts):
         assert f"{setting}: no category is called 'partz'; did you mean 'parts'?" in done.stderr
 
 
+def test_a_file_name_that_is_no_utf8_is_printed_all_the_same(monkeypatch):
+    row = {"path": "new/bad\udcff.png", "score": 0.5, "anomalous": False, "error": None}
+    monkeypatch.setattr("workflows.predict.predict", lambda *_args, **_kwargs: [row])
+    done = flawsmith("predict", "detector", "new")
+    assert done.returncode == 0 and done.stdout.encode() == b"new/bad\\udcff.png: 0.5000 good\n"
+
+
 def test_a_weight_of_a_picture_that_no_sample_is_made_from_is_refused(parts):
     for generation, why in (
         ({"normals": {"parts/none": 2}}, "generation.normals: no normal picture of the train split has the"),

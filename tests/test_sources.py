@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import random
 import tarfile
 from collections import Counter
@@ -286,6 +287,16 @@ def test_groups_from_the_path_and_masks_of_places(tmp_path):
     assert read(tmp_path / "bolt", roi=str(tmp_path / "gone.png")).fatal
     nothing = put(tmp_path / "nothing.png", mask(filled=False))
     assert all("no place" in what for _, what in said(read(tmp_path / "bolt", roi=nothing))[:16])
+
+
+def test_a_named_pipe_is_no_picture(tmp_path):
+    """Reading it would wait for ever."""
+    for number in range(3):
+        put(tmp_path / f"bolt/{number}.png", fresh())
+    os.mkfifo(tmp_path / "bolt/pipe.png")
+    assert sorted(Path(image.path).name for image in read(tmp_path / "bolt").images) == [
+        "0.png", "1.png", "2.png",
+    ]  # fmt: skip
 
 
 def test_one_window_a_source_from_train_normals_only(tmp_path):
