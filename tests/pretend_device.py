@@ -108,7 +108,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def placed(tensor: torch.Tensor) -> torch.Tensor:
         if not stays or isinstance(tensor, Elsewhere):
             return tensor
-        return own.get(id(tensor)) if id(tensor) in own else Elsewhere(tensor)
+        return own[id(tensor)] if id(tensor) in own else Elsewhere(tensor)
 
     return tree_map_only(torch.Tensor, placed, func(*args, **kwargs))
 
